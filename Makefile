@@ -1,0 +1,74 @@
+# Everything runs from a virtual environment that make keeps up to date by itself: after a change of pyproject.toml or
+# constraints.txt the next call installs again, otherwise a call starts at once.
+#
+#   make test                        the environment is .venv
+#   PYTHON=python3.12 make test      ... made with this Python
+#   VENV=.venv-3.12 make test        ... or kept somewhere else, to have several
+#   PYTEST_ARGS="-k lens" make test  what else pytest is told
+
+PYTHON ?= python3
+VENV ?= .venv
+PYTEST_ARGS ?=
+# Two workers, a file at a time on each: module-wide fixtures (loaded models) are made once.
+WORKERS ?= 2
+
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# A stamp stands in the environment itself, so it goes with it; an environment without stamps is installed into.
+DEMO := $(VENV)/.installed-demo
+TEST := $(VENV)/.installed-test
+DEV := $(VENV)/.installed-dev
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test check mutants gpu clean same-python
+
+help:
+	@echo "make demo      show what tracelens does, on a small model that is fetched once"
+	@echo "make test      run the tests"
+	@echo "make check     format, lint and types"
+	@echo "make mutants   break the code on purpose and see that the tests notice"
+	@echo "make gpu       run the tests that need a CUDA device"
+	@echo "make clean     remove the environment and everything built"
+
+demo: $(DEMO)
+	@$(BIN)/tracelens demo
+
+test: $(TEST)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+check: $(DEV)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright --pythonpath $(BIN)/python
+
+mutants: $(TEST)
+	$(BIN)/python tests/mutants/run.py
+
+# Not through the stamps: a machine with a GPU often brings a PyTorch of its own. An environment that is there is used.
+gpu:
+	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -m gpu $(PYTEST_ARGS)
+
+clean:
+	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
+	find tracelens tests -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+	    || { echo "tracelens needs Python 3.11 or newer; try PYTHON=python3.12 make ..." >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+
+# Asking for one Python and silently getting the other would be worse than stopping.
+same-python: $(BIN)/python
+ifneq ($(origin PYTHON),file)
+	@asked=$$($(PYTHON) -c 'import sys; print(*sys.version_info[:2], sep=".")') && \
+	 there=$$($(BIN)/python -c 'import sys; print(*sys.version_info[:2], sep=".")') && \
+	 { [ "$$asked" = "$$there" ] || { echo "$(VENV) is Python $$there, not $$asked: run 'make clean' first, or set VENV=.venv-$$asked" >&2; exit 1; }; }
+endif
+
+$(DEMO): EXTRAS := demo
+$(TEST): EXTRAS := test
+$(DEV): EXTRAS := test,dev
+$(DEMO) $(TEST) $(DEV): pyproject.toml constraints.txt $(BIN)/python | same-python
+	@echo "installing tracelens[$(EXTRAS)] into $(VENV) (the first time takes minutes)"
+	@$(INSTALL) --editable ".[$(EXTRAS)]"
+	@touch $@
