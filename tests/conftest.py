@@ -1,0 +1,32 @@
+"""Settings that hold for every test: no network, one thread, no progress bars, hypothesis profiles."""
+
+from __future__ import annotations
+
+import os
+
+# Before transformers is imported: it reads these once.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TRANSFORMERS_OFFLINE"] = "1"
+os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import torch
+import transformers
+from hypothesis import HealthCheck, settings
+
+# The models are tiny, and the tests run in several processes: more threads only get in each other's way.
+torch.set_num_threads(1)
+transformers.logging.set_verbosity_error()
+transformers.logging.disable_progress_bar()
+
+# A forward pass inside a property takes milliseconds, and much longer the first time.
+_SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)
+# The same examples each time, so that a failure on one machine is a failure on all.
+settings.register_profile(
+    "ci", deadline=None, derandomize=True, max_examples=60, print_blob=True, suppress_health_check=_SLOW
+)
+# New examples each time, to find what the fixed ones miss.
+settings.register_profile(
+    "dev", deadline=None, max_examples=300, print_blob=True, suppress_health_check=_SLOW
+)
+settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
