@@ -13,7 +13,8 @@ PYTEST_ARGS ?=
 WORKERS ?= 2
 
 BIN := $(VENV)/bin
-INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# -qq: errors only; what pip says about indexes that lack a package is no concern of the reader.
+INSTALL := $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt
 # A stamp stands in the environment itself, so it goes with it; an environment without stamps is installed into.
 DEMO := $(VENV)/.installed-demo
 TEST := $(VENV)/.installed-test
