@@ -1,0 +1,268 @@
+"""Every mistake has its own exception; all of them are here.
+
+An error says what is wrong, where the user wrote it (file, line, source text), what the graph around it looks like
+where that helps, and what to write instead. ``docs/errors.md`` has one entry per class.
+"""
+
+from __future__ import annotations
+
+from tracelens.location import Location
+
+
+class TracelensError(Exception):
+    """The base of all errors that tracelens raises on purpose.
+
+    Attributes: ``problem`` (what is wrong), ``at`` (the guilty line, if one is known), ``also`` (other lines that take
+    part, each with a word on its role), ``excerpt`` (a few lines of the graph, with an arrow), ``instead`` (what to
+    write).
+    """
+
+    def __init__(
+        self,
+        problem: str,
+        *,
+        at: Location | None = None,
+        also: tuple[tuple[str, Location], ...] = (),
+        excerpt: str | None = None,
+        instead: str | None = None,
+    ) -> None:
+        self.problem = problem
+        self.at = at
+        self.also = also
+        self.excerpt = excerpt
+        self.instead = instead
+        super().__init__(problem)
+
+    def __str__(self) -> str:
+        blocks = [self.problem]
+        if self.at is not None:
+            blocks.append(_quoted("at", self.at))
+        blocks += [_quoted(role, location) for role, location in self.also]
+        if self.excerpt:
+            blocks.append("  graph:\n" + "\n".join("    " + line for line in self.excerpt.splitlines()))
+        if self.instead:
+            blocks.append("  instead: " + self.instead.replace("\n", "\n           "))
+        return "\n".join(blocks)
+
+
+def _quoted(role: str, location: Location) -> str:
+    text = location.text
+    return f"  {role} {location}" + (f"\n      {text}" if text else "")
+
+
+# --- opening and closing a trace ---------------------------------------------------------------------------------
+
+
+class NoTraceError(TracelensError):
+    """A site was used while no trace of its model was open."""
+
+
+class NestedTraceError(TracelensError):
+    """A trace was opened inside another trace of the same model."""
+
+
+class NothingSavedError(TracelensError):
+    """The block writes to the model but saves nothing, so it could have no visible effect."""
+
+
+class LostUpdateError(TracelensError):
+    """``h += v`` on a value read from a site was never handed back to that site."""
+
+
+class ForeignValueError(TracelensError):
+    """A value of another trace, not saved there, was used in this one."""
+
+
+class DuplicateNameError(TracelensError):
+    """Two saves of one trace were given the same name."""
+
+
+# --- naming a part of the model ----------------------------------------------------------------------------------
+
+
+class UnknownSiteError(TracelensError, AttributeError):
+    """There is no site of that name."""
+
+
+class AbsentSiteError(TracelensError, AttributeError):
+    """The site exists in the vocabulary, but this family of models does not have it."""
+
+
+class LayerRangeError(TracelensError, IndexError):
+    """The layer index is outside the model."""
+
+
+class UnknownParameterError(TracelensError, KeyError):
+    """The model has no parameter or buffer of that name."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the first argument
+        return TracelensError.__str__(self)
+
+
+class UnknownArchitectureError(TracelensError):
+    """There is no table for this family of models."""
+
+
+# --- using values ------------------------------------------------------------------------------------------------
+
+
+class ShapeError(TracelensError):
+    """The shapes do not fit."""
+
+
+class DtypeError(TracelensError, TypeError):
+    """The dtypes do not fit."""
+
+
+class StaleValueError(TracelensError):
+    """A value was used after a write through it, or written through after its site had been written."""
+
+
+class WriteTargetError(TracelensError):
+    """The thing assigned to is not a site, or a site that cannot be written."""
+
+
+class CausalityError(TracelensError):
+    """A value would have to travel backwards in the forward pass."""
+
+
+class ValueBranchError(TracelensError, TypeError):
+    """Python asked a value for a number or a truth that does not exist before the run."""
+
+
+class ValueAttributeError(TracelensError, AttributeError):
+    """Values have no such attribute."""
+
+
+class InPlaceError(TracelensError):
+    """An in-place operation met a value; activations are never changed in place."""
+
+
+class UnsupportedFunctionError(TracelensError, TypeError):
+    """The function is not one that a graph can hold."""
+
+
+class RandomFunctionError(TracelensError):
+    """A random function was applied to a value."""
+
+
+class DynamicShapeError(TracelensError):
+    """The shape of the result would depend on the data."""
+
+
+class LayerMappingError(TracelensError):
+    """Values that are mapped over different layers were combined."""
+
+
+# --- positions and sizes -----------------------------------------------------------------------------------------
+
+
+class PositionAxisError(TracelensError):
+    """A function indexes, reduces or mixes positions where the rows' positions do not line up."""
+
+
+class RaggedSelectionError(TracelensError):
+    """Rows select different numbers of tokens, so the result has no shape."""
+
+
+class TokenMatchError(TracelensError):
+    """A text selector matches no token span of a row, or more than one."""
+
+
+class SymbolicSizeError(TracelensError, TypeError):
+    """A size was needed as a number, but this recording has no prompt, so it is a symbol."""
+
+
+class SpecialisedGraphError(TracelensError):
+    """A compiled program was recorded for other sizes than those of this prompt."""
+
+
+# --- prompts -----------------------------------------------------------------------------------------------------
+
+
+class PromptError(TracelensError):
+    """The prompt is not something that can be run."""
+
+
+class EmptyPromptError(PromptError):
+    """The prompt has no tokens."""
+
+
+class PromptTooLongError(PromptError):
+    """The prompt has more tokens than the model has positions."""
+
+
+# --- results -----------------------------------------------------------------------------------------------------
+
+
+class UnsavedValueError(TracelensError):
+    """The value was not saved, so nothing of it is left."""
+
+
+class NotRunYetError(TracelensError):
+    """The value is asked for before the block has ended."""
+
+
+class FailedRunError(TracelensError):
+    """The run that should have produced the value failed."""
+
+
+class SaveInGenerationError(TracelensError):
+    """Saving inside ``model.generate`` is not possible yet."""
+
+
+# --- running -----------------------------------------------------------------------------------------------------
+
+
+class ConstantChangedError(TracelensError):
+    """A tensor captured by the graph was changed before the run."""
+
+
+class OpFailedError(TracelensError):
+    """An operation of the graph raised while the model ran."""
+
+
+class SiteMismatchError(TracelensError):
+    """The tensor that the model produced at a site is not what the site's table says."""
+
+
+class MutatedActivationError(TracelensError):
+    """The model changed a tensor in place after tracelens had read it."""
+
+
+class ModelClosedError(TracelensError):
+    """The model has no weights, so it cannot run."""
+
+
+# --- graphs as data ----------------------------------------------------------------------------------------------
+
+
+class VerificationError(TracelensError):
+    """The graph breaks a rule of the language."""
+
+
+class GraphSyntaxError(TracelensError):
+    """The text is not a graph."""
+
+
+class GraphFileError(TracelensError):
+    """The file is not an intact graph file."""
+
+
+class GraphVersionError(GraphFileError):
+    """The file was written in a newer major version of the format."""
+
+
+class ForbiddenFunctionError(GraphFileError):
+    """The file names a function that is not on the allow-list. It was not executed."""
+
+
+class UntrustedApplyError(GraphFileError):
+    """A graph with ``tl.apply`` runs Python code of its own; files hold it only on request."""
+
+
+# --- the embedded model ------------------------------------------------------------------------------------------
+
+
+class EmbeddedModelError(TracelensError):
+    """The embedded default model could not be fetched or unpacked."""

@@ -1,0 +1,190 @@
+"""The model's parts as one names them in a block: ``model.layers[3].resid_post``, ``model.layers[2:10]``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Protocol, cast, overload
+
+from tracelens.errors import LayerRangeError, NoTraceError, UnknownSiteError, WriteTargetError
+from tracelens.ir.sites import CANONICAL, GLOBAL_KINDS, KIND, LAYER_KINDS, Scope, Site, near
+from tracelens.location import here
+from tracelens.mapped import MappedValue, each_layer
+from tracelens.operand import Operand
+from tracelens.recorder import Anatomy, Recorder, open_recorder
+from tracelens.values import Value
+
+_LAYER_NAMES = frozenset(name for name, kind in CANONICAL.items() if KIND[kind].scope is Scope.LAYER)
+_GLOBAL_NAMES = frozenset(kind.name for kind in GLOBAL_KINDS)
+
+
+class Described(Anatomy, Protocol):
+    """An anatomy that can also say which sites it has."""
+
+    def has(self, site: Site) -> bool: ...
+
+
+def recorder_of(anatomy: Anatomy, what: str) -> Recorder:
+    """The open recording of the model; :class:`NoTraceError` outside a block."""
+    recorder = open_recorder(anatomy)
+    if recorder is None:
+        raise NoTraceError(
+            f"{what} was used outside a block, where there is nothing to read or change",
+            at=here(),
+            instead="with model.trace(prompt) as t: ...",
+        )
+    return recorder
+
+
+class LayerHandle:
+    """One layer of the model; its attributes are its sites."""
+
+    __slots__ = ("_anatomy", "_index")
+
+    def __init__(self, anatomy: Described, index: int) -> None:
+        object.__setattr__(self, "_anatomy", anatomy)
+        object.__setattr__(self, "_index", index)
+
+    def __getattr__(self, name: str) -> Value:
+        return Value.of_site(recorder_of(self._anatomy, f"model.layers[{self._index}].{name}"), self._site(name))
+
+    def __setattr__(self, name: str, new: Any) -> None:
+        site = self._site(name)
+        if isinstance(new, MappedValue):
+            raise WriteTargetError(
+                f"a value mapped over layers {new.layers} was assigned to one layer",
+                at=here(),
+                instead=f"model.layers[a:b].{name} = value, or value.stack() with an index",
+            )
+        recorder_of(self._anatomy, f"model.layers[{self._index}].{name}").write(site, new)
+
+    def _site(self, name: str) -> Site:
+        if name not in _LAYER_NAMES:
+            raise _unknown(name, f"model.layers[{self._index}]", tuple(_LAYER_NAMES))
+        return Site(CANONICAL[name], self._index)
+
+    def __dir__(self) -> list[str]:
+        return _present(self._anatomy, self._index)
+
+    def __repr__(self) -> str:
+        return f"model.layers[{self._index}]"
+
+
+class LayersSlice:
+    """Several layers; its sites are values mapped over them."""
+
+    __slots__ = ("_handles", "_layers")
+
+    def __init__(self, handles: tuple[LayerHandle, ...], layers: tuple[int, ...]) -> None:
+        object.__setattr__(self, "_handles", handles)
+        object.__setattr__(self, "_layers", layers)
+
+    def __getattr__(self, name: str) -> MappedValue:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        return MappedValue(self._layers, tuple(getattr(handle, name) for handle in self._handles))
+
+    def __setattr__(self, name: str, new: Any) -> None:
+        for handle, part in zip(self._handles, each_layer(new, self._layers), strict=True):
+            setattr(handle, name, part)
+
+    def __len__(self) -> int:
+        return len(self._layers)
+
+    def __iter__(self) -> Iterator[LayerHandle]:
+        return iter(self._handles)
+
+    def __dir__(self) -> list[str]:
+        return dir(self._handles[0])
+
+    def __repr__(self) -> str:
+        return f"model.layers[{list(self._layers)}]"
+
+
+class Layers:
+    """All layers of the model: ``model.layers[3]``, ``model.layers[-1]``, ``model.layers[2:10]``, ``model.layers[[0, 4]]``."""
+
+    __slots__ = ("_handles",)
+
+    def __init__(self, anatomy: Described) -> None:
+        self._handles = tuple(LayerHandle(anatomy, index) for index in range(anatomy.n_layers))
+
+    @overload
+    def __getitem__(self, key: int) -> LayerHandle: ...
+    @overload
+    def __getitem__(self, key: slice | Sequence[int]) -> LayersSlice: ...
+    def __getitem__(self, key: Any) -> LayerHandle | LayersSlice:
+        if isinstance(key, int):
+            return self._handles[self._checked(key)]
+        if isinstance(key, slice):
+            chosen = tuple(range(len(self._handles))[key])
+        elif isinstance(key, list | tuple | range):
+            chosen = tuple(self._checked(index) for index in cast("Sequence[int]", key))
+        else:
+            raise LayerRangeError(
+                f"layers cannot be chosen with {key!r}",
+                at=here(),
+                instead="model.layers[3], model.layers[2:10] or model.layers[[0, 4]]",
+            )
+        if not chosen:
+            raise LayerRangeError(f"model.layers[{key}] chooses no layer: the model has {len(self)} layers", at=here())
+        return LayersSlice(tuple(self._handles[index] for index in chosen), chosen)
+
+    def _checked(self, index: Any) -> int:
+        if isinstance(index, Operand) or not isinstance(index, int):
+            raise LayerRangeError(f"a layer is chosen with a number, not with {index!r}", at=here())
+        count = len(self._handles)
+        if not -count <= index < count:
+            raise LayerRangeError(
+                f"there is no layer {index}: the model has {count} layers, 0 to {count - 1}",
+                at=here(),
+                instead="model.layers[-1] is the last layer",
+            )
+        return index % count
+
+    def __len__(self) -> int:
+        return len(self._handles)
+
+    def __iter__(self) -> Iterator[LayerHandle]:
+        return iter(self._handles)
+
+    def __repr__(self) -> str:
+        return f"model.layers (0 to {len(self) - 1})"
+
+
+def _present(anatomy: Described, layer: int) -> list[str]:
+    """The names of the sites that this layer has, aliases included."""
+    names: list[str] = []
+    for kind in LAYER_KINDS:
+        if anatomy.has(Site(kind.name, layer)):
+            names += [kind.name, *kind.aliases]
+    return sorted(names)
+
+
+def global_site(name: str) -> Site | None:
+    """The global site of this name, if there is one."""
+    return Site(name) if name in _GLOBAL_NAMES else None
+
+
+def _unknown(name: str, owner: str, names: tuple[str, ...]) -> UnknownSiteError:
+    candidates = near(name, names)
+    elsewhere = "model." + name if name in _GLOBAL_NAMES else None
+    return UnknownSiteError(
+        f"{owner} has no site {name!r}",
+        at=here(),
+        instead=(
+            f"did you mean {elsewhere}?"
+            if elsewhere
+            else f"did you mean {', '.join(candidates)}?"
+            if candidates
+            else "model.sites() lists all sites"
+        ),
+    )
+
+
+def unknown_global(name: str, also: tuple[str, ...]) -> UnknownSiteError:
+    """The error for ``model.<name>`` where there is neither a site nor an attribute of that name."""
+    if name in _LAYER_NAMES:
+        return UnknownSiteError(
+            f"{name!r} is a site of a layer, not of the model", at=here(), instead=f"model.layers[i].{name}"
+        )
+    return _unknown(name, "the model", (*sorted(_GLOBAL_NAMES), *also))

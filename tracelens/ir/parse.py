@@ -1,0 +1,420 @@
+"""Reads the text form of a graph back: ``parse(text(graph)) == graph``."""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+
+from tracelens.errors import GraphSyntaxError
+from tracelens.ir import dims
+from tracelens.ir.graph import Graph, Pin
+from tracelens.ir.ops import (
+    Apply,
+    Arg,
+    Call,
+    Const,
+    Index,
+    IndexItem,
+    IndexPut,
+    Keep,
+    Op,
+    Param,
+    Read,
+    Ref,
+    Save,
+    Scalar,
+    Slice,
+    Special,
+    TokenAt,
+    TokenList,
+    TokenSlice,
+    TokenText,
+    Write,
+)
+from tracelens.ir.sites import Site, parse_site
+from tracelens.ir.types import DTYPE_BY_SHORT, DType, TensorType, parse_type
+
+_TOKEN = re.compile(
+    r"""\s*(?:
+      (?P<string>"(?:[^"\\]|\\.)*")
+    | (?P<value>%\d+)
+    | (?P<entry>\#\d+)
+    | (?P<sym><[^<>]*>)
+    | (?P<number>-?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+|inf\b|nan\b))
+    | (?P<word>[A-Za-z_][\w.]*)
+    | (?P<mark><-|\.\.\.|[()\[\]{},:=@])
+    )""",
+    re.VERBOSE,
+)
+
+
+class _Line:
+    """One line of text, read from left to right."""
+
+    def __init__(self, source: str, number: int) -> None:
+        self.source = source
+        self.number = number
+        self.tokens: list[str] = []
+        position = 0
+        stripped = source.rstrip()
+        while position < len(stripped):
+            match = None
+            if (arrow := re.compile(r"\s*<-").match(stripped, position)) is not None:
+                match = arrow
+            else:
+                match = _TOKEN.match(stripped, position)
+            if match is None:
+                raise self.error("unreadable text")
+            self.tokens.append(match.group().strip())
+            position = match.end()
+        self.position = 0
+
+    def error(self, problem: str) -> GraphSyntaxError:
+        return GraphSyntaxError(f"line {self.number} of the graph text: {problem}: {self.source.strip()!r}")
+
+    @property
+    def next(self) -> str:
+        return self.tokens[self.position] if self.position < len(self.tokens) else ""
+
+    def take(self, expected: str | None = None) -> str:
+        token = self.next
+        if not token or (expected is not None and token != expected):
+            raise self.error(f"expected {expected!r}, found {token!r}" if expected else "it ends too early")
+        self.position += 1
+        return token
+
+    def accept(self, token: str) -> bool:
+        if self.next == token:
+            self.position += 1
+            return True
+        return False
+
+    def integer(self) -> int:
+        token = self.take()
+        if not re.fullmatch(r"-?\d+", token):
+            raise self.error(f"expected an integer, found {token!r}")
+        return int(token)
+
+    def value(self) -> int:
+        token = self.take()
+        if not token.startswith("%"):
+            raise self.error(f"expected a value, found {token!r}")
+        return int(token[1:])
+
+    def entry(self) -> int:
+        token = self.take()
+        if not token.startswith("#"):
+            raise self.error(f"expected an entry, found {token!r}")
+        return int(token[1:])
+
+    def string(self) -> str:
+        token = self.take()
+        try:
+            found: object = json.loads(token)
+        except ValueError:
+            found = None
+        if not isinstance(found, str):
+            raise self.error(f"expected a quoted string, found {token!r}")
+        return found
+
+
+def parse(source: str) -> Graph:
+    """The graph that ``source`` describes; :class:`GraphSyntaxError` names the first line that is wrong."""
+    lines = [_Line(line, number) for number, line in enumerate(source.splitlines(), 1) if line.strip()]
+    if len(lines) < 2:
+        raise GraphSyntaxError("the text is not a graph: it has no lines between 'graph {' and '}'")
+    pins = _header(lines[0])
+    if lines[-1].tokens != ["}"]:
+        raise lines[-1].error("expected '}'")
+    return Graph(tuple(_op(line) for line in lines[1:-1]), pins)
+
+
+def _header(line: _Line) -> tuple[Pin, ...]:
+    line.take("graph")
+    pins: list[Pin] = []
+    while line.accept("pin"):
+        line.take("(")
+        symbol = line.take()
+        line.take("=")
+        size = line.integer()
+        line.take("by")
+        pins.append(Pin(symbol, size, line.integer()))
+        line.take(")")
+    line.take("{")
+    return tuple(pins)
+
+
+def _op(line: _Line) -> Op:
+    if line.next == "write":
+        line.take()
+        site, version = _versioned(line)
+        line.take("<-")
+        return _end(line, Write(site, version, _scalar_or_ref(line)))
+    if line.next == "save":
+        line.take()
+        return _end(line, _save(line))
+    outs = [line.value()]
+    while line.accept(","):
+        outs.append(line.value())
+    line.take("=")
+    head = line.take()
+    if head == "call":
+        function = line.take()
+        args, kwargs = _arguments(line)
+        return _end(line, Call(tuple(outs), _types(line), function, args, kwargs))
+    if head == "apply":
+        entry = line.entry()
+        args, kwargs = _arguments(line)
+        if kwargs:
+            raise line.error("apply has no keyword arguments")
+        return _end(line, Apply(tuple(outs), _types(line), entry, args))
+    if len(outs) != 1:
+        raise line.error(f"{head} has one result")
+    (out,) = outs
+    match head:
+        case "const":
+            entry = line.entry()
+            op: Op = Const(out, _type(line), entry)
+        case "param":
+            path = line.string()
+            op = Param(out, _type(line), path)
+        case "read":
+            site, version = _versioned(line)
+            op = Read(out, _type(line), site, version)
+        case "index":
+            base, index = line.value(), _index(line)
+            op = Index(out, _type(line), base, index)
+        case "put":
+            base, index = line.value(), _index(line)
+            line.take("<-")
+            value = _scalar_or_ref(line)
+            op = IndexPut(out, _type(line), base, index, value)
+        case _:
+            raise line.error(f"unknown operation {head!r}")
+    return _end(line, op)
+
+
+def _end(line: _Line, op: Op) -> Op:
+    if line.next:
+        raise line.error(f"unexpected {line.next!r}")
+    return op
+
+
+def _save(line: _Line) -> Save:
+    name = line.string()
+    line.take("<-")
+    stacked = line.accept("stack")
+    if stacked:
+        line.take("(")
+    values = [line.value()]
+    while line.accept(","):
+        values.append(line.value())
+    if stacked:
+        line.take(")")
+    keep, dtype, to = Keep.CPU, None, None
+    while line.next:
+        option = line.take()
+        line.take("=")
+        if option == "device":
+            line.take("keep")
+            keep = Keep.DEVICE
+        elif option == "dtype":
+            dtype = _dtype(line)
+        elif option == "to":
+            to = line.string()
+        else:
+            raise line.error(f"unknown option {option!r}")
+    return Save(name, tuple(values), stacked, keep, dtype, to)
+
+
+def _versioned(line: _Line) -> tuple[Site, int]:
+    word = line.take()
+    try:
+        site = parse_site(word)
+    except ValueError as error:
+        raise line.error(str(error)) from None
+    line.take("@")
+    return site, line.integer()
+
+
+def _type(line: _Line) -> TensorType:
+    return _types(line, single=True)[0]
+
+
+def _types(line: _Line, *, single: bool = False) -> tuple[TensorType, ...]:
+    """Types run to the end of the line; they are cut out of its source, where they are unambiguous."""
+    line.take(":")
+    line.position = len(line.tokens)
+    source = line.source.rpartition(" : ")[2].strip()
+    try:
+        found = tuple(parse_type(part) for part in re.split(r", ", source))
+    except ValueError as error:
+        raise line.error(str(error)) from None
+    if single and len(found) != 1:
+        raise line.error("expected one type")
+    return found
+
+
+def _dtype(line: _Line) -> DType:
+    word = line.take()
+    if word not in DTYPE_BY_SHORT:
+        raise line.error(f"unknown dtype {word!r}")
+    return DTYPE_BY_SHORT[word]
+
+
+def _arguments(line: _Line) -> tuple[tuple[Arg, ...], tuple[tuple[str, Arg], ...]]:
+    line.take("(")
+    args: list[Arg] = []
+    kwargs: list[tuple[str, Arg]] = []
+    while not line.accept(")"):
+        following = line.tokens[line.position + 1] if line.position + 1 < len(line.tokens) else ""
+        if following == "=":
+            name = line.take()
+            line.take("=")
+            kwargs.append((name, _arg(line)))
+        elif kwargs:
+            raise line.error("a positional argument follows a keyword")
+        else:
+            args.append(_arg(line))
+        if line.next != ")":
+            line.take(",")
+    return tuple(args), tuple(kwargs)
+
+
+def _arg(line: _Line) -> Arg:
+    token = line.next
+    if token == "(":
+        line.take()
+        parts: list[Arg] = []
+        while not line.accept(")"):
+            parts.append(_arg(line))
+            if line.next != ")":
+                line.take(",")
+        return tuple(parts)
+    if token.startswith("%"):
+        return Ref(line.value())
+    if token.startswith('"'):
+        return line.string()
+    if token.startswith("<"):
+        line.take()
+        try:
+            dim = dims.parse(token[1:-1])
+        except ValueError as error:
+            raise line.error(str(error)) from None
+        return dim
+    if token == "...":
+        line.take()
+        return ...
+    if token == "dtype":
+        line.take()
+        line.take("(")
+        dtype = _dtype(line)
+        line.take(")")
+        return dtype
+    if token == "slice":
+        line.take()
+        line.take("(")
+        parts = [_arg(line)]
+        for _ in range(2):
+            line.take(",")
+            parts.append(_arg(line))
+        line.take(")")
+        start, stop, step = (part if part is None or isinstance(part, int) else None for part in parts)
+        return Slice(start, stop, step)
+    if token == "None":
+        line.take()
+        return None
+    return _scalar(line)
+
+
+def _scalar_or_ref(line: _Line) -> Ref | Scalar:
+    return Ref(line.value()) if line.next.startswith("%") else _scalar(line)
+
+
+def _scalar(line: _Line) -> Scalar:
+    token = line.take()
+    if token == "complex":
+        line.take("(")
+        real = _float(line, line.take())
+        line.take(",")
+        imaginary = _float(line, line.take())
+        line.take(")")
+        return complex(real, imaginary)
+    if token in ("True", "False"):
+        return token == "True"
+    if re.fullmatch(r"-?\d+", token):
+        return int(token)
+    if token == Special.NEGATIVE_ZERO.value:
+        return Special.NEGATIVE_ZERO
+    return _float(line, token)
+
+
+def _float(line: _Line, token: str) -> float:
+    try:
+        found = float(token)
+    except ValueError:
+        raise line.error(f"unreadable argument {token!r}") from None
+    return math.nan if math.isnan(found) else found
+
+
+def _index(line: _Line) -> tuple[IndexItem, ...]:
+    line.take("[")
+    items: list[IndexItem] = []
+    while not line.accept("]"):
+        items.append(_item(line))
+        if line.next != "]":
+            line.take(",")
+    return tuple(items)
+
+
+def _item(line: _Line) -> IndexItem:
+    if line.accept("None"):
+        return None
+    if line.next.startswith("%"):
+        return Ref(line.value())
+    if line.accept("tok"):
+        line.take("(")
+        selector = _selector(line)
+        line.take(")")
+        return selector
+    found = _bounds(line)
+    return found if isinstance(found, int) else Slice(*found)
+
+
+def _selector(line: _Line) -> TokenAt | TokenSlice | TokenList | TokenText:
+    if line.next.startswith('"'):
+        text = line.string()
+        pick = line.integer() if line.accept(",") else None
+        return TokenText(text, pick, _width(line))
+    if line.accept("["):
+        indices: list[int] = []
+        while not line.accept("]"):
+            indices.append(line.integer())
+            if line.next != "]":
+                line.take(",")
+        return TokenList(tuple(indices))
+    found = _bounds(line)
+    return TokenAt(found) if isinstance(found, int) else TokenSlice(*found, _width(line))
+
+
+def _width(line: _Line) -> int | None:
+    if not line.accept("width"):
+        return None
+    line.take("=")
+    return line.integer()
+
+
+def _bounds(line: _Line) -> int | tuple[int | None, int | None, int | None]:
+    """``3`` or ``1:5:2``."""
+    parts: list[int | None] = [None]
+    while line.next not in ("]", ",", ")", "width", ""):
+        if line.accept(":"):
+            parts.append(None)
+        else:
+            parts[-1] = line.integer()
+    if len(parts) == 1 and parts[0] is not None:
+        return parts[0]
+    if len(parts) not in (2, 3):
+        raise line.error("unreadable index")
+    return (parts[0], parts[1], parts[2] if len(parts) == 3 else None)

@@ -1,0 +1,25 @@
+"""The passes that every graph goes through before it is planned, in order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from tracelens.ir.graph import Graph
+from tracelens.ir.passes.drop_dead import drop_dead
+from tracelens.ir.passes.fold_writes import fold_writes
+from tracelens.ir.passes.forward_order import forward_order
+from tracelens.ir.passes.share_values import share_values
+from tracelens.ir.verify import verify
+
+Pass = Callable[[Graph], Graph]
+
+PASSES: tuple[Pass, ...] = (share_values, fold_writes, drop_dead, forward_order)
+
+
+def improve(graph: Graph, *, verify_each: bool = False) -> Graph:
+    """``graph`` after all passes. With ``verify_each`` every intermediate graph is verified (as the tests do)."""
+    for step in PASSES:
+        graph = step(graph)
+        if verify_each:
+            verify(graph)
+    return graph

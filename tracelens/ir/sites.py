@@ -1,0 +1,163 @@
+"""The sites: every named tensor of a forward pass, in the order in which the forward pass reaches them.
+
+This is the vocabulary only. What a family of models calls the module that produces a site, and whether it has the
+site at all, is in ``tracelens/backends/architectures``.
+"""
+
+from __future__ import annotations
+
+import difflib
+from dataclasses import dataclass
+from enum import Enum
+from functools import lru_cache
+
+from tracelens.ir.dims import B, P, Sym
+
+
+class Effect(Enum):
+    """What a write to a site changes."""
+
+    STREAM = "stream"  # the residual stream: all later layers see it
+    BRANCH = "branch"  # one sublayer's input, inside or output; the stream changes only through that sublayer
+    OUTPUT = "output"  # after the last layer
+    NONE = "read-only"
+
+
+class Scope(Enum):
+    INPUT = "input"  # of the model, before the embedding
+    BEFORE = "before"  # before the first layer
+    LAYER = "layer"
+    AFTER = "after"  # after the last layer
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """One row of the vocabulary.
+
+    ``shape`` uses the size symbols and the model's own widths by name: ``D`` (d_model), ``M`` (neurons), ``V``
+    (vocabulary). ``level`` orders the rows; rows of one level cannot feed each other.
+    """
+
+    name: str
+    scope: Scope
+    level: int
+    shape: tuple[Sym | str, ...]
+    effect: Effect
+    meaning: str
+    aliases: tuple[str, ...] = ()
+
+
+_RESIDUAL: tuple[Sym | str, ...] = (B, P, "D")
+_NEURONS: tuple[Sym | str, ...] = (B, P, "M")
+_TOKENS: tuple[Sym | str, ...] = (B, P, "V")
+
+KINDS: tuple[Kind, ...] = (
+    Kind("token_mask", Scope.INPUT, 0, (B, P), Effect.NONE, "True at real tokens, False at padding"),
+    Kind("embed", Scope.BEFORE, 0, _RESIDUAL, Effect.STREAM, "what the token embedding returns"),
+    Kind("pos_embed", Scope.BEFORE, 1, _RESIDUAL, Effect.STREAM, "the learned position embedding"),
+    Kind("resid_pre", Scope.LAYER, 0, _RESIDUAL, Effect.STREAM, "the tensor entering the block"),
+    Kind(
+        "attn_norm",
+        Scope.LAYER,
+        1,
+        _RESIDUAL,
+        Effect.BRANCH,
+        "the output of the norm that attention reads",
+        ("pre_ln",),
+    ),
+    Kind("attn_in", Scope.LAYER, 2, _RESIDUAL, Effect.BRANCH, "what the attention module receives"),
+    Kind("attn_out", Scope.LAYER, 10, _RESIDUAL, Effect.BRANCH, "the output projection's result"),
+    Kind("attn_add", Scope.LAYER, 11, _RESIDUAL, Effect.BRANCH, "what attention really adds to the stream"),
+    Kind("resid_mid", Scope.LAYER, 12, _RESIDUAL, Effect.STREAM, "resid_pre + attn_add"),
+    Kind(
+        "mlp_norm",
+        Scope.LAYER,
+        13,
+        _RESIDUAL,
+        Effect.BRANCH,
+        "the output of the norm that the MLP reads",
+        ("post_ln",),
+    ),
+    Kind("mlp_in", Scope.LAYER, 14, _RESIDUAL, Effect.BRANCH, "what the MLP module receives"),
+    Kind("mlp_pre", Scope.LAYER, 15, _NEURONS, Effect.BRANCH, "the neurons before the activation function"),
+    Kind("mlp_up", Scope.LAYER, 15, _NEURONS, Effect.BRANCH, "the linear branch of a gated MLP"),
+    Kind("mlp_act", Scope.LAYER, 16, _NEURONS, Effect.BRANCH, "the neurons: the input of the down projection"),
+    Kind("mlp_out", Scope.LAYER, 17, _RESIDUAL, Effect.BRANCH, "the raw output of the MLP"),
+    Kind("mlp_add", Scope.LAYER, 18, _RESIDUAL, Effect.BRANCH, "what the MLP really adds to the stream"),
+    Kind("resid_post", Scope.LAYER, 19, _RESIDUAL, Effect.STREAM, "the tensor leaving the block"),
+    Kind("final_norm", Scope.AFTER, 0, _RESIDUAL, Effect.OUTPUT, "the output of the last norm: what the head reads"),
+    Kind("lm_head", Scope.AFTER, 1, _TOKENS, Effect.OUTPUT, "the raw unembedding"),
+    Kind("logits", Scope.AFTER, 2, _TOKENS, Effect.OUTPUT, "what the model returns"),
+)
+
+KIND: dict[str, Kind] = {kind.name: kind for kind in KINDS}
+CANONICAL: dict[str, str] = {alias: kind.name for kind in KINDS for alias in (kind.name, *kind.aliases)}
+LAYER_KINDS = tuple(kind for kind in KINDS if kind.scope is Scope.LAYER)
+GLOBAL_KINDS = tuple(kind for kind in KINDS if kind.scope in (Scope.BEFORE, Scope.AFTER))
+
+_SCOPE_RANK = {Scope.INPUT: 0, Scope.BEFORE: 1, Scope.LAYER: 2, Scope.AFTER: 3}
+
+Order = tuple[int, int, int, int]
+Sequence = tuple[int, int, int, int, int]
+BEFORE_ALL: Sequence = (-1, 0, 0, 0, 0)
+_ROW = {kind.name: row for row, kind in enumerate(KINDS)}
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """A named tensor of the forward pass: ``Site("resid_post", 3)``, ``Site("logits")``.
+
+    ``step`` is the generation step; ``None`` means every step (the only one, in a trace).
+    """
+
+    name: str
+    layer: int | None = None
+    step: int | None = None
+
+    def __str__(self) -> str:
+        where = self.name if self.layer is None else f"layers.{self.layer}.{self.name}"
+        return where if self.step is None else f"step.{self.step}.{where}"
+
+    @property
+    def kind(self) -> Kind:
+        return KIND[self.name]
+
+    @property
+    def order(self) -> Order:
+        """The site's place in the forward pass; sites with equal orders cannot feed each other."""
+        return _order(self)
+
+    @property
+    def sequence(self) -> Sequence:
+        """A total order that refines :attr:`order`: the row decides between sites of one level."""
+        return (*_order(self), _ROW[self.name])
+
+    def precedes(self, other: Site) -> bool:
+        """Is this site reached before ``other``, so that a value can travel from here to there?"""
+        return self.order < other.order
+
+
+@lru_cache(maxsize=65536)
+def _order(site: Site) -> Order:
+    kind = KIND[site.name]
+    return (site.step or 0, _SCOPE_RANK[kind.scope], -1 if site.layer is None else site.layer, kind.level)
+
+
+def parse_site(text: str) -> Site:
+    """The inverse of ``str(site)``; raises ``ValueError`` on anything else."""
+    parts = text.split(".")
+    step = layer = None
+    if parts[0] == "step" and len(parts) > 2:
+        step, parts = int(parts[1]), parts[2:]
+    if parts[0] == "layers" and len(parts) == 3:
+        layer, parts = int(parts[1]), parts[2:]
+    if len(parts) != 1 or parts[0] not in KIND:
+        raise ValueError(f"{text!r} is not a site")
+    if (KIND[parts[0]].scope is Scope.LAYER) != (layer is not None):
+        raise ValueError(f"{text!r} is not a site")
+    return Site(parts[0], layer, step)
+
+
+def near(name: str, candidates: tuple[str, ...]) -> tuple[str, ...]:
+    """The candidates that ``name`` is likely a misspelling of, best first."""
+    return tuple(difflib.get_close_matches(name, candidates, n=3, cutoff=0.6))

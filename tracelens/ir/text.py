@@ -1,0 +1,151 @@
+"""The text form of a graph: one line per operation, stable, and parsed back by :mod:`tracelens.ir.parse`.
+
+::
+
+    graph {
+      %0 = read layers.3.resid_post@0 : f32[B,P,576]
+      %1 = const #0 : f32[576]
+      %2 = call torch.add(%0, %1) : f32[B,P,576]
+      write layers.3.resid_post@1 <- %2
+      save "h" <- %2
+    }
+"""
+
+from __future__ import annotations
+
+import json
+from types import EllipsisType
+
+from tracelens.ir.dims import Sym
+from tracelens.ir.graph import Graph
+from tracelens.ir.ops import (
+    Apply,
+    Arg,
+    Call,
+    Const,
+    Index,
+    IndexItem,
+    IndexPut,
+    Keep,
+    Op,
+    Param,
+    Read,
+    Ref,
+    Save,
+    Slice,
+    Special,
+    TokenAt,
+    TokenList,
+    TokenSlice,
+    TokenText,
+    Write,
+)
+from tracelens.ir.types import DType, TensorType
+
+
+def text(graph: Graph) -> str:
+    """The whole graph."""
+    pins = "".join(f" pin({pin.symbol}={pin.size} by {pin.op})" for pin in graph.pins)
+    return "\n".join([f"graph{pins} {{", *("  " + op_text(op) for op in graph.ops), "}"])
+
+
+def op_text(op: Op) -> str:
+    """One operation."""
+    match op:
+        case Const():
+            return f"%{op.out} = const #{op.index} : {op.type}"
+        case Param():
+            return f"%{op.out} = param {_quote(op.path)} : {op.type}"
+        case Read():
+            return f"%{op.out} = read {op.site}@{op.version} : {op.type}"
+        case Call():
+            parts = [arg_text(arg) for arg in op.args] + [f"{name}={arg_text(arg)}" for name, arg in op.kwargs]
+            return f"{_outs(op.outs)} = call {op.function}({', '.join(parts)}) : {_types(op.types)}"
+        case Index():
+            return f"%{op.out} = index %{op.base}[{index_text(op.index)}] : {op.type}"
+        case IndexPut():
+            return f"%{op.out} = put %{op.base}[{index_text(op.index)}] <- {arg_text(op.value)} : {op.type}"
+        case Write():
+            return f"write {op.site}@{op.version} <- {arg_text(op.value)}"
+        case Save():
+            values = ", ".join(f"%{value}" for value in op.values)
+            options = " device=keep" if op.keep is Keep.DEVICE else ""
+            options += f" dtype={op.dtype.short}" if op.dtype else ""
+            options += f" to={_quote(op.to)}" if op.to is not None else ""
+            return f"save {_quote(op.name)} <- {f'stack({values})' if op.stacked else values}{options}"
+        case Apply():
+            return (
+                f"{_outs(op.outs)} = apply #{op.index}({', '.join(map(arg_text, op.args))}) : {_types(op.types)}"
+            )
+
+
+def arg_text(arg: Arg) -> str:
+    """One argument of an operation."""
+    match arg:
+        case Ref():
+            return f"%{arg.id}"
+        case bool() | None | int() | float():
+            return repr(arg)
+        case complex():
+            return f"complex({arg.real!r}, {arg.imag!r})"
+        case str():
+            return _quote(arg)
+        case DType():
+            return f"dtype({arg.short})"
+        case Special():
+            return arg.value
+        case EllipsisType():
+            return "..."
+        case Sym():
+            return f"<{arg}>"
+        case Slice():
+            return f"slice({arg.start}, {arg.stop}, {arg.step})"
+        case tuple():
+            return "(" + "".join(arg_text(part) + ", " for part in arg).rstrip(" ") + ")"
+
+
+def index_text(index: tuple[IndexItem, ...]) -> str:
+    """The entries of an index, as Python would write them."""
+    return ", ".join(_item_text(item) for item in index)
+
+
+def _item_text(item: IndexItem) -> str:
+    match item:
+        case None:
+            return "None"
+        case int():
+            return str(item)
+        case Ref():
+            return f"%{item.id}"
+        case Slice():
+            return _slice_text(item.start, item.stop, item.step)
+        case TokenAt():
+            return f"tok({item.index})"
+        case TokenSlice():
+            return f"tok({_slice_text(item.start, item.stop, item.step)}{_width(item.width)})"
+        case TokenList():
+            return f"tok([{', '.join(map(str, item.indices))}])"
+        case TokenText():
+            pick = "" if item.pick is None else f", {item.pick}"
+            return f"tok({_quote(item.text)}{pick}{_width(item.width)})"
+
+
+def _width(width: int | None) -> str:
+    return "" if width is None else f" width={width}"
+
+
+def _slice_text(start: int | None, stop: int | None, step: int | None) -> str:
+    parts = ["" if part is None else str(part) for part in (start, stop, step)]
+    return ":".join(parts if step is not None else parts[:2])
+
+
+def _quote(string: str) -> str:
+    return json.dumps(string)
+
+
+def _outs(outs: tuple[int, ...]) -> str:
+    return ", ".join(f"%{out}" for out in outs)
+
+
+def _types(types: tuple[TensorType, ...]) -> str:
+    return ", ".join(map(str, types))

@@ -1,0 +1,204 @@
+"""The law: what makes a graph valid, as a list of small named rules.
+
+The recorder never produces a graph that breaks one (a property test), passes are checked against them after each step in
+the tests, and graphs from files are checked before anything else is done with them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+from tracelens.errors import TracelensError, VerificationError
+from tracelens.ir.graph import Graph
+from tracelens.ir.infer import AbstractArg, infer_call, infer_index, infer_index_put
+from tracelens.ir.ops import Arg, Call, Const, Index, IndexPut, Op, Read, Ref, Save, Slice, TokenSelector, Write, operands, results
+from tracelens.ir.sites import KIND, Effect, Order, Scope, Site
+from tracelens.ir.types import TensorType
+
+Complaint = tuple[int, str]
+Rule = Callable[[Graph], Iterator[Complaint]]
+
+# Sizes for re-inferring types of a graph that is pinned in only some of its sizes: primes that no model width has.
+_ANY_SIZES = {"B": 1009, "P": 1013, "S": 1019}
+
+
+def values_are_assigned_once(graph: Graph) -> Iterator[Complaint]:
+    seen: set[int] = set()
+    for number, op in enumerate(graph.ops):
+        for value, _ in results(op):
+            if value in seen:
+                yield number, f"%{value} is assigned twice"
+            seen.add(value)
+
+
+def values_are_defined_before_use(graph: Graph) -> Iterator[Complaint]:
+    seen: set[int] = set()
+    for number, op in enumerate(graph.ops):
+        for value in operands(op):
+            if value not in seen:
+                yield number, f"%{value} is used before it is assigned"
+        seen.update(value for value, _ in results(op))
+
+
+def sites_exist(graph: Graph) -> Iterator[Complaint]:
+    for number, op in enumerate(graph.ops):
+        if isinstance(op, Read | Write):
+            kind = KIND.get(op.site.name)
+            if kind is None:
+                yield number, f"{op.site.name!r} is not a site"
+            elif (kind.scope is Scope.LAYER) != (op.site.layer is not None):
+                yield number, f"{op.site} has {'no' if op.site.layer is None else 'a'} layer"
+            elif op.site.layer is not None and op.site.layer < 0:
+                yield number, f"{op.site} counts its layer from the end"
+            elif isinstance(op, Write) and kind.effect is Effect.NONE:
+                yield number, f"{op.site} is read-only"
+
+
+def versions_count_the_writes(graph: Graph) -> Iterator[Complaint]:
+    """A read sees exactly the writes to its site that stand before it; writes are numbered as they stand."""
+    written: dict[Site, int] = {}
+    for number, op in enumerate(graph.ops):
+        if isinstance(op, Write):
+            written[op.site] = written.get(op.site, 0) + 1
+            if op.version != written[op.site]:
+                yield number, f"this is write {written[op.site]} to {op.site}, not {op.version}"
+        elif isinstance(op, Read) and op.version != written.get(op.site, 0):
+            yield number, f"{op.site} has {written.get(op.site, 0)} writes before this read of version {op.version}"
+
+
+def nothing_travels_backwards(graph: Graph) -> Iterator[Complaint]:
+    latest: dict[int, tuple[Order, frozenset[Site]]] = {}
+    for number, op in enumerate(graph.ops):
+        origin: tuple[Order, frozenset[Site]] | None = None
+        if isinstance(op, Read):
+            origin = (op.site.order, frozenset((op.site,)))
+        for value in operands(op):
+            other = latest.get(value)
+            if other is None:
+                continue
+            if origin is None or other[0] > origin[0]:
+                origin = other
+            elif other[0] == origin[0]:
+                origin = (origin[0], origin[1] | other[1])
+        if isinstance(op, Write) and origin is not None:
+            order, sites = origin
+            if not (order < op.site.order or sites == frozenset((op.site,))):
+                late = ", ".join(sorted(map(str, sites)))
+                yield number, f"{op.site} is written from {late}, which is not reached before it"
+        if origin is not None:
+            latest.update(dict.fromkeys((value for value, _ in results(op)), origin))
+
+
+def types_are_what_the_functions_give(graph: Graph) -> Iterator[Complaint]:
+    sizes = {**_ANY_SIZES, **{pin.symbol: pin.size for pin in graph.pins if pin.symbol in _ANY_SIZES}}
+    pinned = {pin.symbol for pin in graph.pins}
+    site_types: dict[Site, TensorType] = {op.site: op.type for op in graph.ops if isinstance(op, Read)}
+    for number, op in enumerate(graph.ops):
+        try:
+            inferred = _inferred(op, graph, sizes if pinned else None, site_types)
+        except TracelensError as error:
+            yield number, error.problem
+            continue
+        if inferred is None:
+            continue
+        types, pins = inferred
+        declared = tuple(type_ for _, type_ in results(op))
+        if not isinstance(op, Write) and types != declared:
+            yield number, f"it gives {_shown(types)}, not {_shown(declared)}"
+        if missing := pins - pinned:
+            yield number, f"it fits one size of {', '.join(sorted(missing))} only, and the graph is not pinned to it"
+
+
+def _inferred(
+    op: Op, graph: Graph, sizes: dict[str, int] | None, site_types: dict[Site, TensorType]
+) -> tuple[tuple[TensorType, ...], frozenset[str]] | None:
+    def abstract(arg: Arg) -> AbstractArg:
+        if isinstance(arg, Ref):
+            return graph.types[arg.id]
+        if isinstance(arg, tuple):
+            return tuple(abstract(part) for part in arg)
+        return arg
+
+    def index(items: tuple[int | Slice | None | Ref | TokenSelector, ...]) -> tuple[object, ...]:
+        return tuple(graph.types[item.id] if isinstance(item, Ref) else item for item in items)
+
+    match op:
+        case Call():
+            found = infer_call(
+                op.function,
+                tuple(abstract(arg) for arg in op.args),
+                tuple((name, abstract(arg)) for name, arg in op.kwargs),
+                sizes,
+            )
+        case Index():
+            found = infer_index(graph.types[op.base], index(op.index), sizes)  # pyright: ignore[reportArgumentType]  # refs became types
+        case IndexPut():
+            new = graph.types[op.value.id] if isinstance(op.value, Ref) else op.value
+            found = infer_index_put(graph.types[op.base], index(op.index), new, sizes)  # pyright: ignore[reportArgumentType]
+        case Write() if op.site in site_types:
+            new = graph.types[op.value.id] if isinstance(op.value, Ref) else op.value
+            found = infer_index_put(site_types[op.site], (), new, sizes)
+        case _:
+            return None
+    return found.types, found.pins
+
+
+def saves_are_named_apart(graph: Graph) -> Iterator[Complaint]:
+    seen: set[str] = set()
+    for number, op in enumerate(graph.ops):
+        if isinstance(op, Save):
+            if op.name in seen:
+                yield number, f"two saves are named {op.name!r}"
+            seen.add(op.name)
+            if not op.values or (len(op.values) > 1 and not op.stacked):
+                yield number, "a save that is not stacked holds one value"
+            elif len({graph.types[value] for value in op.values}) > 1:
+                yield number, "values of different types cannot be stacked"
+
+
+def constants_are_there(graph: Graph) -> Iterator[Complaint]:
+    for number, op in enumerate(graph.ops):
+        if not isinstance(op, Const):
+            continue
+        if op.index < 0 or (graph.constants and op.index >= len(graph.constants)):
+            yield number, f"there is no constant #{op.index}"
+        elif graph.constants and graph.constants[op.index].type != op.type:
+            yield number, f"constant #{op.index} is {graph.constants[op.index].type}, not {op.type}"
+
+
+def one_site_has_one_type(graph: Graph) -> Iterator[Complaint]:
+    types: dict[Site, TensorType] = {}
+    for number, op in enumerate(graph.ops):
+        if isinstance(op, Read) and types.setdefault(op.site, op.type) != op.type:
+            yield number, f"{op.site} is read as {op.type} and as {types[op.site]}"
+
+
+_STRUCTURE: tuple[Rule, ...] = (values_are_assigned_once, values_are_defined_before_use, sites_exist)
+_MEANING: tuple[Rule, ...] = (
+    versions_count_the_writes,
+    nothing_travels_backwards,
+    one_site_has_one_type,
+    types_are_what_the_functions_give,
+    saves_are_named_apart,
+    constants_are_there,
+)
+RULES: tuple[Rule, ...] = _STRUCTURE + _MEANING
+
+
+def complaints(graph: Graph) -> list[tuple[str, int, str]]:
+    """All that is wrong with ``graph``: (rule, operation, problem). The rules on meaning presume a sound structure."""
+    found = [(rule.__name__, number, problem) for rule in _STRUCTURE for number, problem in rule(graph)]
+    if not found:
+        found = [(rule.__name__, number, problem) for rule in _MEANING for number, problem in rule(graph)]
+    return found
+
+
+def verify(graph: Graph) -> None:
+    """Raises :class:`VerificationError` for the first operation that breaks a rule."""
+    for rule, number, problem in complaints(graph):
+        error = VerificationError(f"the graph is not valid ({rule.replace('_', ' ')}): {problem}")
+        raise graph.blame(error, number)
+
+
+def _shown(types: tuple[TensorType, ...]) -> str:
+    return ", ".join(map(str, types))

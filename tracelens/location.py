@@ -1,0 +1,61 @@
+"""Where in the user's code something was written: file, line and source text."""
+
+from __future__ import annotations
+
+import linecache
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from types import FrameType
+
+_PACKAGE = str(Path(__file__).resolve().parent) + "/"
+# A recorded line may run through torch or einops before it reaches us: those frames are not the user's either.
+_FOREIGN_PARTS = ("/site-packages/torch/", "/site-packages/einops/")
+_is_internal: dict[str, bool] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Location:
+    """One line of the user's code.
+
+    ``str(location)`` reads ``script.py:12``; :attr:`text` is the source line where it can still be had (files,
+    notebook cells, doctests), else an empty string.
+    """
+
+    filename: str
+    line: int
+    function: str = ""
+
+    def __str__(self) -> str:
+        return f"{self.filename}:{self.line}"
+
+    @property
+    def text(self) -> str:
+        return linecache.getline(self.filename, self.line).strip()
+
+    @property
+    def short(self) -> str:
+        """The file's own name and the line, for places with little room."""
+        return f"{Path(self.filename).name}:{self.line}"
+
+
+NOWHERE = Location("<unknown>", 0)
+
+
+def _internal(filename: str) -> bool:
+    known = _is_internal.get(filename)
+    if known is None:
+        known = filename.startswith(_PACKAGE) or any(part in filename for part in _FOREIGN_PARTS)
+        _is_internal[filename] = known
+    return known
+
+
+def here() -> Location:
+    """The innermost line on the stack that belongs to neither tracelens nor torch."""
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # the only cheap way to the caller
+    while frame is not None:
+        code = frame.f_code
+        if not _internal(code.co_filename):
+            return Location(code.co_filename, frame.f_lineno, code.co_name)
+        frame = frame.f_back
+    return NOWHERE

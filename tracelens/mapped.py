@@ -1,0 +1,304 @@
+"""Values that are mapped over several layers: one expression, recorded once per layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, cast
+
+import numpy as np
+import torch
+
+from tracelens.errors import LayerMappingError, ShapeError, ValueAttributeError, WriteTargetError
+from tracelens.ir.infer import dtype_of
+from tracelens.ir.types import TensorType
+from tracelens.location import here
+from tracelens.operand import apply_torch
+from tracelens.recorder import Recorder
+from tracelens.values import PerLayerOperand, Saved, Tokens, Value, keep_of
+
+
+class MappedValue(PerLayerOperand):
+    """One value per layer, written as one.
+
+    Shapes are those of a single layer: on ``model.layers[2:10].resid_post`` the index ``[:, -1]`` is the last token of
+    each layer. Two mapped values over the same layers pair up; anything else is used in every layer; ``.save()`` stacks
+    on a new first axis; ``.stack()`` gives that tensor as an ordinary value.
+    """
+
+    __slots__ = ("_layers", "_members", "_saved_handle")
+
+    def __init__(self, layers: tuple[int, ...], members: tuple[Any, ...]) -> None:
+        self._layers = layers
+        self._members = members
+        self._saved_handle: Saved | None = None
+
+    @property
+    def _recorder(self) -> Recorder:
+        return self._members[0]._recorder
+
+    @property
+    def layers(self) -> tuple[int, ...]:
+        """The layers, in the order of the members."""
+        return self._layers
+
+    @property
+    def shape(self) -> Any:
+        """The shape in one layer."""
+        if self._has_result():
+            return self._result().shape
+        return self._members[0].shape
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self._members[0].dtype
+
+    @property
+    def ndim(self) -> int:
+        return self._members[0].ndim
+
+    def dim(self) -> int:
+        return self.ndim
+
+    def size(self, dim: int | None = None) -> Any:
+        return self.shape if dim is None else self.shape[dim]
+
+    @property
+    def T(self) -> Any:  # noqa: N802  # torch's name
+        return self._each(lambda member: member.T)
+
+    @property
+    def mT(self) -> Any:  # noqa: N802  # torch's name
+        return self._each(lambda member: member.mT)
+
+    @property
+    def tok(self) -> MappedTokens:
+        """Addresses real tokens in every layer."""
+        return MappedTokens(self)
+
+    def __getitem__(self, key: Any) -> Any:
+        if self._has_result():
+            return self._result()[key]
+        return self._each_with(lambda member, part: member[part], key)
+
+    def __setitem__(self, key: Any, new: Any) -> None:
+        for position, member in enumerate(self._members):
+            member[_pick(key, self._layers, position)] = _pick(new, self._layers, position)
+
+    def stack(self) -> Value:
+        """All layers as one ordinary value with a new first axis: [L, ...]. It can be read, not written."""
+        return apply_torch(torch.stack, (list(self._members),), {})
+
+    def save(
+        self, name: str | None = None, *, device: str = "cpu", dtype: torch.dtype | None = None, to: str | None = None
+    ) -> Saved:
+        """Lets the values leave the run, stacked on a new first axis in the order of the layers."""
+        recorder = self._recorder
+        members = tuple(recorder.own(member) for member in self._members)
+        kinds = {recorder.types[member] for member in members}
+        if len(kinds) > 1:
+            shown = ", ".join(map(str, sorted(kinds, key=str)))
+            raise ShapeError(f"layers of different types cannot be stacked: {shown}", at=here())
+        saved = recorder.save(
+            members, name=name, stacked=True, keep=keep_of(device), dtype=dtype_of(dtype) if dtype else None, to=to
+        )
+        handle = Saved(recorder, members[0])
+        handle._saved_as = saved
+        self._saved_handle = self._saved_handle or handle
+        return handle
+
+    @property
+    def value(self) -> Any:
+        """The saved tensor, stacked."""
+        return self._result()
+
+    # --- the two kinds of operands -------------------------------------------------------------------------------
+
+    def _is_recording(self) -> bool:
+        return self._recorder.is_open
+
+    def _has_result(self) -> bool:
+        return not self._is_recording() and self._saved_handle is not None and self._saved_handle._has_result()
+
+    def _result(self) -> Any:
+        return (self._saved_handle or self._members[0])._result()
+
+    def _apply(self, name: str, args: Sequence[object], kwargs: Mapping[str, object] | None) -> Any:
+        layers = _common_layers([*args, *(kwargs or {}).values()])
+        results: list[Any] = []
+        for position in range(len(layers)):
+            plain = tuple(_pick(arg, layers, position) for arg in args)
+            named = {key: _pick(arg, layers, position) for key, arg in (kwargs or {}).items()}
+            results.append(self._members[0]._apply(name, plain, named))
+        return _collect(layers, results)
+
+    def _updated(self, result: Any) -> Any:
+        for member, new in zip(self._members, result._members, strict=True):
+            member._updated(new)
+        return result
+
+    def _each(self, function: Callable[[Any], Any]) -> Any:
+        return _collect(self._layers, [function(member) for member in self._members])
+
+    def _each_with(self, function: Callable[[Any, Any], Any], other: Any) -> Any:
+        return _collect(
+            self._layers,
+            [function(member, _pick(other, self._layers, i)) for i, member in enumerate(self._members)],
+        )
+
+    def __repr__(self) -> str:
+        if self._has_result():
+            return repr(self._result())
+        first = self._members[0]
+        kind: TensorType = first._type
+        return f"<mapped value over layers {_span(self._layers)}: {kind} in each>"
+
+    def __setattr__(self, name: str, new: Any) -> None:
+        if name not in MappedValue.__slots__:
+            raise ValueAttributeError(f"a mapped value has no attribute {name!r} to assign to", at=here())
+        object.__setattr__(self, name, new)
+
+
+class MappedTokens:
+    """``mapped.tok``: addresses real tokens in every layer."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: MappedValue) -> None:
+        self._value = value
+
+    def __getitem__(self, key: Any) -> Any:
+        return self._value._each(lambda member: Tokens(member)[key])
+
+    def __setitem__(self, key: Any, new: Any) -> None:
+        value = self._value
+        for position, member in enumerate(value._members):
+            Tokens(member)[key] = _pick(new, value._layers, position)
+
+
+class PerLayer:
+    """``tl.per_layer(V)``: row i of ``V`` belongs to the i-th of the mapped layers."""
+
+    __slots__ = ("rows",)
+
+    def __init__(self, rows: Any) -> None:
+        self.rows = torch.from_numpy(rows) if isinstance(rows, np.ndarray) else rows
+
+    def _refuse(self, *_: Any) -> NoReturn:
+        raise LayerMappingError(
+            "tl.per_layer(V) pairs with a mapped value, which must stand on the left",
+            at=here(),
+            instead="model.layers[2:10].resid_post + tl.per_layer(V)",
+        )
+
+    def _scaled(self, function: Callable[[Any], Any]) -> PerLayer:
+        return PerLayer(function(self.rows))
+
+    def __mul__(self, other: Any) -> Any:
+        return other.__rmul__(self) if isinstance(other, MappedValue) else self._scaled(lambda rows: rows * other)
+
+    __rmul__ = __mul__
+
+    def __truediv__(self, other: Any) -> Any:
+        return other.__rtruediv__(self) if isinstance(other, MappedValue) else self._scaled(lambda rows: rows / other)
+
+    def __add__(self, other: Any) -> Any:
+        return other.__radd__(self) if isinstance(other, MappedValue) else self._refuse()
+
+    def __sub__(self, other: Any) -> Any:
+        return other.__rsub__(self) if isinstance(other, MappedValue) else self._refuse()
+
+    def __neg__(self) -> PerLayer:
+        return self._scaled(lambda rows: -rows)
+
+    def __repr__(self) -> str:
+        return f"per_layer({self.rows!r})"
+
+
+def per_layer(rows: Any) -> PerLayer:
+    """Gives each of several layers its own row: ``model.layers[2:10].resid_post += tl.per_layer(V)``.
+
+    ``rows`` is a tensor, array or value whose first axis has one entry per layer, or a list of such entries.
+    """
+    return PerLayer(rows)
+
+
+def mapped_among(args: Sequence[object], kwargs: Mapping[str, object]) -> MappedValue | None:
+    """A mapped value among nested arguments."""
+    for arg in [*args, *kwargs.values()]:
+        if isinstance(arg, MappedValue):
+            return arg
+        if isinstance(arg, list | tuple):
+            found = mapped_among(cast("Sequence[object]", arg), {})
+            if found is not None:
+                return found
+    return None
+
+
+def _common_layers(args: Sequence[object]) -> tuple[int, ...]:
+    found: tuple[int, ...] | None = None
+    for arg in args:
+        if isinstance(arg, list | tuple):
+            parts = cast("Sequence[object]", arg)
+            layers = _common_layers(parts) if mapped_among(parts, {}) is not None else None
+        else:
+            layers = arg._layers if isinstance(arg, MappedValue) else None
+        if layers is None:
+            continue
+        if found is not None:
+            _same_layers(found, layers)
+        found = layers
+    assert found is not None
+    return found
+
+
+def _same_layers(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    if left != right:
+        raise LayerMappingError(
+            f"values mapped over layers {_span(left)} and {_span(right)} cannot be combined layer by layer",
+            at=here(),
+            instead="map both over the same layers, or use .stack() for one value over all layers",
+        )
+
+
+def _pick(arg: Any, layers: tuple[int, ...], position: int) -> Any:
+    """What ``arg`` is in the layer at ``position``."""
+    if isinstance(arg, MappedValue):
+        _same_layers(layers, arg._layers)
+        return arg._members[position]
+    if isinstance(arg, PerLayer):
+        count = len(arg.rows) if isinstance(arg.rows, list | tuple) else arg.rows.shape[0]
+        if count != len(layers):
+            raise LayerMappingError(
+                f"tl.per_layer was given {count} rows for {len(layers)} layers ({_span(layers)})", at=here()
+            )
+        return arg.rows[position]
+    if isinstance(arg, tuple):
+        return tuple(_pick(part, layers, position) for part in cast("tuple[Any, ...]", arg))
+    if isinstance(arg, list):
+        return [_pick(part, layers, position) for part in cast("list[Any]", arg)]
+    return arg
+
+
+def _collect(layers: tuple[int, ...], results: list[Any]) -> Any:
+    """One mapped value from the results per layer; results that are tuples give a tuple of mapped values."""
+    first = results[0]
+    if isinstance(first, Value):
+        return MappedValue(layers, tuple(results))
+    if isinstance(first, tuple):
+        columns = [MappedValue(layers, tuple(column)) for column in zip(*results, strict=True)]
+        kind: Any = type(cast(object, first))
+        return kind(*columns) if hasattr(kind, "_fields") else tuple(columns)
+    if any(result != first for result in results):
+        raise WriteTargetError("the layers disagree", at=here())
+    return first
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    if len(layers) > 2 and layers == tuple(range(layers[0], layers[0] + len(layers))):
+        return f"{layers[0]}..{layers[-1]}"
+    return "[" + ", ".join(map(str, layers)) + "]"
+
+
+def each_layer(new: Any, layers: tuple[int, ...]) -> list[Any]:
+    """What a mapped write of ``new`` writes in each of ``layers``."""
+    return [_pick(new, layers, position) for position in range(len(layers))]

@@ -1,0 +1,305 @@
+"""What one can write with a value: Python's operators, torch's functions and methods.
+
+:class:`Operand` is the common surface of a single value and of values mapped over layers; both say in ``_apply`` what
+an application of a function means for them.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NoReturn, cast
+
+import torch
+
+from tracelens.errors import (
+    DynamicShapeError,
+    InPlaceError,
+    RandomFunctionError,
+    TracelensError,
+    UnsupportedFunctionError,
+    ValueAttributeError,
+    ValueBranchError,
+)
+from tracelens.ir.infer import canonical_call, name_of, refusal_of
+from tracelens.ir.refused import Reason
+from tracelens.location import here
+from tracelens.ir.sites import near
+from tracelens.ir.functions import nearest
+
+_ERRORS: dict[Reason, type[TracelensError]] = {
+    Reason.IN_PLACE: InPlaceError,
+    Reason.RANDOM: RandomFunctionError,
+    Reason.DYNAMIC_SHAPE: DynamicShapeError,
+    Reason.HOST_READ: ValueBranchError,
+}
+
+
+def _binary(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, object], Any]:
+    def method(self: Operand, other: object) -> Any:
+        if self._is_recording():
+            return self._apply(name, (self, other), None)
+        return plain(self._result(), other)
+
+    return method
+
+
+def _reflected(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, object], Any]:
+    def method(self: Operand, other: object) -> Any:
+        if self._is_recording():
+            return self._apply(name, (other, self), None)
+        return plain(other, self._result())
+
+    return method
+
+
+def _in_place(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, object], Any]:
+    def method(self: Operand, other: object) -> Any:
+        if self._is_recording():
+            return self._updated(self._apply(name, (self, other), None))
+        return plain(self._result(), other)
+
+    return method
+
+
+def _unary(name: str, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    def method(self: Operand) -> Any:
+        if self._is_recording():
+            return self._apply(name, (self,), None)
+        return plain(self._result())
+
+    return method
+
+
+def refuse(function: object, name: str) -> NoReturn:
+    """Raises the named error for a function that a graph cannot hold."""
+    refusal = refusal_of(function)
+    if refusal is None:
+        candidates = nearest(name)
+        hint = f"did you mean {', '.join(candidates)}? " if candidates else ""
+        raise UnsupportedFunctionError(
+            f"{name} cannot be recorded in a graph",
+            at=here(),
+            instead=hint + "tl.apply(function, value, like=value) runs any Python function on the real tensors",
+        )
+    reason, problem, hint = refusal
+    raise _ERRORS.get(reason, UnsupportedFunctionError)(f"{name}: {problem}", at=here(), instead=hint)
+
+
+class Operand:
+    """Something that operators and torch functions can be applied to while recording."""
+
+    __slots__ = ("__weakref__",)
+
+    # Each of these is said by the two kinds of operands.
+
+    def _is_recording(self) -> bool:
+        raise TypeError("Operand is abstract")
+
+    def _result(self) -> Any:
+        """The tensor that came out of the run; raises a named error where there is none."""
+        raise TypeError("Operand is abstract")
+
+    def _apply(self, name: str, args: Sequence[object], kwargs: Mapping[str, object] | None) -> Any:
+        """Records a function of the catalogue."""
+        raise TypeError("Operand is abstract")
+
+    def _updated(self, result: Any) -> Any:
+        """``result`` came from an in-place operator on this operand."""
+        raise TypeError("Operand is abstract")
+
+    __add__ = _binary("torch.add", operator.add)
+    __sub__ = _binary("torch.sub", operator.sub)
+    __mul__ = _binary("torch.mul", operator.mul)
+    __truediv__ = _binary("torch.div", operator.truediv)
+    __floordiv__ = _binary("torch.floor_divide", operator.floordiv)
+    __mod__ = _binary("torch.remainder", operator.mod)
+    __pow__ = _binary("torch.pow", operator.pow)
+    __matmul__ = _binary("torch.matmul", operator.matmul)
+    __and__ = _binary("torch.bitwise_and", operator.and_)
+    __or__ = _binary("torch.bitwise_or", operator.or_)
+    __xor__ = _binary("torch.bitwise_xor", operator.xor)
+    __lshift__ = _binary("torch.bitwise_left_shift", operator.lshift)
+    __rshift__ = _binary("torch.bitwise_right_shift", operator.rshift)
+
+    __radd__ = _reflected("torch.add", operator.add)
+    __rmul__ = _reflected("torch.mul", operator.mul)
+    __rsub__ = _reflected("torch.sub", operator.sub)
+    __rtruediv__ = _reflected("torch.div", operator.truediv)
+    __rfloordiv__ = _reflected("torch.floor_divide", operator.floordiv)
+    __rmod__ = _reflected("torch.remainder", operator.mod)
+    __rpow__ = _reflected("torch.pow", operator.pow)
+    __rmatmul__ = _reflected("torch.matmul", operator.matmul)
+    __rand__ = _reflected("torch.bitwise_and", operator.and_)
+    __ror__ = _reflected("torch.bitwise_or", operator.or_)
+    __rxor__ = _reflected("torch.bitwise_xor", operator.xor)
+
+    __iadd__ = _in_place("torch.add", operator.add)
+    __isub__ = _in_place("torch.sub", operator.sub)
+    __imul__ = _in_place("torch.mul", operator.mul)
+    __itruediv__ = _in_place("torch.div", operator.truediv)
+    __ifloordiv__ = _in_place("torch.floor_divide", operator.floordiv)
+    __imod__ = _in_place("torch.remainder", operator.mod)
+    __ipow__ = _in_place("torch.pow", operator.pow)
+    __imatmul__ = _in_place("torch.matmul", operator.matmul)
+    __iand__ = _in_place("torch.bitwise_and", operator.and_)
+    __ior__ = _in_place("torch.bitwise_or", operator.or_)
+    __ixor__ = _in_place("torch.bitwise_xor", operator.xor)
+
+    __neg__ = _unary("torch.neg", operator.neg)
+    __pos__ = _unary("torch.positive", operator.pos)
+    __abs__ = _unary("torch.abs", operator.abs)
+    __invert__ = _unary("torch.bitwise_not", operator.invert)
+
+    # Comparisons of values are values; identity hashes keep operands usable in sets and as dict keys.
+    __eq__ = _binary("torch.eq", operator.eq)  # pyright: ignore[reportAssignmentType]  # torch's own meaning of ==
+    __ne__ = _binary("torch.ne", operator.ne)  # pyright: ignore[reportAssignmentType]
+    __lt__ = _binary("torch.lt", operator.lt)
+    __le__ = _binary("torch.le", operator.le)
+    __gt__ = _binary("torch.gt", operator.gt)
+    __ge__ = _binary("torch.ge", operator.ge)
+
+    def __hash__(self) -> int:
+        return id(self)
+
+    # numpy arrays must not swallow operands element by element: `array + value` comes to __radd__ whole.
+    __array_ufunc__ = None
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Any torch function with an operand among its arguments arrives here."""
+        return apply_torch(func, args, kwargs or {})
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name.startswith("_repr_") or name.startswith("_ipython_"):
+            raise AttributeError(name)
+        if not self._is_recording():
+            return getattr(self._result(), name)
+        method = getattr(torch.Tensor, name, None)
+        if name == "device":
+            raise ValueAttributeError(
+                "a value has no device: the plan decides where it lives",
+                at=here(),
+                instead="leave devices out: tensors that you use are moved to the value's device by the plan",
+            )
+        if method is None or not callable(method) or name_of(method) is None:
+            if method is not None:
+                refuse(method, f"Tensor.{name}")
+            candidates = near(name, tuple(key for key in dir(torch.Tensor) if not key.startswith("_")))
+            raise ValueAttributeError(
+                f"a value has no attribute {name!r}",
+                at=here(),
+                instead="did you mean " + ", ".join(candidates) + "?" if candidates else None,
+            )
+        return _Method(self, method)
+
+    # --- what Python would need to know now ---------------------------------------------------------------------
+
+    def _branch(self, what: str, instead: str) -> NoReturn:
+        raise ValueBranchError(f"{what} a value is not possible before the run", at=here(), instead=instead)
+
+    def __bool__(self) -> bool:
+        if not self._is_recording():
+            return bool(self._result())
+        self._branch("branching on", "tl.where(condition, a, b), or two traces with a Python `if` between them")
+
+    def __float__(self) -> float:
+        if not self._is_recording():
+            return float(self._result())
+        self._branch("float() of", "compute with the value itself; .save() it to see the number after the block")
+
+    def __int__(self) -> int:
+        if not self._is_recording():
+            return int(self._result())
+        self._branch("int() of", "compute with the value itself; .save() it to see the number after the block")
+
+    def __index__(self) -> int:
+        if not self._is_recording():
+            return operator.index(self._result())
+        self._branch("indexing with", "torch.gather or torch.index_select with the value as the index")
+
+    def __len__(self) -> int:
+        if not self._is_recording():
+            return len(self._result())
+        self._branch("len() of", "value.shape[0]")
+
+    def __iter__(self) -> Any:
+        if not self._is_recording():
+            return iter(self._result())
+        self._branch("iterating over", "value.unbind(0), or an index: value[0], value[1]")
+
+    def __contains__(self, item: object) -> bool:
+        if not self._is_recording():
+            return item in self._result()
+        self._branch("`in` on", "(value == item).any()")
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
+        if self._is_recording():
+            self._branch("numpy() of", "a torch function; .save() the value to use numpy after the block")
+        array = self._result().numpy()
+        return array if dtype is None else array.astype(dtype)
+
+    def __format__(self, spec: str) -> str:
+        if not self._is_recording() and self._has_result():
+            return format(self._result(), spec)
+        return repr(self)
+
+    def _has_result(self) -> bool:
+        raise TypeError("Operand is abstract")
+
+
+class _Method:
+    """A tensor method bound to an operand."""
+
+    __slots__ = ("method", "operand")
+
+    def __init__(self, operand: Operand, method: Callable[..., Any]) -> None:
+        self.operand = operand
+        self.method = method
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return apply_torch(self.method, (self.operand, *args), kwargs)
+
+
+def operands_in(args: Sequence[object], kwargs: Mapping[str, object]) -> list[Operand]:
+    """All operands among the arguments, nested ones too."""
+    found: list[Operand] = []
+    stack: list[object] = [*reversed(args), *kwargs.values()]
+    while stack:
+        arg = stack.pop()
+        if isinstance(arg, Operand):
+            found.append(arg)
+        elif isinstance(arg, list | tuple):
+            stack.extend(cast("Sequence[object]", arg))
+    return found
+
+
+def apply_torch(function: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+    """Records a torch function, or runs it at once if its operands are results of finished traces."""
+    operands = operands_in(args, kwargs)
+    recording = next((operand for operand in operands if operand._is_recording()), None)
+    if recording is None:
+        return function(*map(_finished, args), **{key: _finished(arg) for key, arg in kwargs.items()})
+    if name_of(function) is None:
+        refuse(function, _display_name(function))
+    try:
+        name, plain, named = canonical_call(function, tuple(args), dict(kwargs))
+    except TracelensError as error:
+        error.at = error.at or here()
+        raise
+    return recording._apply(name, plain, named)
+
+
+def _display_name(function: Callable[..., Any]) -> str:
+    name = torch.overrides.resolve_name(function)
+    return name or getattr(function, "__qualname__", repr(function))
+
+
+def _finished(arg: Any) -> Any:
+    if isinstance(arg, Operand):
+        return arg._result()
+    if isinstance(arg, list | tuple) and operands_in(arg, {}):
+        return type(arg)(_finished(part) for part in cast("Sequence[object]", arg))
+    return arg

@@ -1,0 +1,146 @@
+"""A plan: an improved graph with a place for each operation, and what is known of the run before it starts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from tracelens.ir.dims import Sizes
+from tracelens.ir.graph import Graph
+from tracelens.ir.ops import Call, Op, Read, Ref, Write
+from tracelens.ir.passes.forward_order import moments_of
+from tracelens.ir.passes.pipeline import improve
+from tracelens.ir.sites import BEFORE_ALL, Scope, Sequence, Site
+from tracelens.ir.types import TensorType
+from tracelens.placement import Placement
+
+
+@dataclass(frozen=True, slots=True)
+class Carry:
+    """How a write to a stream site inside a block reaches the block's output: ``target = site + contribution``.
+
+    The block computes its own sum from tensors that a hook cannot replace (:doc:`sites`), so the plan does the sum
+    again from the written value.
+    """
+
+    site: str
+    contribution: str
+    target: str
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What will run, where, and up to which site.
+
+    ``stop`` is the last site that anything needs: the forward pass is left right after it. ``None`` with
+    ``whole=True`` means that the pass runs to its end, ``None`` with ``whole=False`` that no layer runs at all.
+    """
+
+    graph: Graph
+    placement: Placement
+    stop: Site | None
+    whole: bool
+
+    @cached_property
+    def moments(self) -> tuple[Sequence, ...]:
+        return moments_of(self.graph)
+
+    def layers_run(self, n_layers: int) -> int:
+        """How many layers the forward pass enters."""
+        if self.whole:
+            return n_layers
+        if self.stop is None:
+            return 0
+        match self.stop.kind.scope:
+            case Scope.LAYER:
+                assert self.stop.layer is not None
+                return self.stop.layer + 1
+            case Scope.AFTER:
+                return n_layers
+            case Scope.BEFORE | Scope.INPUT:
+                return 0
+
+    def saved_types(self) -> Mapping[str, TensorType]:
+        """The type of each saved tensor, stacking and casting included."""
+        found: dict[str, TensorType] = {}
+        for save in self.graph.saves:
+            type_ = self.graph.types[save.values[0]]
+            shape = (len(save.values), *type_.shape) if save.stacked else type_.shape
+            found[save.name] = TensorType(save.dtype or type_.dtype, shape)
+        return found
+
+    def bytes_saved(self, sizes: Sizes) -> int:
+        """The size of all saves together."""
+        return sum(type_.nbytes(sizes) for type_ in self.saved_types().values())
+
+
+TypeOf = Callable[[Site], TensorType]
+
+
+def make_plan(
+    graph: Graph,
+    placement: Placement,
+    *,
+    carries: tuple[Carry, ...],
+    type_of: TypeOf,
+    generating: bool,
+    verify_each: bool = False,
+) -> Plan:
+    """Improves ``graph`` and decides where it runs and how far the forward pass has to go."""
+    improved = carry_stream_writes(
+        improve(graph, verify_each=verify_each), carries, type_of=type_of, to_the_end=generating
+    )
+    stop = _last_site(improved)
+    return Plan(improved, placement, None if generating else stop, whole=generating)
+
+
+def _last_site(graph: Graph) -> Site | None:
+    latest: Site | None = None
+    moment = BEFORE_ALL
+    for op in graph.ops:
+        if (
+            isinstance(op, Read | Write)
+            and op.site.kind.scope is not Scope.INPUT
+            and (latest is None or op.site.sequence > moment)
+        ):
+            latest, moment = op.site, op.site.sequence
+    return latest
+
+
+def carry_stream_writes(graph: Graph, carries: tuple[Carry, ...], *, type_of: TypeOf, to_the_end: bool) -> Graph:
+    """Adds, for every written stream site that needs it, the sum that carries the write to the block's output."""
+    for carry in carries:
+        layers = sorted({op.site.layer for op in graph.writes if op.site.name == carry.site and op.site.layer is not None})
+        for layer in layers:
+            graph = _carried(graph, carry, layer, type_of=type_of, to_the_end=to_the_end)
+    return graph
+
+
+def _carried(graph: Graph, carry: Carry, layer: int, *, type_of: TypeOf, to_the_end: bool) -> Graph:
+    site, contribution, target = (
+        Site(name, layer) for name in (carry.site, carry.contribution, carry.target)
+    )
+    moments = moments_of(graph)
+    after = [number for number, moment in enumerate(moments) if moment >= target.sequence]
+    if not after and not to_the_end:
+        return graph  # nothing looks at the stream after the write
+    cut = after[0] if after else len(graph.ops)
+    kind = type_of(site)
+    first = graph.next_value
+    extra: list[Op] = [
+        Read(first, kind, site, sum(op.site == site for op in graph.writes)),
+        Read(first + 1, kind, contribution, sum(op.site == contribution for op in graph.writes)),
+        Call((first + 2,), (kind,), "torch.add", (Ref(first), Ref(first + 1))),
+        Write(target, 1, Ref(first + 2)),
+    ]
+    later = [
+        replace(op, version=op.version + 1) if isinstance(op, Read | Write) and op.site == target else op
+        for op in graph.ops[cut:]
+    ]
+    cause = next(number for number, op in enumerate(graph.ops) if isinstance(op, Write) and op.site == site)
+    locations = graph.locations
+    if locations:
+        locations = (*locations[:cut], *[locations[cause]] * len(extra), *locations[cut:])
+    pins = tuple(replace(pin, op=pin.op + len(extra)) if pin.op >= cut else pin for pin in graph.pins)
+    return replace(graph, ops=(*graph.ops[:cut], *extra, *later), locations=locations, pins=pins)
