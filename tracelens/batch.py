@@ -131,7 +131,8 @@ def prepare(
     longest = max(lengths)
     if max_positions is not None and longest > max_positions:
         raise PromptTooLongError(
-            f"{_row(lengths.index(longest), len(lengths))} has {longest} tokens, and the model has {max_positions} positions",
+            f"{_row(lengths.index(longest), len(lengths))} has {longest} tokens, "
+            f"and the model has {max_positions} positions",
             instead="a shorter prompt: tracelens does not cut it for you",
         )
     if isinstance(ids, Tensor):
@@ -178,7 +179,11 @@ def _named(thing: object) -> str:
         return f"a {thing.dtype} tensor of shape {tuple(thing.shape)}"
     if isinstance(thing, np.ndarray):
         return f"a {thing.dtype} array of shape {thing.shape}"
-    return f"{thing!r}" if thing is None or isinstance(thing, bool | int | float) else f"a {type(thing).__name__}"
+    return (
+        f"{thing!r}"
+        if thing is None or isinstance(thing, bool | int | float)
+        else f"a {type(thing).__name__}"
+    )
 
 
 def _tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> Rows:
@@ -191,7 +196,9 @@ def _tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) 
     ids = _id_rows(encoded["input_ids"], "what the tokenizer gave")
     # Some tokenizers of people's own pad by themselves; padding is known by the mask alone.
     mask = encoded.get("attention_mask")
-    return ids if mask is None else _real_tokens(ids, _id_rows(mask, "the tokenizer's mask", boolean=True), None)
+    return (
+        ids if mask is None else _real_tokens(ids, _id_rows(mask, "the tokenizer's mask", boolean=True), None)
+    )
 
 
 def _from_mapping(prompt: Mapping[Any, Any]) -> tuple[Rows, Rows | None, Rows | None]:
@@ -261,7 +268,8 @@ def _integers(value: object, what: str, boolean: bool) -> Tensor:
         if boolean or value.dtype != torch.bool:
             return value.detach().to("cpu", torch.long)
     raise PromptError(
-        f"{what} is {_named(value)}, where {'zeros and ones' if boolean else 'token ids'} belong", instead=_ACCEPTED
+        f"{what} is {_named(value)}, where {'zeros and ones' if boolean else 'token ids'} belong",
+        instead=_ACCEPTED,
     )
 
 
@@ -290,6 +298,10 @@ def _integer(entry: object, what: str, boolean: bool) -> int:
 
 def _real_tokens(ids: Rows, mask: Rows, positions: Rows | None) -> Rows:
     """The rows without the padding that the mask tells of, wherever it stands."""
+    if isinstance(mask, Tensor) and bool((mask == 1).all()):
+        if positions is not None:
+            _check_positions(ids, positions)
+        return ids
     kept: list[Tensor] = []
     kept_positions: list[Tensor] = []
     for index, (row, real) in enumerate(zip(ids, mask, strict=True)):
@@ -327,7 +339,7 @@ def _padding(tokenizer: PreTrainedTokenizerBase | None, pad_id: int | None, voca
     """What stands under the mask. Any token does, but it must be one that the embedding has."""
     candidates = (pad_id, getattr(tokenizer, "pad_token_id", None), getattr(tokenizer, "eos_token_id", None))
     for candidate in candidates:
-        if isinstance(candidate, int) and 0 <= candidate and (vocab_size is None or candidate < vocab_size):
+        if isinstance(candidate, int) and candidate >= 0 and (vocab_size is None or candidate < vocab_size):
             return candidate
     return 0
 

@@ -1,8 +1,8 @@
 """What the tokens of a row spell, character by character, so that a text can be found in them.
 
-Tokens are cut out of text in ways of their own: a word carries the space before it, a character of several bytes may be
-spread over several tokens, a special token stands for text that nobody wrote. A :class:`Spelling` knows where each token
-begins and ends, and which of these places lie inside a character.
+Tokens are cut out of text in ways of their own: a word carries the space before it, a character of several bytes may
+be spread over several tokens, a special token stands for text that nobody wrote. A :class:`Spelling` knows where each
+token begins and ends, and which of these places lie inside a character.
 """
 
 from __future__ import annotations
@@ -113,7 +113,9 @@ def _spells(spelling: Spelling, text: str) -> bool:
         starts.append(starts[-1] + 1)
     while stops[-1] - 1 in spelling.special:
         stops.append(stops[-1] - 1)
-    places = [(spelling.cuts[start], spelling.cuts[stop]) for start in starts for stop in stops if start <= stop]
+    places = [
+        (spelling.cuts[start], spelling.cuts[stop]) for start in starts for stop in stops if start <= stop
+    ]
     return any(spelling.surface[begin // 2 : end // 2] == text for begin, end in places)
 
 
@@ -146,7 +148,9 @@ def _decoded(ids: list[int], decode: Callable[[list[int]], str], names: Mapping[
     """
     surface = ""
     cuts = [0]
-    anchor = start = 0  # ids[anchor:start] are spelt and give the next ones their left side; ids[start:] are open
+    anchor = start = (
+        0  # ids[anchor:start] are spelt and give the next ones their left side; ids[start:] are open
+    )
     for index, token in enumerate(ids):
         last = index + 1 == len(ids) or ids[index + 1] in names
         if token in names:
@@ -177,13 +181,13 @@ def _from_offsets(
     """Places by the offsets that a fast tokenizer gives; ``None`` if it gives none for these tokens."""
     if not getattr(tokenizer, "is_fast", False):
         return None
-    encoded: Mapping[str, Any] = tokenizer(
-        text, return_offsets_mapping=True, return_special_tokens_mask=True
-    )
+    encoded: Mapping[str, Any] = tokenizer(text, return_offsets_mapping=True, return_special_tokens_mask=True)
     if list(encoded["input_ids"]) != ids:
         return None
     offsets: list[tuple[int, int]] = [(begin, end) for begin, end in encoded["offset_mapping"]]
-    written = [not special for special in encoded["special_tokens_mask"]]  # special tokens of the template have no place
+    written = [
+        not special for special in encoded["special_tokens_mask"]
+    ]  # special tokens of the template have no place
     surface = ""
     cuts = [0]
     taken = 0  # how much of the text is in the surface
@@ -192,7 +196,9 @@ def _from_offsets(
             surface += names.get(ids[index], "")
             cuts.append(2 * len(surface))
             continue
-        following = next((offsets[later][0] for later in range(index + 1, len(ids)) if written[later]), len(text))
+        following = next(
+            (offsets[later][0] for later in range(index + 1, len(ids)) if written[later]), len(text)
+        )
         end = max(end, taken)
         shift = len(surface) - taken
         if following < end:
@@ -207,4 +213,5 @@ def _from_offsets(
         cuts.append(max(cut, cuts[-1]))
         surface += text[taken:end]
         taken = max(end, taken)
-    return Spelling(surface + text[taken:], tuple(cuts), frozenset(i for i, real in enumerate(written) if not real))
+    special = frozenset(index for index, token in enumerate(ids) if token in names or not written[index])
+    return Spelling(surface + text[taken:], tuple(cuts), special)
