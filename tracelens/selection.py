@@ -167,9 +167,13 @@ def _listed(indices: Sequence[int], batch: Batch, what: str) -> list[tuple[int, 
         if not outside:
             continue
         if len(outside) == len(batch.lengths):
+            counts = (
+                f"among its {batch.lengths[0]}"
+                if len(batch.lengths) == 1
+                else f"({_counts(batch.lengths, 'has')})"
+            )
             raise PositionAxisError(
-                f"{what} is outside the prompt: there is no token {index} "
-                f"({_counts(batch.lengths, 'has')}{' tokens' if len(batch.lengths) == 1 else ''})",
+                f"{what} is outside the prompt: there is no token {index} {counts}",
                 instead="an index that counts the real tokens, from 0, or from -1 at the end",
             )
         row = outside[0]
