@@ -31,7 +31,9 @@ class Captured:
     def check(self, at: Location | None) -> None:
         """Raises :class:`ConstantChangedError` if the tensor is no longer what was captured."""
         if self.source is not None:
-            changed = not np.array_equal(self.source, self.tensor.numpy(), equal_nan=self.source.dtype.kind in "fc")
+            changed = not np.array_equal(
+                self.source, self.tensor.numpy(), equal_nan=self.source.dtype.kind in "fc"
+            )
         else:
             changed = self.version is not None and self.tensor._version != self.version
         if changed:
@@ -60,7 +62,8 @@ def capture(value: torch.Tensor | np.ndarray | np.generic, name: str | None = No
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_quantized:
             raise DtypeError(
-                f"a {value.layout} tensor cannot be used in a trace", instead="use a dense tensor: x.to_dense()"
+                f"a {value.layout} tensor cannot be used in a trace",
+                instead="use a dense tensor: x.to_dense()",
             )
         kind = TensorType(dtype_of(value.dtype), tuple(value.shape))
         # Inference tensors keep no version; a copy is the only way to be sure of their numbers.
@@ -85,6 +88,8 @@ def capture(value: torch.Tensor | np.ndarray | np.generic, name: str | None = No
 def from_payload(data: bytes, kind: TensorType, name: str | None) -> Captured:
     """The inverse of :meth:`Captured.payload`."""
     shape = tuple(size for size in kind.shape if isinstance(size, int))
-    buffer = torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    buffer = (
+        torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)
+    )
     tensor = buffer.view(torch_dtype(kind.dtype)).reshape(shape)
     return Captured(tensor, kind, tensor._version, None, name)

@@ -45,7 +45,9 @@ class LayerHandle:
         object.__setattr__(self, "_index", index)
 
     def __getattr__(self, name: str) -> Value:
-        return Value.of_site(recorder_of(self._anatomy, f"model.layers[{self._index}].{name}"), self._site(name))
+        return Value.of_site(
+            recorder_of(self._anatomy, f"model.layers[{self._index}].{name}"), self._site(name)
+        )
 
     def __setattr__(self, name: str, new: Any) -> None:
         site = self._site(name)
@@ -126,7 +128,9 @@ class Layers:
                 instead="model.layers[3], model.layers[2:10] or model.layers[[0, 4]]",
             )
         if not chosen:
-            raise LayerRangeError(f"model.layers[{key}] chooses no layer: the model has {len(self)} layers", at=here())
+            raise LayerRangeError(
+                f"model.layers[{key}] chooses no layer: the model has {len(self)} layers", at=here()
+            )
         return LayersSlice(tuple(self._handles[index] for index in chosen), chosen)
 
     def _checked(self, index: Any) -> int:

@@ -63,11 +63,11 @@ class MappedValue(PerLayerOperand):
         return self.shape if dim is None else self.shape[dim]
 
     @property
-    def T(self) -> Any:  # noqa: N802  # torch's name
+    def T(self) -> Any:  # torch's name
         return self._each(lambda member: member.T)
 
     @property
-    def mT(self) -> Any:  # noqa: N802  # torch's name
+    def mT(self) -> Any:  # torch's name
         return self._each(lambda member: member.mT)
 
     @property
@@ -89,7 +89,12 @@ class MappedValue(PerLayerOperand):
         return apply_torch(torch.stack, (list(self._members),), {})
 
     def save(
-        self, name: str | None = None, *, device: str = "cpu", dtype: torch.dtype | None = None, to: str | None = None
+        self,
+        name: str | None = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        to: str | None = None,
     ) -> Saved:
         """Lets the values leave the run, stacked on a new first axis in the order of the layers."""
         recorder = self._recorder
@@ -99,7 +104,12 @@ class MappedValue(PerLayerOperand):
             shown = ", ".join(map(str, sorted(kinds, key=str)))
             raise ShapeError(f"layers of different types cannot be stacked: {shown}", at=here())
         saved = recorder.save(
-            members, name=name, stacked=True, keep=keep_of(device), dtype=dtype_of(dtype) if dtype else None, to=to
+            members,
+            name=name,
+            stacked=True,
+            keep=keep_of(device),
+            dtype=dtype_of(dtype) if dtype else None,
+            to=to,
         )
         handle = Saved(recorder, members[0])
         handle._saved_as = saved
@@ -117,7 +127,9 @@ class MappedValue(PerLayerOperand):
         return self._recorder.is_open
 
     def _has_result(self) -> bool:
-        return not self._is_recording() and self._saved_handle is not None and self._saved_handle._has_result()
+        return (
+            not self._is_recording() and self._saved_handle is not None and self._saved_handle._has_result()
+        )
 
     def _result(self) -> Any:
         return (self._saved_handle or self._members[0])._result()
@@ -194,12 +206,20 @@ class PerLayer:
         return PerLayer(function(self.rows))
 
     def __mul__(self, other: Any) -> Any:
-        return other.__rmul__(self) if isinstance(other, MappedValue) else self._scaled(lambda rows: rows * other)
+        return (
+            other.__rmul__(self)
+            if isinstance(other, MappedValue)
+            else self._scaled(lambda rows: rows * other)
+        )
 
     __rmul__ = __mul__
 
     def __truediv__(self, other: Any) -> Any:
-        return other.__rtruediv__(self) if isinstance(other, MappedValue) else self._scaled(lambda rows: rows / other)
+        return (
+            other.__rtruediv__(self)
+            if isinstance(other, MappedValue)
+            else self._scaled(lambda rows: rows / other)
+        )
 
     def __add__(self, other: Any) -> Any:
         return other.__radd__(self) if isinstance(other, MappedValue) else self._refuse()

@@ -21,11 +21,11 @@ from tracelens.errors import (
     ValueAttributeError,
     ValueBranchError,
 )
+from tracelens.ir.functions import nearest
 from tracelens.ir.infer import canonical_call, name_of, refusal_of
 from tracelens.ir.refused import Reason
-from tracelens.location import here
 from tracelens.ir.sites import near
-from tracelens.ir.functions import nearest
+from tracelens.location import here
 
 _ERRORS: dict[Reason, type[TracelensError]] = {
     Reason.IN_PLACE: InPlaceError,
@@ -80,7 +80,8 @@ def refuse(function: object, name: str) -> NoReturn:
         raise UnsupportedFunctionError(
             f"{name} cannot be recorded in a graph",
             at=here(),
-            instead=hint + "tl.apply(function, value, like=value) runs any Python function on the real tensors",
+            instead=hint
+            + "tl.apply(function, value, like=value) runs any Python function on the real tensors",
         )
     reason, problem, hint = refusal
     raise _ERRORS.get(reason, UnsupportedFunctionError)(f"{name}: {problem}", at=here(), instead=hint)
@@ -167,7 +168,11 @@ class Operand:
 
     @classmethod
     def __torch_function__(
-        cls, func: Callable[..., Any], types: object, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+        cls,
+        func: Callable[..., Any],
+        types: object,
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         """Any torch function with an operand among its arguments arrives here."""
         return apply_torch(func, args, kwargs or {})
@@ -203,17 +208,23 @@ class Operand:
     def __bool__(self) -> bool:
         if not self._is_recording():
             return bool(self._result())
-        self._branch("branching on", "tl.where(condition, a, b), or two traces with a Python `if` between them")
+        self._branch(
+            "branching on", "tl.where(condition, a, b), or two traces with a Python `if` between them"
+        )
 
     def __float__(self) -> float:
         if not self._is_recording():
             return float(self._result())
-        self._branch("float() of", "compute with the value itself; .save() it to see the number after the block")
+        self._branch(
+            "float() of", "compute with the value itself; .save() it to see the number after the block"
+        )
 
     def __int__(self) -> int:
         if not self._is_recording():
             return int(self._result())
-        self._branch("int() of", "compute with the value itself; .save() it to see the number after the block")
+        self._branch(
+            "int() of", "compute with the value itself; .save() it to see the number after the block"
+        )
 
     def __index__(self) -> int:
         if not self._is_recording():

@@ -108,10 +108,14 @@ def _last_site(graph: Graph) -> Site | None:
     return latest
 
 
-def carry_stream_writes(graph: Graph, carries: tuple[Carry, ...], *, type_of: TypeOf, to_the_end: bool) -> Graph:
+def carry_stream_writes(
+    graph: Graph, carries: tuple[Carry, ...], *, type_of: TypeOf, to_the_end: bool
+) -> Graph:
     """Adds, for every written stream site that needs it, the sum that carries the write to the block's output."""
     for carry in carries:
-        layers = sorted({op.site.layer for op in graph.writes if op.site.name == carry.site and op.site.layer is not None})
+        layers = sorted(
+            {op.site.layer for op in graph.writes if op.site.name == carry.site and op.site.layer is not None}
+        )
         for layer in layers:
             graph = _carried(graph, carry, layer, type_of=type_of, to_the_end=to_the_end)
     return graph

@@ -28,7 +28,14 @@ from tracelens.errors import (
 )
 from tracelens.ir.dims import Sizes
 from tracelens.ir.graph import Graph, Pin
-from tracelens.ir.infer import AbstractArg, Inferred, infer_call, infer_index, infer_index_put, static_argument
+from tracelens.ir.infer import (
+    AbstractArg,
+    Inferred,
+    infer_call,
+    infer_index,
+    infer_index_put,
+    static_argument,
+)
 from tracelens.ir.ops import (
     Apply,
     Arg,
@@ -102,7 +109,9 @@ class Origin:
 class Recorder:
     """One open recording."""
 
-    def __init__(self, anatomy: Anatomy, prompt: Prompted | None, *, generating: bool, opened: Location) -> None:
+    def __init__(
+        self, anatomy: Anatomy, prompt: Prompted | None, *, generating: bool, opened: Location
+    ) -> None:
         self.anatomy = anatomy
         self.prompt = prompt
         self.generating = generating
@@ -239,7 +248,9 @@ class Recorder:
         self._append(IndexPut(value, self.types[base], base, index, arg), location)
         return value
 
-    def apply(self, function: object, args: Sequence[object], types: tuple[TensorType, ...]) -> tuple[int, ...]:
+    def apply(
+        self, function: object, args: Sequence[object], types: tuple[TensorType, ...]
+    ) -> tuple[int, ...]:
         """The user's own Python on real tensors."""
         self.require_open()
         location = here()
@@ -283,7 +294,14 @@ class Recorder:
                 del self._pending[arg.id]
 
     def save(
-        self, values: tuple[int, ...], *, name: str | None, stacked: bool, keep: Keep, dtype: DType | None, to: str | None
+        self,
+        values: tuple[int, ...],
+        *,
+        name: str | None,
+        stacked: bool,
+        keep: Keep,
+        dtype: DType | None,
+        to: str | None,
     ) -> str:
         """Lets values leave the run; returns the name under which they do."""
         self.require_open()
@@ -339,7 +357,13 @@ class Recorder:
                 instead=f"to change the model:   {path} += v\nto compute a new value: h = h + v",
             )
         self.is_open = False
-        return Graph(tuple(self.ops), tuple(self.pins), tuple(self.constants), tuple(self.functions), tuple(self.locations))
+        return Graph(
+            tuple(self.ops),
+            tuple(self.pins),
+            tuple(self.constants),
+            tuple(self.functions),
+            tuple(self.locations),
+        )
 
     def require_open(self) -> None:
         if not self.is_open:
@@ -381,7 +405,8 @@ class Recorder:
         if isinstance(arg, Ref | bool | int | float | complex | Special):
             return arg
         raise WriteTargetError(
-            f"a {type(new).__name__} cannot be written to a site", instead="assign a value, a tensor or a number"
+            f"a {type(new).__name__} cannot be written to a site",
+            instead="assign a value, a tensor or a number",
         )
 
     def _abstract(self, arg: Arg) -> AbstractArg:

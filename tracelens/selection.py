@@ -173,7 +173,7 @@ def _listed(indices: Sequence[int], batch: Batch, what: str) -> list[tuple[int, 
                 else f"({_counts(batch.lengths, 'has')})"
             )
             raise PositionAxisError(
-                f"{what} is outside the prompt: there is no token {index} {counts}",
+                f"{what} is outside the prompt: there is no token {index}, {counts}",
                 instead="an index that counts the real tokens, from 0, or from -1 at the end",
             )
         row = outside[0]

@@ -25,7 +25,18 @@ from tracelens.errors import (
 )
 from tracelens.ir import dims
 from tracelens.ir.infer import dtype_of, torch_dtype
-from tracelens.ir.ops import WHOLE, IndexItem, Keep, Ref, Slice, TokenAt, TokenList, TokenSelector, TokenSlice, TokenText
+from tracelens.ir.ops import (
+    WHOLE,
+    IndexItem,
+    Keep,
+    Ref,
+    Slice,
+    TokenAt,
+    TokenList,
+    TokenSelector,
+    TokenSlice,
+    TokenText,
+)
 from tracelens.ir.sites import Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import here
@@ -91,7 +102,9 @@ class Symbol:
             instead="-1 in reshape and view, einops patterns, or model.record(prompt) to record for one size",
         )
 
-    __int__ = __index__ = __float__ = __bool__ = __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = __rsub__ = _refuse
+    __int__ = __index__ = __float__ = __bool__ = __add__ = __radd__ = __mul__ = __rmul__ = __sub__ = (
+        __rsub__
+    ) = _refuse
     __floordiv__ = __rfloordiv__ = __truediv__ = __rtruediv__ = __lt__ = __gt__ = __le__ = __ge__ = _refuse
 
     def __eq__(self, other: object) -> bool:
@@ -191,11 +204,11 @@ class Value(Operand):
         return self._type.dtype.is_floating
 
     @property
-    def T(self) -> Any:  # noqa: N802  # torch's name
+    def T(self) -> Any:  # torch's name
         return apply_torch(torch.t, (self,), {}) if self.ndim <= 2 else self.mT
 
     @property
-    def mT(self) -> Any:  # noqa: N802  # torch's name
+    def mT(self) -> Any:  # torch's name
         return apply_torch(torch.transpose, (self, -2, -1), {})
 
     @property
@@ -246,14 +259,18 @@ class Value(Operand):
 
     def _indexed(self, index: tuple[IndexItem, ...], *, by_token: bool = False) -> Value:
         value = Value(self._recorder, self._recorder.index(self._id, index, by_token=by_token))
-        if (self._site is not None or self._parent is not None) and not any(isinstance(item, Ref) for item in index):
+        if (self._site is not None or self._parent is not None) and not any(
+            isinstance(item, Ref) for item in index
+        ):
             value._parent, value._index = self, index
         return value
 
     def __setitem__(self, key: Any, new: Any) -> None:
         if not self._is_recording():
             raise WriteTargetError(
-                "a saved result cannot be changed through its handle", at=here(), instead="result = handle.value.clone()"
+                "a saved result cannot be changed through its handle",
+                at=here(),
+                instead="result = handle.value.clone()",
             )
         self._require_fresh()
         self._assign(self._index_of(key), new)
@@ -309,7 +326,9 @@ class Value(Operand):
         if item is None:
             return [None]
         if isinstance(item, bool | np.bool_):
-            raise DynamicShapeError("True and False cannot index a value", at=here(), instead="value[None] adds an axis")
+            raise DynamicShapeError(
+                "True and False cannot index a value", at=here(), instead="value[None] adds an axis"
+            )
         if isinstance(item, slice):
             return [Slice(*(_bound(part) for part in (item.start, item.stop, item.step)))]
         if isinstance(item, int | np.integer):
@@ -351,10 +370,20 @@ class Value(Operand):
         """
         self._require_fresh()
         saved = self._recorder.save(
-            (self._id,), name=name, stacked=False, keep=keep_of(device), dtype=dtype_of(dtype) if dtype else None, to=to
+            (self._id,),
+            name=name,
+            stacked=False,
+            keep=keep_of(device),
+            dtype=dtype_of(dtype) if dtype else None,
+            to=to,
         )
         handle = Saved(self._recorder, self._id)
-        handle._site, handle._version, handle._parent, handle._index = self._site, self._version, self._parent, self._index
+        handle._site, handle._version, handle._parent, handle._index = (
+            self._site,
+            self._version,
+            self._parent,
+            self._index,
+        )
         handle._saved_as = saved
         self._saved_as = self._saved_as or saved
         return handle
@@ -373,7 +402,9 @@ class Value(Operand):
             return recorder.saved_tensors[self._saved_as]()
         if recorder.is_open:
             raise NotRunYetError(
-                "the model has not run yet: values have numbers only after the block", at=here(), instead="read it after the block"
+                "the model has not run yet: values have numbers only after the block",
+                at=here(),
+                instead="read it after the block",
             )
         if recorder.failure is not None:
             raise FailedRunError(
@@ -390,7 +421,9 @@ class Value(Operand):
         from tracelens.ir.ops import results
 
         return next(
-            number for number, op in enumerate(self._recorder.ops) if any(out == self._id for out, _ in results(op))
+            number
+            for number, op in enumerate(self._recorder.ops)
+            if any(out == self._id for out, _ in results(op))
         )
 
     def __repr__(self) -> str:
@@ -425,7 +458,9 @@ def keep_of(device: str) -> Keep:
         return Keep(device)
     except ValueError:
         raise ValueAttributeError(
-            f"device={device!r} is not a place for a saved value", at=here(), instead='device="cpu" or device="keep"'
+            f"device={device!r} is not a place for a saved value",
+            at=here(),
+            instead='device="cpu" or device="keep"',
         ) from None
 
 
@@ -433,14 +468,19 @@ def _bound(part: Any) -> int | None:
     if part is None:
         return None
     if isinstance(part, Operand):
-        raise DynamicShapeError("a slice bound cannot be a value", at=here(), instead="torch.gather with an index value")
+        raise DynamicShapeError(
+            "a slice bound cannot be a value", at=here(), instead="torch.gather with an index value"
+        )
     return int(part)
 
 
 def _axes_used(item: Any) -> int:
     if item is None or isinstance(item, EllipsisType):
         return 0
-    if isinstance(item, torch.Tensor | np.ndarray) and str(item.dtype).rpartition(".")[2] in ("bool", "uint8"):
+    if isinstance(item, torch.Tensor | np.ndarray) and str(item.dtype).rpartition(".")[2] in (
+        "bool",
+        "uint8",
+    ):
         return item.ndim
     return 1
 
@@ -455,7 +495,9 @@ class Tokens:
 
     def __getitem__(self, key: Any) -> Any:
         if not self._value._is_recording():
-            raise NotRunYetError("tokens are addressed inside the block", at=here(), instead="value.tok[...].save()")
+            raise NotRunYetError(
+                "tokens are addressed inside the block", at=here(), instead="value.tok[...].save()"
+            )
         self._value._require_fresh()
         return self._value._indexed(self._index(key), by_token=True)
 

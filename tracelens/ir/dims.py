@@ -175,7 +175,9 @@ def symbols(dim: Dim) -> frozenset[str]:
 
 
 _TERM = re.compile(r"([+-]?)([^+-]+)")
-_SLICED = re.compile(r"len\((?P<of>[^()]*(?:\([^()]*\)[^()]*)*)\)\[(?P<start>-?\d*):(?P<stop>-?\d*)(?::(?P<step>-?\d*))?\]")
+_SLICED = re.compile(
+    r"len\((?P<of>[^()]*(?:\([^()]*\)[^()]*)*)\)\[(?P<start>-?\d*):(?P<stop>-?\d*)(?::(?P<step>-?\d*))?\]"
+)
 
 
 def parse(text: str) -> Dim:

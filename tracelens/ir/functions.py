@@ -141,7 +141,18 @@ _RESULTS: dict[str, tuple[str, ...]] = {
     **dict.fromkeys(
         [
             f"torch.{name}"
-            for name in ("cummax", "cummin", "kthvalue", "max", "median", "min", "mode", "nanmedian", "sort", "topk")
+            for name in (
+                "cummax",
+                "cummin",
+                "kthvalue",
+                "max",
+                "median",
+                "min",
+                "mode",
+                "nanmedian",
+                "sort",
+                "topk",
+            )
         ],
         _SORTED,
     ),

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from pathlib import Path
 from typing import Protocol
 
 from tracelens.errors import TracelensError
@@ -102,6 +103,46 @@ class Graph:
         for index in range(max(0, number - around), min(len(self.ops), number + around + 1)):
             lines.append(("--> " if index == number else "    ") + op_text(self.ops[index]))
         return "\n".join(lines)
+
+    def text(self) -> str:
+        """The graph's text form, one line per operation; :func:`tracelens.parse` reads it back."""
+        from tracelens.ir.text import text
+
+        return text(self)
+
+    def to_json(self, path: str | Path | None = None, *, trusted: bool = False) -> str:
+        """The graph as JSON text; with ``path`` also written there, its constants beside it as ``.safetensors``.
+
+        ``trusted=True`` is needed for graphs with ``tl.apply``, whose functions are written down by name.
+        """
+        from tracelens.ir import wire
+
+        if path is not None:
+            wire.write(self, path, trusted=trusted)
+        return wire.to_json(self, trusted=trusted)
+
+    @staticmethod
+    def from_json(source: str | Path, *, constants: bytes | None = None, trusted: bool = False) -> Graph:
+        """The graph in a file that :meth:`to_json` wrote, or in its JSON text (then ``constants`` holds its tensors)."""
+        from tracelens.ir import wire
+
+        if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):
+            return wire.from_json(source, constants, trusted=trusted)
+        return wire.read(source, trusted=trusted)
+
+    def constants_bytes(self) -> bytes:
+        """The captured tensors as a safetensors file, for :meth:`from_json` with JSON text."""
+        from tracelens.ir import wire
+
+        return wire.constants_bytes(self)
+
+    def __str__(self) -> str:
+        return self.text()
+
+    def _repr_html_(self) -> str:
+        from html import escape
+
+        return f"<pre>{escape(self.text())}</pre>"
 
     def blame(self, error: TracelensError, number: int) -> TracelensError:
         """``error`` with the line and the surroundings of operation ``number`` filled in."""

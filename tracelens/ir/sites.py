@@ -81,11 +81,20 @@ KINDS: tuple[Kind, ...] = (
     Kind("mlp_in", Scope.LAYER, 14, _RESIDUAL, Effect.BRANCH, "what the MLP module receives"),
     Kind("mlp_pre", Scope.LAYER, 15, _NEURONS, Effect.BRANCH, "the neurons before the activation function"),
     Kind("mlp_up", Scope.LAYER, 15, _NEURONS, Effect.BRANCH, "the linear branch of a gated MLP"),
-    Kind("mlp_act", Scope.LAYER, 16, _NEURONS, Effect.BRANCH, "the neurons: the input of the down projection"),
+    Kind(
+        "mlp_act", Scope.LAYER, 16, _NEURONS, Effect.BRANCH, "the neurons: the input of the down projection"
+    ),
     Kind("mlp_out", Scope.LAYER, 17, _RESIDUAL, Effect.BRANCH, "the raw output of the MLP"),
     Kind("mlp_add", Scope.LAYER, 18, _RESIDUAL, Effect.BRANCH, "what the MLP really adds to the stream"),
     Kind("resid_post", Scope.LAYER, 19, _RESIDUAL, Effect.STREAM, "the tensor leaving the block"),
-    Kind("final_norm", Scope.AFTER, 0, _RESIDUAL, Effect.OUTPUT, "the output of the last norm: what the head reads"),
+    Kind(
+        "final_norm",
+        Scope.AFTER,
+        0,
+        _RESIDUAL,
+        Effect.OUTPUT,
+        "the output of the last norm: what the head reads",
+    ),
     Kind("lm_head", Scope.AFTER, 1, _TOKENS, Effect.OUTPUT, "the raw unembedding"),
     Kind("logits", Scope.AFTER, 2, _TOKENS, Effect.OUTPUT, "what the model returns"),
 )

@@ -59,7 +59,9 @@ def op_text(op: Op) -> str:
         case Read():
             return f"%{op.out} = read {op.site}@{op.version} : {op.type}"
         case Call():
-            parts = [arg_text(arg) for arg in op.args] + [f"{name}={arg_text(arg)}" for name, arg in op.kwargs]
+            parts = [arg_text(arg) for arg in op.args] + [
+                f"{name}={arg_text(arg)}" for name, arg in op.kwargs
+            ]
             return f"{_outs(op.outs)} = call {op.function}({', '.join(parts)}) : {_types(op.types)}"
         case Index():
             return f"%{op.out} = index %{op.base}[{index_text(op.index)}] : {op.type}"
@@ -74,9 +76,7 @@ def op_text(op: Op) -> str:
             options += f" to={_quote(op.to)}" if op.to is not None else ""
             return f"save {_quote(op.name)} <- {f'stack({values})' if op.stacked else values}{options}"
         case Apply():
-            return (
-                f"{_outs(op.outs)} = apply #{op.index}({', '.join(map(arg_text, op.args))}) : {_types(op.types)}"
-            )
+            return f"{_outs(op.outs)} = apply #{op.index}({', '.join(map(arg_text, op.args))}) : {_types(op.types)}"
 
 
 def arg_text(arg: Arg) -> str:

@@ -125,4 +125,6 @@ def parse_type(text: str) -> TensorType:
         raise ValueError(f"{text!r} is not a type")
     inner = rest[:-1]
     # Slice lengths contain brackets but never commas, so that a comma always separates axes.
-    return TensorType(DTYPE_BY_SHORT[name], tuple(dims.parse(part) for part in inner.split(",")) if inner else ())
+    return TensorType(
+        DTYPE_BY_SHORT[name], tuple(dims.parse(part) for part in inner.split(",")) if inner else ()
+    )

@@ -10,16 +10,13 @@ from collections.abc import Callable, Iterator
 
 from tracelens.errors import TracelensError, VerificationError
 from tracelens.ir.graph import Graph
-from tracelens.ir.infer import AbstractArg, infer_call, infer_index, infer_index_put
-from tracelens.ir.ops import Arg, Call, Const, Index, IndexPut, Op, Read, Ref, Save, Slice, TokenSelector, Write, operands, results
+from tracelens.ir.ops import Const, Read, Save, Write, operands, results
+from tracelens.ir.retype import retype, site_types, sizes_of
 from tracelens.ir.sites import KIND, Effect, Order, Scope, Site
 from tracelens.ir.types import TensorType
 
 Complaint = tuple[int, str]
 Rule = Callable[[Graph], Iterator[Complaint]]
-
-# Sizes for re-inferring types of a graph that is pinned in only some of its sizes: primes that no model width has.
-_ANY_SIZES = {"B": 1009, "P": 1013, "S": 1019}
 
 
 def values_are_assigned_once(graph: Graph) -> Iterator[Complaint]:
@@ -63,7 +60,10 @@ def versions_count_the_writes(graph: Graph) -> Iterator[Complaint]:
             if op.version != written[op.site]:
                 yield number, f"this is write {written[op.site]} to {op.site}, not {op.version}"
         elif isinstance(op, Read) and op.version != written.get(op.site, 0):
-            yield number, f"{op.site} has {written.get(op.site, 0)} writes before this read of version {op.version}"
+            yield (
+                number,
+                f"{op.site} has {written.get(op.site, 0)} writes before this read of version {op.version}",
+            )
 
 
 def nothing_travels_backwards(graph: Graph) -> Iterator[Complaint]:
@@ -90,57 +90,24 @@ def nothing_travels_backwards(graph: Graph) -> Iterator[Complaint]:
 
 
 def types_are_what_the_functions_give(graph: Graph) -> Iterator[Complaint]:
-    sizes = {**_ANY_SIZES, **{pin.symbol: pin.size for pin in graph.pins if pin.symbol in _ANY_SIZES}}
+    sizes, sites = sizes_of(graph), site_types(graph)
     pinned = {pin.symbol for pin in graph.pins}
-    site_types: dict[Site, TensorType] = {op.site: op.type for op in graph.ops if isinstance(op, Read)}
     for number, op in enumerate(graph.ops):
         try:
-            inferred = _inferred(op, graph, sizes if pinned else None, site_types)
+            inferred = retype(op, graph.types, sizes, sites)
         except TracelensError as error:
             yield number, error.problem
             continue
         if inferred is None:
             continue
-        types, pins = inferred
         declared = tuple(type_ for _, type_ in results(op))
-        if not isinstance(op, Write) and types != declared:
-            yield number, f"it gives {_shown(types)}, not {_shown(declared)}"
-        if missing := pins - pinned:
-            yield number, f"it fits one size of {', '.join(sorted(missing))} only, and the graph is not pinned to it"
-
-
-def _inferred(
-    op: Op, graph: Graph, sizes: dict[str, int] | None, site_types: dict[Site, TensorType]
-) -> tuple[tuple[TensorType, ...], frozenset[str]] | None:
-    def abstract(arg: Arg) -> AbstractArg:
-        if isinstance(arg, Ref):
-            return graph.types[arg.id]
-        if isinstance(arg, tuple):
-            return tuple(abstract(part) for part in arg)
-        return arg
-
-    def index(items: tuple[int | Slice | None | Ref | TokenSelector, ...]) -> tuple[object, ...]:
-        return tuple(graph.types[item.id] if isinstance(item, Ref) else item for item in items)
-
-    match op:
-        case Call():
-            found = infer_call(
-                op.function,
-                tuple(abstract(arg) for arg in op.args),
-                tuple((name, abstract(arg)) for name, arg in op.kwargs),
-                sizes,
+        if not isinstance(op, Write) and inferred.types != declared:
+            yield number, f"it gives {_shown(inferred.types)}, not {_shown(declared)}"
+        if missing := inferred.pins - pinned:
+            yield (
+                number,
+                f"it fits one size of {', '.join(sorted(missing))} only, and the graph is not pinned to it",
             )
-        case Index():
-            found = infer_index(graph.types[op.base], index(op.index), sizes)  # pyright: ignore[reportArgumentType]  # refs became types
-        case IndexPut():
-            new = graph.types[op.value.id] if isinstance(op.value, Ref) else op.value
-            found = infer_index_put(graph.types[op.base], index(op.index), new, sizes)  # pyright: ignore[reportArgumentType]
-        case Write() if op.site in site_types:
-            new = graph.types[op.value.id] if isinstance(op.value, Ref) else op.value
-            found = infer_index_put(site_types[op.site], (), new, sizes)
-        case _:
-            return None
-    return found.types, found.pins
 
 
 def saves_are_named_apart(graph: Graph) -> Iterator[Complaint]:

@@ -28,5 +28,7 @@ GPT2 = Family(
     },
     {"mlp_up": "its MLP has no gate; use mlp_pre"},
     neurons="n_inner",
-    refusals={"add_cross_attention": "blocks with cross-attention add a third term to the stream, which has no site"},
+    refusals={
+        "add_cross_attention": "blocks with cross-attention add a third term to the stream, which has no site"
+    },
 )

@@ -23,7 +23,9 @@ _TAPS = {
     "logits": Tap("", Side.OUT, "logits"),
 }
 
-_ABSENT = {"pos_embed": "positions enter by rotation inside attention (RoPE), so there is no position embedding"}
+_ABSENT = {
+    "pos_embed": "positions enter by rotation inside attention (RoPE), so there is no position embedding"
+}
 
 LLAMA = Family("Llama", ("llama",), "model.layers.{}", _TAPS, _ABSENT)
 MISTRAL = Family("Mistral", ("mistral",), "model.layers.{}", _TAPS, _ABSENT)

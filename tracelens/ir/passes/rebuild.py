@@ -40,7 +40,11 @@ def substitute(op: Op, values: Mapping[int, int]) -> Op:
             new = Ref(values.get(op.value.id, op.value.id)) if isinstance(op.value, Ref) else op.value
             return replace(op, base=values.get(op.base, op.base), index=_items(op.index, values), value=new)
         case Write():
-            return replace(op, value=Ref(values.get(op.value.id, op.value.id))) if isinstance(op.value, Ref) else op
+            return (
+                replace(op, value=Ref(values.get(op.value.id, op.value.id)))
+                if isinstance(op.value, Ref)
+                else op
+            )
         case Save():
             return replace(op, values=tuple(values.get(value, value) for value in op.values))
         case _:

@@ -1,0 +1,63 @@
+"""tracelens: look inside and steer large language models.
+
+>>> import tracelens as tl
+>>> model = tl.load("smollm2-135m")                              # doctest: +SKIP
+>>> with model.trace("The capital of France is") as t:           # doctest: +SKIP
+...     model.layers[12].resid_post += 4.0 * v
+...     h = model.layers[20].resid_post[:, -1].save("h")
+>>> h.value.shape                                                # doctest: +SKIP
+torch.Size([1, 576])
+"""
+
+from importlib.metadata import PackageNotFoundError, version
+
+from tracelens import einops_backend as _einops_backend  # einops finds the backend once it is defined
+from tracelens import errors
+from tracelens.errors import TracelensError
+from tracelens.ir.graph import Graph
+from tracelens.ir.parse import parse
+from tracelens.ir.sites import Site
+from tracelens.ir.verify import verify
+from tracelens.language import apply, masked_mean, where
+from tracelens.loading import load, wrap
+from tracelens.mapped import MappedValue, per_layer
+from tracelens.model import Model
+from tracelens.results import Results, SavedTensor
+from tracelens.site_table import SiteRow, SiteTable
+from tracelens.tracing import Generation, Program, Record, Trace
+from tracelens.values import Saved, Value
+
+try:
+    __version__ = version("tracelens")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+del _einops_backend
+
+__all__ = [
+    "Generation",
+    "Graph",
+    "MappedValue",
+    "Model",
+    "Program",
+    "Record",
+    "Results",
+    "Saved",
+    "SavedTensor",
+    "Site",
+    "SiteRow",
+    "SiteTable",
+    "Trace",
+    "TracelensError",
+    "Value",
+    "__version__",
+    "apply",
+    "errors",
+    "load",
+    "masked_mean",
+    "parse",
+    "per_layer",
+    "verify",
+    "where",
+    "wrap",
+]

@@ -1,0 +1,168 @@
+"""A loaded model under its family's table: what type each site has, and which module shows it."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+from torch import nn
+
+from tracelens.backends.architectures import FAMILIES, FAMILY_OF
+from tracelens.backends.base import Family, Side, Tap
+from tracelens.errors import AbsentSiteError, UnknownArchitectureError, UnknownParameterError
+from tracelens.ir.infer import dtype_of
+from tracelens.ir.sites import KIND, KINDS, Scope, Site, near
+from tracelens.ir.types import DType, TensorType
+
+
+def family_of(config: Any) -> Family:
+    """The table for a model's configuration; :class:`UnknownArchitectureError` where there is none."""
+    kind = getattr(config, "model_type", None)
+    family = FAMILY_OF.get(kind) if isinstance(kind, str) else None
+    if family is None:
+        raise UnknownArchitectureError(
+            f"there is no site table for models of type {kind!r}",
+            instead="a model of one of these families: " + ", ".join(family.name for family in FAMILIES),
+        )
+    reason = family.refused(config)
+    if reason is not None:
+        raise UnknownArchitectureError(f"this {family.name} model cannot be served: {reason}")
+    return family
+
+
+class ModelAnatomy:
+    """The sites of one model, with types and hook points."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        config: Any = model.config
+        self.config = config
+        self.family = family_of(config)
+        self.n_layers: int = config.num_hidden_layers
+        neurons = getattr(config, self.family.neurons, None)
+        self.widths: dict[str, int] = {
+            "D": config.hidden_size,
+            "M": neurons if neurons is not None else 4 * config.hidden_size,
+            "V": config.vocab_size,
+        }
+        self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
+        self._modules: dict[str, nn.Module] = {}
+        self._types: dict[str, tuple[torch.dtype, TensorType]] = {}
+        self._paths: dict[int, tuple[weakref.ref[torch.Tensor], str | None]] = {}
+        self._check_layout()
+
+    def _check_layout(self) -> None:
+        for kind in KINDS:
+            tap = self.family.taps.get(kind.name)
+            if tap is None:
+                continue
+            path = self.module_path(tap, 0 if kind.scope is Scope.LAYER else None)
+            try:
+                self.module(path)
+            except AttributeError:
+                raise UnknownArchitectureError(
+                    f"this {type(self.model).__name__} has no module {path!r}, where the table of the {self.family.name} "
+                    f"family expects the site {kind.name!r}",
+                    instead="a model with a language-model head, as AutoModelForCausalLM loads it",
+                ) from None
+
+    # --- sites -------------------------------------------------------------------------------------------------
+
+    def absence(self, site: Site) -> str | None:
+        """Why the model lacks a site, or ``None`` if it has it."""
+        kind = KIND[site.name]
+        if kind.scope is Scope.INPUT or site.name in self.family.taps:
+            return None
+        return self.family.absent.get(site.name, f"the {self.family.name} table does not name it")
+
+    def has(self, site: Site) -> bool:
+        return self.absence(site) is None
+
+    def type_of(self, site: Site) -> TensorType:
+        reason = self.absence(site)
+        if reason is not None:
+            raise AbsentSiteError(
+                f"{self.family.name} models have no {site.name!r}: {reason}",
+                instead="model.sites() lists the sites that this model has",
+            )
+        dtype = self.dtype
+        known = self._types.get(site.name)
+        if known is not None and known[0] is dtype:
+            return known[1]
+        kind = KIND[site.name]
+        shape = tuple(self.widths[dim] if isinstance(dim, str) else dim for dim in kind.shape)
+        found = TensorType(DType.BOOL if kind.scope is Scope.INPUT else dtype_of(dtype), shape)
+        self._types[site.name] = (dtype, found)
+        return found
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
+        return self.module(self.family.taps["embed"].module).weight.dtype  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]  # an embedding has a weight
+
+    @property
+    def device(self) -> torch.device:
+        return self.module(self.family.taps["embed"].module).weight.device  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+
+    def tap(self, site: Site) -> tuple[nn.Module, Tap, str]:
+        """The module that shows a site, how it does, and the module's path."""
+        tap = self.family.taps[site.name]
+        path = self.module_path(tap, site.layer)
+        return self.module(path), tap, path
+
+    def module_path(self, tap: Tap, layer: int | None) -> str:
+        if layer is None:
+            return tap.module
+        prefix = self.family.layers.format(layer)
+        return f"{prefix}.{tap.module}" if tap.module else prefix
+
+    def module(self, path: str) -> nn.Module:
+        known = self._modules.get(path)
+        if known is None:
+            known = self._modules[path] = self.model.get_submodule(path)
+        return known
+
+    # --- parameters --------------------------------------------------------------------------------------------
+
+    @property
+    def unembedding(self) -> str:
+        """The path of the unembedding matrix [V, D]."""
+        return self.family.taps["lm_head"].module + ".weight"
+
+    def parameter(self, path: str) -> torch.Tensor:
+        """A parameter or buffer of the model, by its path."""
+        owner, _, name = path.rpartition(".")
+        try:
+            found = getattr(self.model.get_submodule(owner), name)
+        except AttributeError:
+            found = None
+        if not isinstance(found, torch.Tensor):
+            names = tuple(name for name, _ in self.model.named_parameters())
+            candidates = near(path, names)
+            raise UnknownParameterError(
+                f"the model has no parameter or buffer {path!r}",
+                instead="did you mean " + ", ".join(candidates) + "?" if candidates else None,
+            )
+        return found
+
+    def parameter_type(self, path: str) -> TensorType:
+        found = self.parameter(path)
+        return TensorType(dtype_of(found.dtype), tuple(found.shape))
+
+    def parameter_path(self, tensor: torch.Tensor) -> str | None:
+        known = self._paths.get(id(tensor))
+        if known is not None and known[0]() is tensor:
+            return known[1]
+        if isinstance(tensor, nn.Parameter) or not self._paths:
+            for path, own in (*self.model.named_parameters(), *self.model.named_buffers()):
+                self._paths[id(own)] = (weakref.ref(own), path)
+            known = self._paths.get(id(tensor))
+            if known is not None and known[0]() is tensor:
+                return known[1]
+            # Not ours: remember that, so that another module's weights are looked for only once.
+            self._paths[id(tensor)] = (weakref.ref(tensor), None)
+        return None
+
+
+__all__ = ["ModelAnatomy", "Side", "family_of"]

@@ -1,0 +1,56 @@
+"""Reads and writes the tokens that a selector chose, row by row."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from tracelens.selection import Selection
+
+
+def take_tokens(
+    tensor: torch.Tensor, selection: Selection, batch_axis: int | None, axis: int
+) -> torch.Tensor:
+    """The selected positions of ``axis``, where the axis was (or without it, for one token a row)."""
+    uniform = selection.uniform
+    if uniform is not None:
+        return tensor[(slice(None),) * axis + (uniform,)]
+    moved, back = _in_front(tensor, batch_axis, axis)
+    taken = moved[selection.rows.to(tensor.device), selection.cols.to(tensor.device)]
+    if selection.drops:
+        # [B, ...]: the batch axis returns to where it was, less one if the position axis stood before it.
+        assert batch_axis is not None
+        return taken.movedim(0, batch_axis - (axis < batch_axis))
+    return taken.movedim((0, 1), back)
+
+
+def put_tokens(
+    tensor: torch.Tensor, selection: Selection, batch_axis: int | None, axis: int, value: Any
+) -> None:
+    """Assigns to the selected positions of ``axis``, in place."""
+    uniform = selection.uniform
+    if uniform is not None:
+        tensor[(slice(None),) * axis + (uniform,)] = value
+        return
+    moved, back = _in_front(tensor, batch_axis, axis)
+    rows, columns = selection.rows.to(tensor.device), selection.cols.to(tensor.device)
+    if isinstance(value, torch.Tensor):
+        shape = list(tensor.shape)
+        if selection.drops:
+            del shape[axis]
+            assert batch_axis is not None
+            value = value.expand(shape).movedim(batch_axis - (axis < batch_axis), 0)
+        else:
+            shape[axis] = columns.shape[1]
+            value = value.expand(shape).movedim(back, (0, 1))
+        value = value.to(tensor.dtype)
+    moved[rows, columns] = value
+
+
+def _in_front(
+    tensor: torch.Tensor, batch_axis: int | None, axis: int
+) -> tuple[torch.Tensor, tuple[int, int]]:
+    if batch_axis is None:
+        raise ValueError("rows that select different positions need a batch axis")
+    return tensor.movedim((batch_axis, axis), (0, 1)), (batch_axis, axis)

@@ -1,0 +1,44 @@
+"""The only place where a tensor changes device."""
+
+from __future__ import annotations
+
+import weakref
+from typing import Any
+
+import torch
+
+from tracelens.constants import Captured
+
+
+class ConstantCache:
+    """The constants of graphs on one device: moved once, found again by identity and version."""
+
+    def __init__(self) -> None:
+        self._moved: dict[int, tuple[weakref.ref[torch.Tensor], int | None, torch.Tensor]] = {}
+
+    def place(self, constant: Captured, device: torch.device) -> torch.Tensor:
+        """The constant's tensor on ``device``; constants are moved, never cast."""
+        tensor = constant.tensor.detach()
+        if tensor.device == device:
+            return tensor
+        key = id(constant.tensor)
+        known = self._moved.get(key)
+        if known is not None and known[0]() is constant.tensor and known[1] == constant.version:
+            return known[2]
+        moved = tensor.to(device, non_blocking=True)
+        moved_cache = self._moved
+        reference = weakref.ref(constant.tensor, lambda _: moved_cache.pop(key, None))
+        self._moved[key] = (reference, constant.version, moved)
+        return moved
+
+
+def leave(tensor: torch.Tensor, *, to_cpu: bool) -> torch.Tensor:
+    """A saved tensor on its way out of the run."""
+    return tensor.to("cpu") if to_cpu else tensor
+
+
+def inputs_on(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
+    """The model's inputs on its device."""
+    return {
+        name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
+    }

@@ -1,0 +1,317 @@
+"""Compiles recorded graphs for a model, and runs them."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Hashable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, cast
+
+import torch
+
+from tracelens.backends.anatomy import ModelAnatomy
+from tracelens.backends.execute import State
+from tracelens.backends.local import LocalCode, Run, prepare, require_weights
+from tracelens.backends.transfer import ConstantCache, inputs_on, leave
+from tracelens.constants import Captured, from_payload
+from tracelens.errors import (
+    LayerRangeError,
+    MutatedActivationError,
+    PositionAxisError,
+    SpecialisedGraphError,
+    TracelensError,
+    VerificationError,
+)
+from tracelens.ir.graph import Graph
+from tracelens.ir.ops import Const, Index, IndexPut, Keep, Param, Read, Ref, Save, Write
+from tracelens.ir.retype import mixing_operations
+from tracelens.ir.text import op_text
+from tracelens.ir.types import TensorType
+from tracelens.ir.verify import verify
+from tracelens.location import Location
+from tracelens.placement import Placement
+from tracelens.plan import Plan, make_plan
+from tracelens.program import Program, lower
+from tracelens.prompted import Prompt
+from tracelens.recorder import PADS
+from tracelens.results import Results, SavedTensor, describe
+from tracelens.selection import Selection
+
+_KEPT_PROGRAMS = 256
+_OPERATION = "<operation>"
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """A graph made ready for one model: its plan, its programs, and their code. It holds no tensors."""
+
+    plan: Plan
+    programs: tuple[Program, ...]
+    code: LocalCode
+    saves: tuple[Save, ...]
+
+
+class Compiler:
+    """Compiles graphs for one model; graphs of the same structure are compiled once."""
+
+    def __init__(self, anatomy: ModelAnatomy) -> None:
+        self.anatomy = anatomy
+        self.constants = ConstantCache()
+        self._known: OrderedDict[Hashable, Compiled] = OrderedDict()
+
+    def compile(self, graph: Graph, *, generating: bool) -> Compiled:
+        """The programs for a graph; verified when they are made, and then kept by the graph's structure."""
+        anatomy = self.anatomy
+        key = (graph.ops, generating, anatomy.dtype, anatomy.device)
+        known = self._known.get(key)
+        if known is not None:
+            self._known.move_to_end(key)
+            return known
+        verify(graph)
+        self._check_sites(graph)
+        # Lines differ between recordings of one structure: the compiled graph names operations, and the recording that
+        # runs turns these into its own lines.
+        numbered = replace(
+            graph,
+            locations=tuple(Location(_OPERATION, number + 1) for number in range(len(graph.ops))),
+            constants=(),
+            functions=(),
+        )
+        plan = make_plan(
+            numbered,
+            Placement.single(str(anatomy.device), anatomy.n_layers),
+            carries=anatomy.family.carries,
+            type_of=anatomy.type_of,
+            generating=generating,
+        )
+        programs = lower(plan)
+        compiled = Compiled(plan, programs, prepare(programs[0], plan.graph, anatomy), graph.saves)
+        self._known[key] = compiled
+        while len(self._known) > _KEPT_PROGRAMS:
+            self._known.popitem(last=False)
+        return compiled
+
+    def _check_sites(self, graph: Graph) -> None:
+        """A graph from elsewhere may name layers, sites or types that this model does not have."""
+        for number, op in enumerate(graph.ops):
+            try:
+                if isinstance(op, Read | Write):
+                    if op.site.layer is not None and op.site.layer >= self.anatomy.n_layers:
+                        raise LayerRangeError(
+                            f"the graph names {op.site}; the model has {self.anatomy.n_layers} layers"
+                        )
+                    own = self.anatomy.type_of(op.site)
+                    if isinstance(op, Read) and op.type != own:
+                        raise VerificationError(
+                            f"{op.site} is {own} in this model; the graph was recorded for {op.type}"
+                        )
+                elif isinstance(op, Param):
+                    own = self.anatomy.parameter_type(op.path)
+                    if op.type != own:
+                        raise VerificationError(
+                            f"{op.path!r} is {own} in this model; the graph has {op.type}"
+                        )
+            except TracelensError as error:
+                raise graph.blame(error, number) from None
+
+    # --- running -------------------------------------------------------------------------------------------------
+
+    def state(self, graph: Graph, compiled: Compiled, select: Callable[[Any], Selection]) -> State:
+        """A fresh run state, with the constants checked and in place."""
+        used = {op.index for op in compiled.plan.graph.ops if isinstance(op, Const)}
+        device = self.anatomy.device
+        tensors: list[Any] = []
+        for index, constant in enumerate(cast("tuple[Captured, ...]", graph.constants)):
+            if index not in used:
+                tensors.append(None)
+                continue
+            try:
+                constant.check(None)
+            except TracelensError as error:
+                raise graph.blame(error, _capturing(graph, index)) from None
+            tensors.append(self.constants.place(constant, device))
+        return State(compiled.code.count, tuple(tensors), graph.functions, self._parameter, select)
+
+    def _parameter(self, path: str) -> torch.Tensor:
+        return self.anatomy.parameter(path).detach()
+
+    def run(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> dict[str, Callable[[], Any]]:
+        """One forward pass over ``prompt``; gives the saved tensors by name."""
+        require_weights(self.anatomy)
+        check_fits(graph, prompt)
+        state = self.state(graph, compiled, prompt.select)
+        run = Run(self.anatomy.model, compiled.code, state)
+        device = self.anatomy.device
+        state.current = prompt.batch.mask.to(device)
+        try:
+            if compiled.plan.stop is None:
+                run.before_only(prompt.sizes)
+            else:
+                inputs = inputs_on(prompt.batch.model_inputs(), device)
+                model: Any = self.anatomy.model
+
+                def forward() -> None:
+                    run.begin(prompt.sizes)
+                    model(**inputs, use_cache=False)
+
+                run.execute(forward, each_forward=None)
+            return finished(compiled, state, prompt, graph)
+        except TracelensError as error:
+            raise relocate(error, graph) from error.__cause__
+
+
+def owning(graph: Graph) -> Graph:
+    """The graph with constants of its own: copies of captured tensors, tensors made of those from files."""
+    constants: list[Captured] = []
+    for index, constant in enumerate(graph.constants):
+        if not isinstance(constant, Captured):
+            constants.append(from_payload(constant.payload(), constant.type, constant.name))
+            continue
+        try:
+            constant.check(None)
+        except TracelensError as error:
+            raise graph.blame(error, _capturing(graph, index)) from None
+        constants.append(constant.owned())
+    return replace(graph, constants=tuple(constants))
+
+
+def _capturing(graph: Graph, index: int) -> int:
+    """The operation that captured constant number ``index``."""
+    return next(number for number, op in enumerate(graph.ops) if isinstance(op, Const) and op.index == index)
+
+
+def relocate(error: TracelensError, graph: Graph) -> TracelensError:
+    """The error with the line of the recording that is running, in place of the operation's number."""
+    if error.at is not None and error.at.filename == _OPERATION:
+        error.at = graph.location(error.at.line - 1)
+    return error
+
+
+def check_fits(graph: Graph, prompt: Prompt) -> None:
+    """Refuses a prompt of other sizes than the graph is right for."""
+    for pin in graph.pins:
+        size = prompt.lengths_digest if pin.symbol == PADS else prompt.sizes[pin.symbol]
+        if size == pin.size:
+            continue
+        if pin.symbol == PADS:
+            problem = "the graph addresses tokens by a mask that was made for prompts of other lengths"
+        else:
+            what = {"B": "rows", "P": "positions"}.get(pin.symbol, pin.symbol)
+            problem = f"the graph was recorded for {pin.size} {what}, and this prompt has {size}"
+        raise graph.blame(
+            SpecialisedGraphError(
+                problem, instead="record again for this prompt, or record without using the size as a number"
+            ),
+            max(pin.op, 0),
+        )
+    if prompt.ragged:
+        pads_pinned = any(pin.symbol == PADS for pin in graph.pins)
+        for number in mixing_operations(graph):
+            op = graph.ops[number]
+            by_mask = (
+                pads_pinned
+                and isinstance(op, Index | IndexPut)
+                and all(isinstance(i, Ref) for i in op.index[:2])
+            )
+            if not by_mask:
+                raise graph.blame(
+                    PositionAxisError(
+                        "the rows of this prompt differ in length, and an operation of the graph indexes, reduces or "
+                        f"mixes positions: {op_text(op)}",
+                        instead="prompts of one length, .tok[...] or tl.masked_mean",
+                    ),
+                    number,
+                )
+
+
+def finished(compiled: Compiled, state: State, prompt: Prompt, graph: Graph) -> dict[str, Callable[[], Any]]:
+    """The saved tensors, detached, compact and where they were asked to be; every one has its own memory."""
+    taken: set[int] = set()
+    found: dict[str, Callable[[], Any]] = {}
+    for save in compiled.saves:
+        members = state.saved[save.name]
+        if any(
+            member._version != seen for member, seen in zip(members, state.versions[save.name], strict=True)
+        ):
+            raise MutatedActivationError(
+                f"the model changed the tensor saved as {save.name!r} in place after it had been read"
+            )
+        tensor = torch.stack(members) if save.stacked else members[0]
+        tensor = tensor.detach()
+        if save.dtype is not None:
+            from tracelens.ir.infer import torch_dtype
+
+            tensor = tensor.to(torch_dtype(save.dtype))
+        tensor = leave(tensor, to_cpu=save.keep is Keep.CPU)
+        type_ = graph.types[save.values[0]]
+        if prompt.ragged and type_.position_axes:
+            value: Any = _per_prompt(tensor, type_, prompt, stacked=save.stacked)
+        else:
+            value = _own(tensor, taken, model_memory=None)
+        found[save.name] = _kept(value)
+    _write_files(compiled.saves, found)
+    return found
+
+
+def _kept(value: Any) -> Callable[[], Any]:
+    return lambda: value
+
+
+def _own(tensor: torch.Tensor, taken: set[int], model_memory: None) -> torch.Tensor:
+    """``tensor`` itself if it fills memory of its own, else a compact copy."""
+    storage = tensor.untyped_storage()
+    whole = storage.nbytes() == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
+    if not whole or storage.data_ptr() in taken:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        storage = tensor.untyped_storage()
+    taken.add(storage.data_ptr())
+    return tensor
+
+
+def _per_prompt(
+    tensor: torch.Tensor, type_: TensorType, prompt: Prompt, *, stacked: bool
+) -> list[torch.Tensor]:
+    from tracelens.selection import unpadded
+
+    shift = 1 if stacked else 0
+    batch_axis = type_.batch_axis
+    assert batch_axis is not None  # the recorder refuses positions without rows where rows differ
+    return unpadded(
+        tensor, prompt.batch, batch_axis + shift, tuple(axis + shift for axis in type_.position_axes)
+    )
+
+
+def _write_files(saves: tuple[Save, ...], found: dict[str, Callable[[], Any]]) -> None:
+    """Moves the saves that name a file there; their handles read them back on demand."""
+    from safetensors.torch import load_file, save_file
+
+    files: dict[str, dict[str, Any]] = {}
+    for save in saves:
+        if save.to is not None:
+            files.setdefault(save.to, {})[save.name] = found[save.name]()
+    for path, tensors in files.items():
+        flat: dict[str, torch.Tensor] = {}
+        for name, value in tensors.items():
+            flat |= (
+                {name: value}
+                if isinstance(value, torch.Tensor)
+                else {f"{name}.{i}": v for i, v in enumerate(value)}
+            )
+        save_file({key: value.contiguous() for key, value in flat.items()}, path)
+        for name, value in tensors.items():
+            keys = [name] if isinstance(value, torch.Tensor) else [f"{name}.{i}" for i in range(len(value))]
+            whole = isinstance(value, torch.Tensor)
+
+            def read(path: str = path, keys: list[str] = keys, whole: bool = whole) -> Any:
+                stored = load_file(path)
+                return stored[keys[0]] if whole else [stored[key] for key in keys]
+
+            found[name] = read
+
+
+def results_of(graph: Graph, tensors: Mapping[str, Callable[[], Any]]) -> Results:
+    """The results of a run of ``graph``."""
+    entries: dict[str, SavedTensor] = {}
+    for save in graph.saves:
+        entries[save.name] = describe(graph, save, tensors[save.name])
+    return Results(entries)

@@ -1,0 +1,211 @@
+"""Indexing: basic, by integer tensors with torch's rules, and by real tokens."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tracelens.errors import DtypeError, DynamicShapeError, ShapeError, SymbolicSizeError
+from tracelens.ir import dims
+from tracelens.ir.abstract import (
+    Inferred,
+    Misfit,
+    Sizing,
+    broadcast,
+    carries,
+    has_positions,
+    merge,
+    rows_differ,
+)
+from tracelens.ir.dims import Dim
+from tracelens.ir.ops import Scalar, Slice, TokenAt, TokenList, TokenSelector, TokenSlice, TokenText
+from tracelens.ir.types import DType, TensorType
+
+AbstractIndex = tuple[int | Slice | None | TensorType | TokenSelector, ...]
+
+
+@dataclass(slots=True)
+class _Axis:
+    """One axis of the result so far; ``by``: the index tensor that stands here instead."""
+
+    dim: Dim
+    by: TensorType | None = None
+
+
+def index_text(index: AbstractIndex) -> str:
+    """The index as the user wrote it, for messages."""
+    parts: list[str] = []
+    for item in index:
+        if isinstance(item, Slice):
+            bounds = ["" if part is None else str(part) for part in (item.start, item.stop, item.step)]
+            parts.append(":".join(bounds if item.step is not None else bounds[:2]))
+        else:
+            parts.append(str(item))
+    return f"[{', '.join(parts)}]"
+
+
+def _fail(base: TensorType, index: AbstractIndex, problem: str, instead: str | None = None) -> ShapeError:
+    return ShapeError(f"{base}{index_text(index)}: {problem}", instead=instead)
+
+
+def _axes(sizing: Sizing, base: TensorType, index: AbstractIndex) -> tuple[list[_Axis], bool, bool]:
+    """The axes after everything but the index tensors; whether positions are indexed, and whether rows are."""
+    taking = sum(item is not None for item in index)
+    if taking > base.ndim:
+        raise _fail(base, index, f"{taking} indices for a tensor of {base.ndim} axes")
+    axes: list[_Axis] = []
+    positions = rows = False
+    at = 0
+    for item in index:
+        if item is None:
+            axes.append(_Axis(1))
+            continue
+        dim = base.shape[at]
+        at += 1
+        match item:
+            case int():
+                least = item + 1 if item >= 0 else -item
+                try:
+                    sizing.at_least(dim, least)
+                except Misfit:
+                    size = dim if isinstance(dim, int) else dims.evaluate(dim, sizing.sizes or {})
+                    raise _fail(base, index, f"{item} is outside an axis of size {size}") from None
+                touched = not (item == -1 and dim in (dims.P, dims.S))
+            case Slice():
+                if item.step is not None and item.step <= 0:
+                    raise _fail(base, index, "a slice's step must be positive", "value.flip(axis)")
+                length = dims.sliced(dim, item.start, item.stop, item.step)
+                axes.append(_Axis(length))
+                last = item.start == -1 and item.stop is None and item.step in (None, 1)
+                touched = length != dim and not (last and dim in (dims.P, dims.S))
+            case TensorType():
+                _check_index_tensor(base, index, item)
+                if item.ndim:
+                    axes.append(_Axis(dim, item))
+                touched = True
+            case _:
+                if dim != dims.P:
+                    raise _fail(
+                        base, index, f"tokens can be selected on a position axis only, and this axis is {dim}",
+                        "a value with an axis P; value.tok[...] stands for that axis",
+                    )  # fmt: skip
+                if base.batch_axis is None:
+                    raise _fail(
+                        base, index, "tokens are selected row by row, and this value has no batch axis B"
+                    )
+                if not isinstance(item, TokenAt):
+                    axes.append(_Axis(_width(base, index, item)))
+                continue
+        if touched:
+            positions = positions or carries(dim, dims.POSITION) or carries(dim, dims.KEY)
+            rows = rows or carries(dim, dims.BATCH)
+    axes += [_Axis(dim) for dim in base.shape[at:]]
+    return axes, positions, rows
+
+
+def _width(base: TensorType, index: AbstractIndex, item: TokenSlice | TokenList | TokenText) -> int:
+    width = len(item.indices) if isinstance(item, TokenList) else item.width
+    if isinstance(item, TokenText) and item.pick is not None:
+        width = 1 if width is None else width
+    if width is None:
+        raise SymbolicSizeError(
+            f"{base}{index_text(index)}: how many tokens that selects is not known without a prompt",
+            instead="a list of tokens, .tok[[0, 1, 2]]; or record with a prompt",
+        )
+    return width
+
+
+def _check_index_tensor(base: TensorType, index: AbstractIndex, item: TensorType) -> None:
+    if item.dtype in (DType.BOOL, DType.UINT8):
+        raise DynamicShapeError(
+            f"{base}{index_text(index)}: how many elements a mask selects depends on the data",
+            instead="tl.where(mask, value, other); or a concrete mask",
+        )
+    if item.dtype not in (DType.INT64, DType.INT32):
+        raise DtypeError(
+            f"{base}{index_text(index)}: an index must be int64 or int32", instead="index.to(torch.int64)"
+        )
+
+
+def _shape(sizing: Sizing, base: TensorType, index: AbstractIndex) -> tuple[tuple[Dim, ...], bool, bool]:
+    axes, positions, rows = _axes(sizing, base, index)
+    places = [number for number, axis in enumerate(axes) if axis.by is not None]
+    if not places:
+        return tuple(axis.dim for axis in axes), positions, rows
+    tensors = [axis.by for axis in axes if axis.by is not None]
+    try:
+        selected, by_number = broadcast(sizing, tensors)
+    except Misfit:
+        shapes = " and ".join(str(tensor) for tensor in tensors)
+        raise _fail(base, index, f"the index tensors {shapes} do not broadcast") from None
+    rest = [axis.dim for axis in axes if axis.by is None]
+    # torch: neighbours leave their axes in place, all others go to the front.
+    together = places[-1] - places[0] + 1 == len(places)
+    start = places[0] if together else 0
+    # A table looked up for every position keeps positions apart; positions picked by positions do not.
+    carried = has_positions(tensors) and has_positions([base])
+    return (*rest[:start], *selected, *rest[start:]), positions or by_number or carried, rows
+
+
+def index(sizing: Sizing, base: TensorType, item: AbstractIndex) -> Inferred:
+    shape, positions, rows = _shape(sizing, base, item)
+    stay = any(carries(dim, dims.POSITION) or carries(dim, dims.KEY) for dim in shape)
+    return sizing.done(TensorType(base.dtype, shape), positions or (rows and stay))
+
+
+def index_put(sizing: Sizing, base: TensorType, item: AbstractIndex, value: TensorType | Scalar) -> Inferred:
+    _check_dtype(base, value)
+    shape, positions, rows = _shape(sizing, base, item)
+    if not isinstance(value, TensorType):
+        return sizing.done(base, positions)
+    own = value.shape
+    while len(own) > len(shape) and own[0] == 1:
+        own = own[1:]
+    problem = f"{value} does not broadcast to {TensorType(base.dtype, shape)}"
+    if len(own) > len(shape):
+        raise _fail(base, item, problem)
+    mixes = positions
+    start = len(shape) - len(own)
+    for axis, dim in enumerate(own):
+        target = shape[start + axis]
+        try:
+            common, by_number = merge(sizing, target, dim)
+        except Misfit:
+            raise _fail(base, item, problem) from None
+        # The value may be stretched, the place it goes to may not.
+        if common != target and sizing.number(target) != sizing.number(dim):
+            raise _fail(base, item, problem)
+        mixes = mixes or by_number
+    fitted = TensorType(value.dtype, own)
+    target_type = TensorType(base.dtype, shape)
+    labelled = [(target_type, range(len(shape))), (fitted, range(start, len(shape)))]
+    if rows and any(carries(dim, dims.POSITION) for dim in own):
+        mixes = True  # the value's positions are those of other rows
+    return sizing.done(base, mixes or rows_differ(labelled))
+
+
+def _category(dtype: DType) -> str:
+    if dtype.is_floating:
+        return "floating"
+    return "complex" if dtype.is_complex else "bool" if dtype is DType.BOOL else "integer"
+
+
+def _check_dtype(base: TensorType, value: TensorType | Scalar) -> None:
+    want = _category(base.dtype)
+    if isinstance(value, TensorType):
+        have = _category(value.dtype)
+        if have != want:
+            raise DtypeError(
+                f"{have} values ({value}) cannot be written into {want} ones ({base})",
+                instead=f"convert on purpose: value.to(torch.{base.dtype.value})",
+            )
+        return
+    allowed: dict[str, tuple[type, ...]] = {
+        "bool": (bool,),
+        "integer": (bool, int),
+        "complex": (bool, int, float, complex),
+    }
+    # A graph holds -0.0 as a special number of its own, which is a float.
+    is_complex = isinstance(value, complex)
+    fits = not is_complex if want == "floating" else isinstance(value, allowed[want])
+    if not fits:
+        raise DtypeError(f"{value} cannot be written into {want} values ({base})")

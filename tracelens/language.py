@@ -1,0 +1,94 @@
+"""The words of a block that are functions: ``tl.where``, ``tl.masked_mean``, ``tl.apply``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+
+from tracelens.errors import NoTraceError, PositionAxisError, UnsupportedFunctionError
+from tracelens.ir.sites import Site
+from tracelens.ir.types import TensorType
+from tracelens.location import here
+from tracelens.mapped import MappedValue
+from tracelens.operand import Operand, apply_torch, operands_in
+from tracelens.recorder import Recorder
+from tracelens.values import Value
+
+
+def where(condition: Any, value: Any, other: Any) -> Any:
+    """``value`` where ``condition`` holds, else ``other``: the `if` of a block.
+
+    All three broadcast; at least one is a value. Numbers and tensors are welcome as ``value`` and ``other``.
+
+    >>> gate = (h @ probe > 0)[..., None]                                            # doctest: +SKIP
+    >>> model.layers[5].resid_post += tl.where(gate, v, 0.0)                         # doctest: +SKIP
+    """
+    return apply_torch(torch.where, (condition, value, other), {})
+
+
+def masked_mean(value: Any) -> Any:
+    """The mean over the real tokens of each row: [B, P, ...] becomes [B, ...], padding left out.
+
+    Right for prompts of different lengths, where ``.mean(1)`` is refused.
+    """
+    if isinstance(value, MappedValue):
+        return value._each(masked_mean)
+    if not isinstance(value, Value) or not value._is_recording():
+        raise NoTraceError("tl.masked_mean is for values inside a block", at=here(), instead="tensor.mean(1)")
+    recorder: Recorder = value._recorder
+    if recorder.generating:
+        raise PositionAxisError(
+            "tl.masked_mean needs all positions of a row, and in generation a step may hold one of them",
+            at=here(),
+        )
+    mask = Value(recorder, recorder.read(Site("token_mask")))
+    return value._apply("tracelens.masked_mean", (value, mask), None)
+
+
+def apply(function: Callable[..., Any], *values: Any, like: Any = None) -> Any:
+    """Runs any Python function or module on the real tensors, when they are there.
+
+    ``like`` says what comes back: a value or tensor of the same shape and dtype, or a tuple of them (default: the first
+    argument). A result of another shape or dtype is refused when the model runs. The function must not change its
+    arguments. It always runs, saved or not; a graph that holds one can be written to a file only with ``trusted=True``.
+
+    >>> model.layers[5].resid_post = tl.apply(my_function, model.layers[5].resid_post)   # doctest: +SKIP
+    """
+    operands = [operand for operand in operands_in(values, {}) if operand._is_recording()]
+    mapped = next((operand for operand in operands if isinstance(operand, MappedValue)), None)
+    if mapped is not None:
+        return mapped._each_with(
+            lambda _, parts: apply(function, *parts[0], like=parts[1]),
+            (values, like if like is not None else values[0]),
+        )
+    if not operands:
+        raise NoTraceError(
+            "tl.apply needs a value of an open block among its arguments",
+            at=here(),
+            instead="call the function",
+        )
+    if not callable(function):
+        raise UnsupportedFunctionError(f"{function!r} cannot be called", at=here())
+    recorder: Recorder = cast(Value, operands[0])._recorder
+    template = values[0] if like is None else like
+    several = isinstance(template, tuple | list)
+    templates = cast("Sequence[Any]", template) if several else (template,)
+    outs = recorder.apply(function, values, tuple(_type(recorder, part) for part in templates))
+    results = tuple(Value(recorder, out) for out in outs)
+    return results if several else results[0]
+
+
+def _type(recorder: Recorder, template: Any) -> TensorType:
+    if isinstance(template, Operand) and template._is_recording():
+        return recorder.types[recorder.own(template)]
+    if isinstance(template, torch.Tensor):
+        from tracelens.ir.infer import dtype_of
+
+        return TensorType(dtype_of(template.dtype), tuple(template.shape))
+    raise UnsupportedFunctionError(
+        f"like={template!r} does not say what the function gives",
+        at=here(),
+        instead="like=value, or like=torch.empty(shape)",
+    )

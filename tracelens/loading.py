@@ -1,0 +1,55 @@
+"""Where models come from: a hub, a folder, the embedded default, or the user's own hands."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from tracelens.model import Model
+from tracelens.pretrained import SOURCES, embedded_model
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def load(
+    name: str | Path, *, weights: bool = True, dtype: torch.dtype | str = "auto", **options: Any
+) -> Model:
+    """Loads a model and its tokenizer: ``tl.load("smollm2-135m")``, ``tl.load("Qwen/Qwen3-4B")``, ``tl.load("./folder")``.
+
+    ``"smollm2-135m"`` is the embedded default model (SmolLM2-135M-Instruct), which needs no account and no hub.
+    ``weights=False`` reads only the configuration: sites, shapes and recordings are there, running is refused.
+    ``dtype``: the dtype of the weights, as transformers takes it. ``options`` go to ``from_pretrained``.
+
+    Raises :class:`~tracelens.errors.UnknownArchitectureError` for families without a table, and what transformers
+    raises where a model cannot be found.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    source = str(embedded_model(str(name))) if str(name) in SOURCES else str(name)
+    if not weights:
+        config = AutoConfig.from_pretrained(source, **options)
+        with torch.device("meta"):
+            empty = AutoModelForCausalLM.from_config(config)
+        return Model(empty.eval(), _tokenizer(source))
+    return Model(AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), _tokenizer(source))
+
+
+def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Model:
+    """Takes a transformers model that is already loaded. Nothing in it is replaced or patched.
+
+    Without a tokenizer, prompts are token ids.
+    """
+    return Model(model, tokenizer)
+
+
+def _tokenizer(source: str) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None  # a folder with weights alone: prompts are token ids then

@@ -1,0 +1,185 @@
+"""A model as users hold it: its layers and sites, and the blocks that look at and change them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from tracelens.backends.anatomy import ModelAnatomy
+from tracelens.batch import prepare
+from tracelens.compiling import Compiler
+from tracelens.errors import TracelensError
+from tracelens.handles import Layers, global_site, recorder_of, unknown_global
+from tracelens.ir.graph import Graph
+from tracelens.ir.sites import GLOBAL_KINDS, Site
+from tracelens.location import here
+from tracelens.prompted import Prompt
+from tracelens.site_table import SiteTable, site_table
+from tracelens.tracing import Generation, Program, Record, Trace
+from tracelens.values import Value
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_OWN = ("_compiler", "_hf", "_tokenizer", "anatomy", "layers")
+
+
+class Model:
+    """A language model whose inside can be read and changed.
+
+    Made by :func:`tracelens.load` and :func:`tracelens.wrap`. ``model.layers[i].<site>`` and ``model.<site>`` name the
+    tensors of the forward pass; inside a block, reading one gives a value and assigning to one changes the model's
+    computation for that run. The model itself is never modified.
+    """
+
+    layers: Layers
+
+    def __init__(self, hf_model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+        anatomy = ModelAnatomy(hf_model)
+        for name, value in zip(
+            _OWN, (Compiler(anatomy), hf_model, tokenizer, anatomy, Layers(anatomy)), strict=True
+        ):
+            object.__setattr__(self, name, value)
+
+    if TYPE_CHECKING:
+        anatomy: ModelAnatomy
+        _compiler: Compiler
+        _hf: nn.Module
+        _tokenizer: PreTrainedTokenizerBase | None
+
+    # --- blocks --------------------------------------------------------------------------------------------------
+
+    def trace(self, prompt: Any) -> Trace:
+        """Opens a block that runs the model once on ``prompt`` when it ends.
+
+        ``prompt``: a text, a list of texts, token ids (list, nested list, tensor, array), or a dict with ``input_ids``
+        and ``attention_mask``. Raises :class:`~tracelens.errors.PromptError` and its kinds at once.
+        """
+        return Trace(self, self.prepare(prompt))
+
+    def record(self, prompt: Any = None) -> Record:
+        """Opens a block that only records; without a prompt, sizes are symbols and the graph fits every prompt."""
+        return Record(self, None if prompt is None else self.prepare(prompt))
+
+    def compile(self, graph: Graph | Record) -> Program:
+        """A reusable program: ``program(prompt)`` runs the graph without recording it again."""
+        return Program(self, graph.graph if isinstance(graph, Record) else graph)
+
+    def generate(self, prompt: Any, *, max_new_tokens: int, **options: Any) -> Generation:
+        """Opens a block whose writes hold in every forward pass while up to ``max_new_tokens`` tokens are generated.
+
+        ``options`` go to transformers' ``generate`` (``do_sample``, ``temperature``, ``eos_token_id``, ...); the default
+        is greedy. Afterwards ``t.text`` and ``t.tokens`` hold what is new. Nothing can be saved in it yet.
+        """
+        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
+            raise TracelensError(f"max_new_tokens={max_new_tokens!r} is not a positive number", at=here())
+        prepared = self.prepare(prompt, room=max_new_tokens)
+        single = isinstance(prompt, str) or prepared.sizes["B"] == 1
+        if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
+            single = False
+        settings: dict[str, Any] = {"do_sample": False, **options, "max_new_tokens": max_new_tokens}
+        if settings["do_sample"] is False:
+            # Sampling settings of the model's own generation_config do not belong to a greedy run (and warn).
+            for name in ("temperature", "top_p", "top_k"):
+                settings.setdefault(name, None)
+        settings.setdefault("pad_token_id", self._pad_id())
+        return Generation(self, prepared, settings, single)
+
+    def prepare(self, prompt: Any, *, room: int = 0) -> Prompt:
+        """The prompt as the model will see it: token ids, padded on the left, with a mask and positions."""
+        limit = self.anatomy.max_positions
+        try:
+            batch = prepare(
+                prompt,
+                self._tokenizer,
+                max_positions=None if limit is None else limit - room,
+                vocab_size=self.anatomy.widths["V"],
+                pad_id=self._pad_id(),
+            )
+        except TracelensError as error:
+            error.at = error.at or here()
+            raise
+        return Prompt(batch, self._tokenizer)
+
+    def _pad_id(self) -> int:
+        tokenizer = self._tokenizer
+        for candidate in (
+            getattr(tokenizer, "pad_token_id", None),
+            getattr(self.config, "pad_token_id", None),
+            getattr(tokenizer, "eos_token_id", None),
+        ):
+            if isinstance(candidate, int):
+                return candidate
+        return 0
+
+    # --- what there is -------------------------------------------------------------------------------------------
+
+    @property
+    def hf(self) -> Any:
+        """The transformers model."""
+        return self._hf
+
+    @property
+    def tokenizer(self) -> PreTrainedTokenizerBase | None:
+        """The tokenizer, if there is one."""
+        return self._tokenizer
+
+    @property
+    def config(self) -> Any:
+        """The model's configuration."""
+        return self.anatomy.config
+
+    @property
+    def n_layers(self) -> int:
+        """The number of layers."""
+        return self.anatomy.n_layers
+
+    def sites(self) -> SiteTable:
+        """All sites: name, shape, dtype, what a write changes, and for absent ones the reason."""
+        return site_table(self.anatomy)
+
+    def describe(self) -> str:
+        """One line: family, size, device."""
+        anatomy = self.anatomy
+        name = getattr(self.config, "_name_or_path", "") or type(self._hf).__name__
+        return (
+            f"{name.rstrip('/').rpartition('/')[2]} ({anatomy.family.name}, {anatomy.n_layers} layers, "
+            f"d_model {anatomy.widths['D']}) on {anatomy.device}, {str(anatomy.dtype).removeprefix('torch.')}"
+        )
+
+    # --- parameters ----------------------------------------------------------------------------------------------
+
+    @property
+    def unembed(self) -> Value:
+        """The unembedding matrix [V, D] as a value; ``model.unembed[token_id]`` is the direction of one token."""
+        return self.param(self.anatomy.unembedding)
+
+    def param(self, path: str) -> Value:
+        """A parameter or buffer of the model as a value, by its path in the transformers model."""
+        recorder = recorder_of(self.anatomy, f"model.param({path!r})")
+        return Value(recorder, recorder.parameter(path))
+
+    # --- sites ---------------------------------------------------------------------------------------------------
+
+    def __getattr__(self, name: str) -> Any:
+        site = global_site(name)
+        if site is None:
+            raise unknown_global(name, _PUBLIC)
+        return Value.of_site(recorder_of(self.anatomy, f"model.{name}"), site)
+
+    def __setattr__(self, name: str, new: Any) -> None:
+        site = global_site(name)
+        if site is None:
+            raise unknown_global(name, _PUBLIC)
+        recorder_of(self.anatomy, f"model.{name}").write(site, new)
+
+    def __dir__(self) -> list[str]:
+        present = [kind.name for kind in GLOBAL_KINDS if self.anatomy.has(Site(kind.name))]
+        return sorted({*_PUBLIC, *present})
+
+    def __repr__(self) -> str:
+        return f"<tracelens model: {self.describe()}>"
+
+
+_PUBLIC = tuple(sorted({"layers", *(name for name in vars(Model) if not name.startswith("_"))}))

@@ -1,0 +1,57 @@
+"""A prompt together with the tokenizer that explains it: what recordings and runs ask of a prompt."""
+
+from __future__ import annotations
+
+import zlib
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tracelens.batch import Batch
+from tracelens.ir.ops import TokenSelector
+from tracelens.selection import Selection, mask_indices, resolve
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+class Prompt:
+    """A batch, with its token selectors resolved at most once."""
+
+    def __init__(self, batch: Batch, tokenizer: PreTrainedTokenizerBase | None) -> None:
+        self.batch = batch
+        self.tokenizer = tokenizer
+        self.sizes = batch.sizes
+        self.ragged = batch.ragged
+        self._selections: dict[TokenSelector, Selection] = {}
+
+    def select(self, selector: TokenSelector) -> Selection:
+        """Where a token selector points in every row."""
+        known = self._selections.get(selector)
+        if known is None:
+            known = self._selections[selector] = resolve(selector, self.batch, self.tokenizer)
+        return known
+
+    def width(self, selector: TokenSelector) -> int | None:
+        return self.select(selector).width
+
+    def mask_indices(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return mask_indices(mask, self.batch)
+
+    @property
+    def lengths_digest(self) -> int:
+        """A number that differs for prompts whose rows have other lengths."""
+        return zlib.crc32(repr(self.batch.lengths).encode())
+
+    def __repr__(self) -> str:
+        rows, positions = self.sizes["B"], self.sizes["P"]
+        return f"{rows} row{'s' if rows > 1 else ''} x {positions} position{'s' if positions > 1 else ''}"
+
+
+def pieces(prompt: Prompt, row: int, decode: Any = None) -> list[str]:
+    """The tokens of a row as readable text."""
+    tokenizer = prompt.tokenizer
+    ids = prompt.batch.tokens(row)
+    if tokenizer is None:
+        return [str(token) for token in ids]
+    return [tokenizer.decode([token]) for token in ids]

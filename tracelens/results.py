@@ -1,0 +1,218 @@
+"""What a run leaves behind: the saved tensors, each with what it is."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
+from html import escape
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from tracelens.ir import dims
+from tracelens.ir.graph import Graph
+from tracelens.ir.ops import Index, Read, Save
+from tracelens.ir.sites import Site
+from tracelens.ir.text import index_text
+from tracelens.ir.types import TensorType
+
+if TYPE_CHECKING:
+    import pandas
+
+Fetch = Callable[[], Any]
+
+
+@dataclass(frozen=True)
+class SavedTensor:
+    """One saved tensor and what it is.
+
+    ``site``, ``layers`` and ``tokens`` say where it was read, if it is a site or an indexed part of one; ``axes`` names
+    its axes (``layer``, ``row``, ``position``, or the axis' number); ``fetch()`` gives the tensor, or for prompts of
+    different lengths a list of one tensor per prompt.
+    """
+
+    name: str
+    fetch: Fetch
+    type: TensorType
+    axes: tuple[str, ...]
+    site: Site | None = None
+    layers: tuple[int, ...] = ()
+    part: str = ""
+
+    @property
+    def tensor(self) -> Any:
+        return self.fetch()
+
+    @property
+    def described(self) -> str:
+        """What was saved, in the words of the block."""
+        if self.site is None:
+            return "computed"
+        where = f"layers[{_span(self.layers)}].{self.site.name}" if self.layers else self.site.name
+        return where + (f"[{self.part}]" if self.part else "")
+
+
+class Results(Mapping[str, Any]):
+    """The saved tensors of one run by name, in the order in which they were saved.
+
+    ``results["h"]`` is a plain tensor. In a notebook the object shows itself as a table.
+    """
+
+    def __init__(self, entries: Mapping[str, SavedTensor]) -> None:
+        self.entries = dict(entries)
+
+    def __getitem__(self, name: str) -> Any:
+        try:
+            return self.entries[name].tensor
+        except KeyError:
+            known = ", ".join(map(repr, self.entries)) or "nothing"
+            raise KeyError(f"nothing was saved as {name!r}; saved: {known}") from None
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.entries)
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    # --- elsewhere -----------------------------------------------------------------------------------------------
+
+    def to_safetensors(self, path: str | Path) -> Path:
+        """Writes all tensors to one safetensors file; ragged results get one entry per prompt (``name.0``, ``name.1``)."""
+        from safetensors.torch import save_file
+
+        flat: dict[str, torch.Tensor] = {}
+        for name, entry in self.entries.items():
+            tensor = entry.tensor
+            parts = (
+                {name: tensor}
+                if isinstance(tensor, torch.Tensor)
+                else {f"{name}.{i}": t for i, t in enumerate(tensor)}
+            )
+            flat |= {key: part.detach().cpu().contiguous().clone() for key, part in parts.items()}
+        metadata = {name: entry.described for name, entry in self.entries.items()}
+        save_file(flat, str(path), metadata=metadata)
+        return Path(path)
+
+    def numpy(self) -> dict[str, Any]:
+        """All tensors as numpy arrays (ragged results as lists); bfloat16, which numpy lacks, becomes float32."""
+        return {name: _numpy(entry.tensor) for name, entry in self.entries.items()}
+
+    def to_pandas(self, name: str | None = None) -> pandas.DataFrame:
+        """A table: with ``name`` one row per number of that tensor, its axes as columns; else one row per tensor."""
+        import pandas
+
+        if name is None:
+            return pandas.DataFrame([_summary(entry) for entry in self.entries.values()]).set_index("name")
+        entry = self.entries[name]
+        tensor = entry.tensor
+        parts = [tensor] if isinstance(tensor, torch.Tensor) else list(tensor)
+        frames: list[pandas.DataFrame] = []
+        for number, part in enumerate(parts):
+            array = _numpy(part)
+            index = np.indices(array.shape).reshape(array.ndim, -1)
+            columns = {axis: values for axis, values in zip(entry.axes, index, strict=True)}
+            if len(parts) > 1 and "row" in columns:
+                columns["row"] = np.full_like(columns["row"], number)
+            if "layer" in columns and entry.layers:
+                columns["layer"] = np.asarray(entry.layers)[columns["layer"]]
+            frames.append(pandas.DataFrame({**columns, "value": array.reshape(-1)}))
+        return pandas.concat(frames, ignore_index=True)
+
+    # --- views ---------------------------------------------------------------------------------------------------
+
+    def __repr__(self) -> str:
+        if not self.entries:
+            return "Results: nothing was saved"
+        rows = [_cells(entry) for entry in self.entries.values()]
+        widths = [max(len(row[column]) for row in [_HEADS, *rows]) for column in range(len(_HEADS))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in [_HEADS, *rows]
+        ]
+        return "\n".join(lines)
+
+    def _repr_html_(self) -> str:
+        rows = [_cells(entry) for entry in self.entries.values()]
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in _HEADS)
+        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
+        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+
+
+_HEADS = ("name", "what", "shape", "dtype", "device", "min", "mean", "max")
+
+
+def _summary(entry: SavedTensor) -> dict[str, Any]:
+    tensor = entry.tensor
+    parts: list[torch.Tensor] = [tensor] if isinstance(tensor, torch.Tensor) else list(tensor)
+    shape = (
+        str(tuple(parts[0].shape))
+        if len(parts) == 1
+        else f"{len(parts)} x " + str(tuple(parts[0].shape)) + " ..."
+    )
+    flat = torch.cat([part.reshape(-1) for part in parts])
+    numbers = flat.float() if not flat.dtype.is_complex else flat.abs()
+    any_numbers = numbers.numel() > 0
+    return {
+        "name": entry.name,
+        "what": entry.described,
+        "shape": shape,
+        "dtype": str(parts[0].dtype).removeprefix("torch."),
+        "device": str(parts[0].device),
+        "min": numbers.min().item() if any_numbers else float("nan"),
+        "mean": numbers.mean().item() if any_numbers else float("nan"),
+        "max": numbers.max().item() if any_numbers else float("nan"),
+    }
+
+
+def _cells(entry: SavedTensor) -> tuple[str, ...]:
+    summary = _summary(entry)
+    return tuple(f"{cell:.4g}" if isinstance(cell := summary[head], float) else str(cell) for head in _HEADS)
+
+
+def _numpy(tensor: Any) -> Any:
+    if not isinstance(tensor, torch.Tensor):
+        return [_numpy(part) for part in tensor]
+    tensor = tensor.detach().cpu()
+    return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
+
+
+def describe(graph: Graph, save: Save, fetch: Fetch) -> SavedTensor:
+    """What a save of ``graph`` holds."""
+    type_ = graph.types[save.values[0]]
+    if save.stacked:
+        type_ = replace(type_, shape=(len(save.values), *type_.shape))
+    axes = tuple(_axis(dim, number) for number, dim in enumerate(type_.shape))
+    if save.stacked:
+        axes = ("layer", *axes[1:])
+    found = [_site(graph, value) for value in save.values]
+    site, part = found[0]
+    layers = tuple(where.layer for where, _ in found if where is not None and where.layer is not None)
+    return SavedTensor(save.name, fetch, type_, axes, site, layers, part)
+
+
+def _axis(dim: dims.Dim, number: int) -> str:
+    return (
+        "row" if dim == dims.B else "position" if dim == dims.P else "key" if dim == dims.S else str(number)
+    )
+
+
+def _site(graph: Graph, value: int) -> tuple[Site | None, str]:
+    parts: list[str] = []
+    while True:
+        op = graph.ops[graph.producer[value]]
+        if isinstance(op, Read):
+            return op.site, "][".join(reversed(parts))
+        if not isinstance(op, Index):
+            return None, ""
+        parts.append(index_text(op.index))
+        value = op.base
+
+
+def _span(layers: tuple[int, ...]) -> str:
+    if len(layers) == 1:
+        return str(layers[0])
+    if layers == tuple(range(layers[0], layers[0] + len(layers))):
+        return f"{layers[0]}:{layers[-1] + 1}"
+    return str(list(layers))

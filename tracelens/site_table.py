@@ -1,0 +1,99 @@
+"""``model.sites()``: what can be read and written, and what cannot, with the reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from html import escape
+
+from tracelens.backends.anatomy import ModelAnatomy
+from tracelens.ir.sites import KINDS, Effect, Scope, Site
+
+
+@dataclass(frozen=True, slots=True)
+class SiteRow:
+    """One site of a model. ``absent`` is the reason why the model lacks it, or ``None``."""
+
+    name: str
+    aliases: tuple[str, ...]
+    path: str
+    shape: str
+    dtype: str
+    effect: Effect
+    meaning: str
+    absent: str | None
+
+    @property
+    def writable(self) -> bool:
+        return self.absent is None and self.effect is not Effect.NONE
+
+
+class SiteTable(Sequence[SiteRow]):
+    """The sites of a model, as a table; ``table["post_ln"]`` is one row."""
+
+    def __init__(self, rows: tuple[SiteRow, ...], title: str) -> None:
+        self.rows = rows
+        self.title = title
+
+    def __getitem__(self, key: int | str | slice) -> SiteRow | tuple[SiteRow, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # by name, too
+        if isinstance(key, str):
+            return next(row for row in self.rows if key in (row.name, *row.aliases))
+        return self.rows[key]
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[SiteRow]:
+        return iter(self.rows)
+
+    def _cells(self) -> list[tuple[str, ...]]:
+        return [
+            (
+                row.path,
+                ", ".join(row.aliases),
+                row.shape if row.absent is None else "-",
+                row.dtype if row.absent is None else "-",
+                row.effect.value if row.absent is None else "absent",
+                row.meaning if row.absent is None else row.absent,
+            )
+            for row in self.rows
+        ]
+
+    def __repr__(self) -> str:
+        rows = [_HEADS, *self._cells()]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
+        lines = [
+            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+            for row in rows
+        ]
+        return "\n".join([self.title, *lines])
+
+    def _repr_html_(self) -> str:
+        head = "".join(f"<th>{escape(cell)}</th>" for cell in _HEADS)
+        body = "".join(
+            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self._cells()
+        )
+        return (
+            f"<p>{escape(self.title)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+        )
+
+
+_HEADS = ("site", "alias", "shape", "dtype", "a write changes", "meaning")
+
+
+def site_table(anatomy: ModelAnatomy) -> SiteTable:
+    """The table of a model, loaded or not."""
+    rows: list[SiteRow] = []
+    for kind in KINDS:
+        if kind.scope is Scope.INPUT:
+            continue
+        in_layer = kind.scope is Scope.LAYER
+        site = Site(kind.name, 0 if in_layer else None)
+        absent = anatomy.absence(site)
+        shape = dtype = ""
+        if absent is None:
+            type_ = anatomy.type_of(site)
+            shape, dtype = str(list(type_.shape)).replace("'", ""), type_.dtype.value
+        path = f"layers[i].{kind.name}" if in_layer else kind.name
+        rows.append(SiteRow(kind.name, kind.aliases, path, shape, dtype, kind.effect, kind.meaning, absent))
+    return SiteTable(tuple(rows), f"{anatomy.family.name}, {anatomy.n_layers} layers (B rows, P positions)")

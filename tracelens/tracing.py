@@ -1,0 +1,324 @@
+"""The block: ``with model.trace(prompt) as t: ...`` records on the way in, and runs on the way out."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, Self
+
+import torch
+
+from tracelens.backends.local import Run, require_weights
+from tracelens.backends.transfer import inputs_on
+from tracelens.compiling import Compiled, Compiler, check_fits, owning, relocate, results_of
+from tracelens.errors import (
+    NestedTraceError,
+    NothingSavedError,
+    NotRunYetError,
+    TracelensError,
+    UnsavedValueError,
+)
+from tracelens.explain import explain
+from tracelens.ir.graph import Graph
+from tracelens.location import here
+from tracelens.plan import Plan
+from tracelens.prompted import Prompt
+from tracelens.recorder import Recorder, enter, leave, open_recorder
+from tracelens.results import Results
+
+if TYPE_CHECKING:
+    from tracelens.model import Model
+
+
+class Recording:
+    """The base of all blocks: what was written inside becomes a graph."""
+
+    _generating = False
+
+    def __init__(self, model: Model, prompt: Prompt | None) -> None:
+        self._model = model
+        self._compiler: Compiler = model._compiler
+        self._prompt = prompt
+        self._recorder: Recorder | None = None
+        self._graph: Graph | None = None
+
+    def __enter__(self) -> Self:
+        anatomy = self._model.anatomy
+        outer = open_recorder(anatomy)
+        if outer is not None:
+            raise NestedTraceError(
+                "a trace of this model is already open here",
+                at=here(),
+                also=(("it was opened at", outer.opened),),
+                instead="end the first block before the second begins; a saved value of the first can be used in the second",
+            )
+        if self._recorder is not None:
+            raise NestedTraceError(
+                "this block has already been entered", at=here(), instead="model.trace(prompt) again"
+            )
+        self._recorder = Recorder(anatomy, self._prompt, generating=self._generating, opened=here())
+        enter(self._recorder)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        recorder = self._recorder
+        assert recorder is not None
+        leave(recorder)
+        if error is not None:
+            # The recording is discarded: nothing runs, and the user's own exception goes on.
+            recorder.is_open = False
+            recorder.failure = error
+            return
+        try:
+            self._graph = recorder.finish()
+            self._end(recorder, self._graph)
+        except BaseException as failure:
+            recorder.failure = failure
+            raise
+
+    def _end(self, recorder: Recorder, graph: Graph) -> None:
+        """What leaving the block does."""
+
+    @property
+    def graph(self) -> Graph:
+        """What the block does, as data."""
+        if self._graph is None:
+            raise NotRunYetError("the graph is there after the block", at=here())
+        return self._graph
+
+    def _compiled(self) -> Compiled:
+        return self._compiler.compile(self.graph, generating=self._generating)
+
+    def plan(self) -> PlanView:
+        """Where the graph runs and how far the forward pass goes."""
+        return PlanView(self)
+
+    def explain(self) -> str:
+        """The graph with its lines, the plan, and the program of each place."""
+        compiled = self._compiled()
+        return explain(self._model.describe(), self.graph, compiled.plan, compiled.programs, self._prompt)
+
+    def _repr_html_(self) -> str:
+        from tracelens.viz.html import recording_html
+
+        return recording_html(self)
+
+
+class PlanView:
+    """The plan of a block, for looking at."""
+
+    def __init__(self, recording: Recording) -> None:
+        self._recording = recording
+
+    @property
+    def plan(self) -> Plan:
+        return self._recording._compiled().plan
+
+    def explain(self) -> str:
+        """The plan as text."""
+        return self._recording.explain()
+
+    def __str__(self) -> str:
+        return self.explain()
+
+    def __repr__(self) -> str:
+        return self.explain()
+
+    def _repr_html_(self) -> str:
+        from tracelens.viz.html import recording_html
+
+        return recording_html(self._recording)
+
+
+class Trace(Recording):
+    """A block that runs the model once, when it ends. ``t["name"]`` and ``t.results`` hold what was saved."""
+
+    def __init__(self, model: Model, prompt: Prompt) -> None:
+        super().__init__(model, prompt)
+        self._results: Results | None = None
+
+    def _end(self, recorder: Recorder, graph: Graph) -> None:
+        assert self._prompt is not None
+        if not graph.saves and not graph.applies:
+            if graph.writes:
+                raise nothing_saved(graph)
+            self._results = Results({})
+            return
+        compiled = self._compiled()
+        tensors = self._compiler.run(graph, compiled, self._prompt)
+        recorder.saved_tensors.update(tensors)
+        self._results = results_of(graph, tensors)
+
+    @property
+    def results(self) -> Results:
+        """The saved tensors by name."""
+        if self._results is None:
+            recorder = self._recorder
+            if recorder is None or recorder.is_open:
+                raise NotRunYetError(
+                    "the model has not run yet", at=here(), instead="read results after the block"
+                )
+            from tracelens.errors import FailedRunError
+
+            raise FailedRunError(
+                f"the run failed, so there are no results: {recorder.failure}", at=here()
+            ) from recorder.failure
+        return self._results
+
+    def __getitem__(self, name: str) -> Any:
+        return self.results[name]
+
+    def __repr__(self) -> str:
+        return repr(self._results) if self._results is not None else f"<trace over {self._prompt}>"
+
+
+def nothing_saved(graph: Graph) -> NothingSavedError:
+    """The error for a block that only writes."""
+    number = next(number for number, op in enumerate(graph.ops) if op is graph.writes[-1])
+    return NothingSavedError(
+        "the block writes to the model but saves nothing, so nobody could see what the write did",
+        at=graph.location(number),
+        instead="save something that the write changes: model.logits.save(); or use model.generate for steered text",
+    )
+
+
+class Record(Recording):
+    """A block that only records: ``r.graph`` for analysis, ``model.compile(r.graph)`` to run it on many prompts."""
+
+    def __repr__(self) -> str:
+        from tracelens.ir.text import text
+
+        return text(self._graph) if self._graph is not None else "<recording>"
+
+
+class Generation(Recording):
+    """A block whose writes hold in every forward pass of a generation; then ``t.text`` and ``t.tokens``."""
+
+    _generating = True
+
+    def __init__(self, model: Model, prompt: Prompt, options: Mapping[str, Any], single: bool) -> None:
+        super().__init__(model, prompt)
+        self._options = dict(options)
+        self._single = single
+        self._new: list[list[int]] | None = None
+
+    def _end(self, recorder: Recorder, graph: Graph) -> None:
+        assert self._prompt is not None
+        compiled = self._compiled()
+        self._new = generate(self._model, self._compiler, graph, compiled, self._prompt, self._options)
+
+    @property
+    def tokens(self) -> list[int] | list[list[int]]:
+        """The new token ids, without padding after the end of a text; one list per prompt for a batch."""
+        if self._new is None:
+            raise NotRunYetError(
+                "the model has not generated yet", at=here(), instead="read t.tokens after the block"
+            )
+        return self._new[0] if self._single else self._new
+
+    @property
+    def text(self) -> str | list[str]:
+        """The new text; one per prompt for a batch."""
+        tokenizer = self._model.tokenizer
+        if self._new is None:
+            raise NotRunYetError(
+                "the model has not generated yet", at=here(), instead="read t.text after the block"
+            )
+        if tokenizer is None:
+            raise UnsavedValueError(
+                "there is no tokenizer to spell the tokens with",
+                at=here(),
+                instead="tl.wrap(model, tokenizer), or t.tokens",
+            )
+        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in self._new]
+        return texts[0] if self._single else texts
+
+    def __repr__(self) -> str:
+        return (
+            repr(self.text) if self._new is not None and self._model.tokenizer is not None else "<generation>"
+        )
+
+
+def generate(
+    model: Model,
+    compiler: Compiler,
+    graph: Graph,
+    compiled: Compiled,
+    prompt: Prompt,
+    options: Mapping[str, Any],
+) -> list[list[int]]:
+    """transformers' own generation, with the program's hooks in every forward pass."""
+    anatomy = model.anatomy
+    require_weights(anatomy)
+    check_fits(graph, prompt)
+    run = Run(anatomy.model, compiled.code, compiler.state(graph, compiled, prompt.select))
+    inputs = inputs_on(prompt.batch.model_inputs(), anatomy.device)
+    # transformers derives the positions from the mask itself, and continues them in every step.
+    inputs.pop("position_ids")
+    hf: Any = anatomy.model
+
+    def sizes(args: Any, kwargs: Mapping[str, Any]) -> dict[str, int]:
+        ids = kwargs.get("input_ids")
+        ids = args[0] if ids is None else ids
+        return {"B": ids.shape[0], "P": ids.shape[1]}
+
+    def forward() -> torch.Tensor:
+        return hf.generate(**inputs, **options)
+
+    try:
+        output = run.execute(forward, each_forward=sizes)
+    except TracelensError as error:
+        raise relocate(error, graph) from error.__cause__
+    new = output[:, inputs["input_ids"].shape[1] :].tolist()
+    ends = _end_tokens(hf, options)
+    return [_until_end(row, ends) for row in new]
+
+
+def _end_tokens(hf: Any, options: Mapping[str, Any]) -> frozenset[int]:
+    end = options.get("eos_token_id", getattr(hf.generation_config, "eos_token_id", None))
+    return frozenset(end if isinstance(end, list | tuple) else () if end is None else (end,))
+
+
+def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:
+    for position, token in enumerate(row):
+        if token in ends:
+            return row[: position + 1]
+    return row
+
+
+class Program:
+    """A compiled graph: call it on as many prompts as you like, without recording again.
+
+    It owns copies of the graph's constants, so changing the original tensors later has no effect on it.
+    """
+
+    def __init__(self, model: Model, graph: Graph) -> None:
+        self._model = model
+        self._compiler: Compiler = model._compiler
+        self.graph = owning(graph)
+        if not graph.saves and not graph.applies:
+            raise (
+                nothing_saved(graph)
+                if graph.writes
+                else NothingSavedError(
+                    "the graph saves nothing, so that running it has no result",
+                    instead="value.save() in the recording",
+                )
+            )
+        self._compiled = self._compiler.compile(self.graph, generating=False)
+
+    def __call__(self, prompt: Any) -> Results:
+        """The results for one prompt (or one batch of prompts)."""
+        prepared = self._model.prepare(prompt)
+        return results_of(self.graph, self._compiler.run(self.graph, self._compiled, prepared))
+
+    def explain(self) -> str:
+        """The graph with its lines, the plan, and the program of each place."""
+        return explain(self._model.describe(), self.graph, self._compiled.plan, self._compiled.programs, None)
+
+    def __repr__(self) -> str:
+        return (
+            f"<program: {len(self.graph.ops)} operations, saves {[save.name for save in self.graph.saves]}>"
+        )
