@@ -81,7 +81,7 @@ class Sizing:
         return self.number(left) == self.number(right)
 
     def at_least(self, dim: Dim, size: int) -> None:
-        """``dim`` must not be smaller than ``size``. Nothing is pinned: too small a size fails, it gives no other result."""
+        """``dim`` must be ``size`` or more. Nothing is pinned: too small a size gives an error, not another result."""
         if isinstance(dim, Sym):
             self.least.append((dim, size))
             if self.sizes is None or not dims.symbols(dim) <= self.sizes.keys():

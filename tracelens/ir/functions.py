@@ -77,7 +77,7 @@ _TABLES: dict[Kind, dict[str, str]] = {
             softmax sort split split_with_sizes stack take_along_dim tensor_split topk trapezoid unbind
             unsafe_chunk unsafe_split unsafe_split_with_sizes""",
         "torch.Tensor": "unfold",
-        "torch.nn.functional": "cosine_similarity glu log_softmax normalize softmax softmin",
+        "torch.nn.functional": "cosine_similarity glu normalize softmin",
         "torch.special": "log_softmax softmax",
         "torch.linalg": "cross vecdot",
         "torch.fft": "fft ifft rfft irfft hfft ihfft",
@@ -187,6 +187,8 @@ _SYNONYMS = """
     row_stack=vstack subtract=sub swapaxes=transpose swapdims=transpose trapz=trapezoid"""
 SYNONYMS: dict[str, str] = {
     **{f"torch.{old}": f"torch.{new}" for old, new in (pair.split("=") for pair in _SYNONYMS.split())},
+    "torch.nn.functional.softmax": "torch.softmax",
+    "torch.nn.functional.log_softmax": "torch.log_softmax",
     "torch.hardshrink": "torch.nn.functional.hardshrink",
     "torch.prelu": "torch.nn.functional.prelu",
     "torch.rms_norm": "torch.nn.functional.rms_norm",

@@ -89,38 +89,34 @@ def rule_for(function: Function) -> Rule | None:
 
 # The axis that a function works along: its signature up to there, and the default.
 _ALONG: dict[str, tuple[str, int]] = {
-    **dict.fromkeys(
-        ("torch.scatter", "torch.scatter_add", "torch.scatter_reduce"), ("input dim index src * reduce value include_self", 0)
-    ),
-    **dict.fromkeys(("torch.index_add", "torch.index_copy"), ("input dim index source * alpha", 0)),
-    "torch.index_fill": ("input dim index value", 0),
-    "torch.gather": ("input dim index * sparse_grad", 0),
-    "torch.take_along_dim": ("input indices dim", 0),
-    "torch.diff": ("input n dim prepend append", -1),
-    "torch.renorm": ("input p dim maxnorm", 0),
-    "torch.nn.functional.softmin": ("input dim _stacklevel dtype", 0),
-    "torch.nn.functional.normalize": ("input p dim eps", 1),
-    "torch.nn.functional.glu": ("input dim", -1),
-    **dict.fromkeys(("torch.softmax", "torch.log_softmax"), ("input dim dtype", 0)),
-    **dict.fromkeys(("torch.cumsum", "torch.cumprod", "torch.sum", "torch.mean", "torch.prod"), ("input dim keepdim * dtype", 0)),
-    **dict.fromkeys(("torch.amax", "torch.amin", "torch.all", "torch.any"), ("input dim keepdim", 0)),
-    **dict.fromkeys(("torch.argmax", "torch.argmin", "torch.max", "torch.min"), ("input dim keepdim", 0)),
-    "torch.linalg.vector_norm": ("input ord dim keepdim * dtype", 0),
-    "torch.norm": ("input p dim keepdim * dtype", 0),
-    "torch.linalg.vecdot": ("input other * dim", -1),
-    "torch.linalg.cross": ("input other * dim", -1),
-    "torch.cross": ("input other dim", 0),
-    "torch.quantile": ("input q dim keepdim * interpolation", 0),
-    "torch.select_scatter": ("input src dim index", 0),
-    "torch.slice_scatter": ("input src dim start end step", 0),
-    "torch.Tensor.unfold": ("input dimension size step", 0),
-    **dict.fromkeys(
-        ("torch.fft.fft", "torch.fft.ifft", "torch.fft.rfft", "torch.fft.irfft", "torch.fft.hfft", "torch.fft.ihfft"),
-        ("input n dim norm", -1),
-    ),
-    "torch.cumulative_trapezoid": ("input x * dim dx", -1),
-    "torch.trapezoid": ("input x * dim dx", -1),
-}  # fmt: skip
+    f"torch.{name}": (signature, default)
+    for names, signature, default in (
+        ("scatter scatter_add scatter_reduce", "input dim index src * reduce value include_self", 0),
+        ("index_add index_copy", "input dim index source * alpha", 0),
+        ("index_fill", "input dim index value", 0),
+        ("gather", "input dim index * sparse_grad", 0),
+        ("take_along_dim", "input indices dim", 0),
+        ("diff", "input n dim prepend append", -1),
+        ("renorm", "input p dim maxnorm", 0),
+        ("nn.functional.softmin", "input dim _stacklevel dtype", 0),
+        ("nn.functional.normalize", "input p dim eps", 1),
+        ("nn.functional.glu", "input dim", -1),
+        ("softmax log_softmax", "input dim dtype", 0),
+        ("cumsum cumprod sum mean prod", "input dim keepdim * dtype", 0),
+        ("amax amin all any argmax argmin max min", "input dim keepdim", 0),
+        ("linalg.vector_norm", "input ord dim keepdim * dtype", 0),
+        ("norm", "input p dim keepdim * dtype", 0),
+        ("linalg.vecdot linalg.cross", "input other * dim", -1),
+        ("cross", "input other dim", 0),
+        ("quantile", "input q dim keepdim * interpolation", 0),
+        ("select_scatter", "input src dim index", 0),
+        ("slice_scatter", "input src dim start end step", 0),
+        ("Tensor.unfold", "input dim size step", 0),
+        ("fft.fft fft.ifft fft.rfft fft.irfft fft.hfft fft.ihfft", "input n dim norm", -1),
+        ("cumulative_trapezoid trapezoid", "input x * dim dx", -1),
+    )
+    for name in names.split()
+}
 
 # How many of the last axes a function works on; two unless named here.
 _TRAILING: dict[str, int] = {
@@ -154,7 +150,7 @@ def _mixes_along(name: str, args: Args, kwargs: AbstractKwargs, values: list[Ten
     signature, default = _ALONG[name]
     bound = bind(signature, args, kwargs)
     first = values[0]
-    given = bound.get("dim", bound.get("dimension"))
+    given = bound.get("dim")
     if given is None:
         if "dim" in bound or name not in _HAS_DEFAULT:
             return True

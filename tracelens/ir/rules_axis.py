@@ -386,7 +386,7 @@ def norm(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Infer
 
 
 def embedding(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Inferred:
-    bound = bind("input weight", args, kwargs)
+    bound = bind("input weight padding_idx", args, kwargs)
     tokens, weight = tensor(bound), tensor(bound, "weight")
     if tokens.dtype not in (DType.INT64, DType.INT32) or weight.ndim != 2:
         raise Defer

@@ -125,9 +125,9 @@ def _mixes(value: TensorType, left: _Side, right: _Side) -> bool:
     """Positions, and rows beside them, must each be one whole axis before and after."""
     positional = any(_positional(dim) for dim in value.shape)
     for group, dim in zip(left.groups, value.shape, strict=True):
-        if _positional(dim) or (positional and carries(dim, dims.BATCH)):
-            if len(group) != 1 or group not in right.groups:
-                return True
+        matters = _positional(dim) or (positional and carries(dim, dims.BATCH))
+        if matters and (len(group) != 1 or group not in right.groups):
+            return True
     return False
 
 
@@ -192,7 +192,7 @@ _REDUCTIONS = frozenset({"sum", "mean", "max", "min", "prod"})
 def reduce(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Inferred:
     named = dict(kwargs)
     reduction = args[2] if len(args) > 2 else named.pop("reduction", None)
-    if len(args) not in (2, 3) or reduction not in _REDUCTIONS:
+    if not 2 <= len(args) <= 3 or reduction not in _REDUCTIONS:
         raise Defer
     value, joined = _one_tensor(sizing, args[0])
     if not value.dtype.is_floating:

@@ -7,20 +7,22 @@ from dataclasses import dataclass
 from tracelens.errors import DtypeError, DynamicShapeError, ShapeError, SymbolicSizeError
 from tracelens.ir import dims
 from tracelens.ir.abstract import (
+    Defer,
     Inferred,
     Misfit,
     Sizing,
+    Unsettled,
     broadcast,
     carries,
     has_positions,
     merge,
     rows_differ,
 )
-from tracelens.ir.dims import Dim
+from tracelens.ir.dims import Dim, Sizes
 from tracelens.ir.ops import Scalar, Slice, TokenAt, TokenList, TokenSelector, TokenSlice, TokenText
 from tracelens.ir.types import DType, TensorType
 
-AbstractIndex = tuple[int | Slice | None | TensorType | TokenSelector, ...]
+AbstractIndex = tuple[int | Slice | TensorType | TokenSelector | None, ...]
 
 
 @dataclass(slots=True)
@@ -146,13 +148,13 @@ def _shape(sizing: Sizing, base: TensorType, index: AbstractIndex) -> tuple[tupl
     return (*rest[:start], *selected, *rest[start:]), positions or by_number or carried, rows
 
 
-def index(sizing: Sizing, base: TensorType, item: AbstractIndex) -> Inferred:
+def _index(sizing: Sizing, base: TensorType, item: AbstractIndex) -> Inferred:
     shape, positions, rows = _shape(sizing, base, item)
     stay = any(carries(dim, dims.POSITION) or carries(dim, dims.KEY) for dim in shape)
     return sizing.done(TensorType(base.dtype, shape), positions or (rows and stay))
 
 
-def index_put(sizing: Sizing, base: TensorType, item: AbstractIndex, value: TensorType | Scalar) -> Inferred:
+def _index_put(sizing: Sizing, base: TensorType, item: AbstractIndex, value: TensorType | Scalar) -> Inferred:
     _check_dtype(base, value)
     shape, positions, rows = _shape(sizing, base, item)
     if not isinstance(value, TensorType):
@@ -209,3 +211,35 @@ def _check_dtype(base: TensorType, value: TensorType | Scalar) -> None:
     fits = not is_complex if want == "floating" else isinstance(value, allowed[want])
     if not fits:
         raise DtypeError(f"{value} cannot be written into {want} values ({base})")
+
+
+# --- the questions -----------------------------------------------------------------------------------------------
+
+
+def _never(*_: object) -> tuple[TensorType, ...]:
+    raise Defer  # indexing needs no word of torch's
+
+
+def infer_index(base: TensorType, index: AbstractIndex, sizes: Sizes | None = None) -> Inferred:
+    """The type of ``base[index]``; the index is as in :class:`~tracelens.ir.ops.Index`, with types for values."""
+    try:
+        return _index(Sizing(sizes, DType.FLOAT32, _never), base, index)
+    except Unsettled as error:
+        raise _fail(base, index, str(error), "record with a prompt") from None
+
+
+def infer_index_put(
+    base: TensorType, index: AbstractIndex, value: TensorType | Scalar, sizes: Sizes | None = None
+) -> Inferred:
+    """The type of a copy of ``base`` in which ``base[index]`` is ``value``: that of ``base``.
+
+    The value broadcasts to the indexed shape and is cast, float to float only. Raises :class:`ShapeError` and
+    :class:`DtypeError`.
+    """
+    try:
+        return _index_put(Sizing(sizes, DType.FLOAT32, _never), base, index, value)
+    except Unsettled as error:
+        raise _fail(
+            base, index, f"{value} may not fit: {error}",
+            "a value with an axis of the same symbol, or of size one; or record with a prompt",
+        ) from None  # fmt: skip

@@ -32,9 +32,12 @@ _COMPARISONS = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 _LOGICAL = frozenset({"logical_and", "logical_or", "logical_xor", "logical_not"})
 _TESTS = frozenset({"isfinite", "isinf", "isnan", "signbit", "isneginf", "isposinf", "isreal"})
 _COPIES = frozenset({"clone", "contiguous", "detach", "zeros_like", "ones_like"})
-_KEEP_FLOATS = frozenset(
-    ["abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "ceil", "celu", "cos", "cosh", "deg2rad", "digamma", "elu", "erf", "erfc", "erfinv", "exp", "exp2", "expm1", "floor", "frac", "gelu", "hardshrink", "hardsigmoid", "hardswish", "hardtanh", "i0", "leaky_relu", "lgamma", "log", "log10", "log1p", "log2", "logit", "logsigmoid", "mish", "nan_to_num", "neg", "positive", "rad2deg", "reciprocal", "relu", "relu6", "round", "rsqrt", "selu", "sgn", "sigmoid", "sign", "silu", "sin", "sinc", "sinh", "softplus", "softshrink", "softsign", "sqrt", "square", "tan", "tanh", "tanhshrink", "trunc"]
-)
+_UNARY = """
+    abs acos acosh asin asinh atan atanh ceil celu cos cosh deg2rad digamma elu erf erfc erfinv exp exp2 expm1 floor
+    frac gelu hardshrink hardsigmoid hardswish hardtanh i0 leaky_relu lgamma log log10 log1p log2 logit logsigmoid
+    mish nan_to_num neg positive rad2deg reciprocal relu relu6 round rsqrt selu sgn sigmoid sign silu sin sinc sinh
+    softplus softshrink softsign sqrt square tan tanh tanhshrink trunc"""
+_KEEP_FLOATS = frozenset(_UNARY.split())
 
 
 def _short(name: str) -> str:

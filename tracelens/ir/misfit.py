@@ -1,0 +1,91 @@
+"""Why a call does not fit, in words: torch's own message with the types and the numbers beside it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+
+from tracelens.errors import (
+    DtypeError,
+    DynamicShapeError,
+    ShapeError,
+    TracelensError,
+    UnsupportedFunctionError,
+)
+from tracelens.ir.abstract import AbstractArg, AbstractKwargs, Misfit, Unsettled, replace_tensors, tensors_in
+from tracelens.ir.dims import Sizes
+from tracelens.ir.types import DType, TensorType
+
+Trial = Callable[[tuple[AbstractArg, ...], AbstractKwargs], object]
+
+_SPEAKS_OF_DTYPES = re.compile(
+    r"dtype|scalar type|data type|not implemented for|not supported for|floating|integral|complex|bool|Byte|Long|Half"
+)
+_SPEAKS_OF_DATA = re.compile(r"output_size|data-dependent|nonzero|masked_select")
+
+
+class Refused(Misfit):
+    """What torch said."""
+
+    def __init__(self, error: Exception) -> None:
+        super().__init__(str(error))
+        self.error = error
+
+
+def _text(arg: AbstractArg) -> str:
+    if isinstance(arg, tuple):
+        return "(" + ", ".join(_text(part) for part in arg) + ")"
+    return f"torch.{arg.value}" if isinstance(arg, DType) else str(arg)
+
+
+def call_text(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs) -> str:
+    """``add(f32[B,P,576], f32[64], alpha=2)``"""
+    parts = [_text(arg) for arg in args] + [f"{key}={_text(value)}" for key, value in kwargs]
+    return f"{name.removeprefix('torch.').removeprefix('nn.functional.')}({', '.join(parts)})"
+
+
+def named_error(
+    name: str,
+    args: tuple[AbstractArg, ...],
+    kwargs: AbstractKwargs,
+    sizes: Sizes | None,
+    said: Misfit,
+    trial: Trial,
+) -> TracelensError:
+    """The error for a call that torch refuses.  ``trial`` says whether another call would fit, by raising or not."""
+    error = said.error if isinstance(said, Refused) else None
+    words = str(said).strip() or "these arguments do not fit"
+    values = tensors_in((*args, *(value for _, value in kwargs)))
+    symbols = sorted(frozenset[str]().union(*(value.symbols for value in values)))
+    where = ", ".join(
+        f"{symbol} = {sizes[symbol]}" for symbol in symbols if sizes is not None and symbol in sizes
+    )
+    call = call_text(name, args, kwargs)
+    problem = f"{call}{f' where {where}' if where else ''}: {words}"
+    if isinstance(error, TypeError):
+        return UnsupportedFunctionError(problem)
+    if _SPEAKS_OF_DATA.search(words):
+        return DynamicShapeError(f"{call}: the shape of the result depends on the data")
+    if isinstance(error, NotImplementedError) and not _SPEAKS_OF_DTYPES.search(words):
+        return UnsupportedFunctionError(problem)
+    if any(_fits_as(dtype, args, kwargs, trial) for dtype in (DType.FLOAT32, DType.INT64)):
+        return DtypeError(problem)
+    if isinstance(error, IndexError) or not _SPEAKS_OF_DTYPES.search(words):
+        return ShapeError(problem)
+    return DtypeError(problem)
+
+
+def _fits_as(dtype: DType, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, trial: Trial) -> bool:
+    """Would the call fit if all its tensors had that dtype?  Then it was the dtypes, not the shapes."""
+
+    def new(value: TensorType) -> AbstractArg:
+        return TensorType(dtype, value.shape)
+
+    try:
+        trial(
+            replace_tensors(args, new),
+            tuple((key, replace_tensors((value,), new)[0]) for key, value in kwargs),
+        )
+    except (Misfit, Unsettled, TracelensError):
+        return False
+    return True
