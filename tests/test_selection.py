@@ -120,7 +120,7 @@ def test_counting_from_the_end_needs_no_index_tensors():
             RaggedSelectionError,
             r"\.tok\[-4\] is outside row 1 of the prompt, which has 3 tokens",
         ),
-        (TokenAt(5), PositionAxisError, r"no token 5 \(row 0 has 5, row 1 has 3, row 2 has 4\)"),
+        (TokenAt(5), PositionAxisError, "no token 5, row 0 has 5, row 1 has 3, row 2 has 4"),
         (TokenList((0, 4)), RaggedSelectionError, r"\.tok\[\[0, 4\]\] is outside row 1"),
         (TokenList((0, -6)), PositionAxisError, "no token -6"),
         (TokenList(()), PositionAxisError, "selects no tokens"),
@@ -362,6 +362,4 @@ def test_errors_know_no_line_of_their_own():
     with pytest.raises(TracelensError) as caught:
         resolve(TokenAt(9), batch_of([1]))
     assert caught.value.at is None
-    assert str(caught.value).startswith(
-        ".tok[9] is outside the prompt: there is no token 9 (row 0 has 1 tokens)"
-    )
+    assert caught.value.problem == ".tok[9] is outside the prompt: there is no token 9, it has 1 token"

@@ -176,6 +176,20 @@ def test_a_text_that_begins_with_a_space_needs_that_very_space():
     assert spelling.spans(" Paris") == [(2, 3)]
 
 
+def test_one_space_is_forgiven_and_not_two():
+    spelling = Spelling("x  y", (0, 2, 8))
+    assert spelling.spans("y") == spelling.spans(" y") == []
+    assert spelling.spans("  y") == [(1, 2)]
+
+
+def test_spans_that_overlap_each_count():
+    assert Spelling("aaa", (0, 2, 4, 6)).spans("aa") == [(0, 2), (1, 3)]
+
+
+def test_tokens_that_spell_nothing_belong_to_no_span():
+    assert Spelling("ab", (0, 0, 2, 2, 4, 4)).spans("ab") == [(1, 4)]
+
+
 def test_pieces_are_readable():
     tokenizer = byte_level_bpe(bos=True)
     spelling = spelt(tokenizer, "Paris\n日\u200b")

@@ -167,11 +167,8 @@ def _listed(indices: Sequence[int], batch: Batch, what: str) -> list[tuple[int, 
         if not outside:
             continue
         if len(outside) == len(batch.lengths):
-            counts = (
-                f"among its {batch.lengths[0]}"
-                if len(batch.lengths) == 1
-                else f"({_counts(batch.lengths, 'has')})"
-            )
+            only_row = len(batch.lengths) == 1
+            counts = f"it has {_tokens(batch.lengths[0])}" if only_row else _counts(batch.lengths, "has")
             raise PositionAxisError(
                 f"{what} is outside the prompt: there is no token {index}, {counts}",
                 instead="an index that counts the real tokens, from 0, or from -1 at the end",
