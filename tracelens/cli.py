@@ -9,11 +9,15 @@ from collections.abc import Sequence
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command; gives the process's exit code."""
-    parser = argparse.ArgumentParser(prog="tracelens", description="Look inside and steer large language models.")
+    parser = argparse.ArgumentParser(
+        prog="tracelens", description="Look inside and steer large language models."
+    )
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("demo", help="look inside a small real model and steer it")
-    sites = commands.add_parser("sites", help="list the sites of a model: names, shapes, what a write changes")
+    sites = commands.add_parser(
+        "sites", help="list the sites of a model: names, shapes, what a write changes"
+    )
     sites.add_argument("model", help='a hub id, a local folder, or "smollm2-135m"')
     options = parser.parse_args(argv)
 

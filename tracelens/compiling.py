@@ -276,9 +276,10 @@ def _per_prompt(
     shift = 1 if stacked else 0
     batch_axis = type_.batch_axis
     assert batch_axis is not None  # the recorder refuses positions without rows where rows differ
-    return unpadded(
-        tensor, prompt.batch, batch_axis + shift, tuple(axis + shift for axis in type_.position_axes)
-    )
+    axes = tuple(axis + shift for axis in type_.position_axes)
+    # Each prompt keeps its row axis, so that code for one prompt runs unchanged on each of them.
+    parts = unpadded(tensor, prompt.batch, batch_axis + shift, axes)
+    return [part.unsqueeze(batch_axis + shift) for part in parts]
 
 
 def _write_files(saves: tuple[Save, ...], found: dict[str, Callable[[], Any]]) -> None:

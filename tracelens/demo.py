@@ -16,7 +16,10 @@ from tracelens.model import Model
 
 PROMPT = "The capital of France is"
 STORY = "I watched the new film last night, and I thought that it was"
-CONTRAST = ("That was wonderful. I loved it, every minute of it", "That was terrible. I hated it, every minute of it")
+CONTRAST = (
+    "That was wonderful. I loved it, every minute of it",
+    "That was terrible. I hated it, every minute of it",
+)
 LAYER = 12
 STRENGTH = {"post_ln": 6.0, "resid_post": 1.5}
 NEW_TOKENS = 24
@@ -110,8 +113,12 @@ def lens_table(rows: list[LensRow]) -> str:
     lines = [f"   {'layer':>5}  {'top token':<16} {'p':>6}  {'':20}  next best"]
     for row in rows:
         bar = "#" * round(20 * row.probabilities[0])
-        rest = ", ".join(f"{token!r} {p:.2f}" for token, p in zip(row.tokens[1:], row.probabilities[1:], strict=True))
-        lines.append(f"   {row.layer:>5}  {row.tokens[0]!r:<16} {row.probabilities[0]:>6.3f}  {bar:<20}  {rest}")
+        rest = ", ".join(
+            f"{token!r} {p:.2f}" for token, p in zip(row.tokens[1:], row.probabilities[1:], strict=True)
+        )
+        lines.append(
+            f"   {row.layer:>5}  {row.tokens[0]!r:<16} {row.probabilities[0]:>6.3f}  {bar:<20}  {rest}"
+        )
     return "\n".join(lines)
 
 

@@ -165,6 +165,10 @@ class RaggedSelectionError(TracelensError):
     """Rows select different numbers of tokens, so the result has no shape."""
 
 
+class TokenRangeError(TracelensError, IndexError):
+    """A token selector points outside the prompt, or selects nothing."""
+
+
 class TokenMatchError(TracelensError):
     """A text selector matches no token span of a row, or more than one."""
 

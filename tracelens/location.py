@@ -11,7 +11,8 @@ from types import FrameType
 _PACKAGE = str(Path(__file__).resolve().parent) + "/"
 # A recorded line may run through torch or einops before it reaches us: those frames are not the user's either.
 _FOREIGN_PARTS = ("/site-packages/torch/", "/site-packages/einops/")
-_is_internal: dict[str, bool] = {}
+# The demo is user code that happens to be shipped: its lines are worth showing.
+_is_internal: dict[str, bool] = {_PACKAGE + "demo.py": False}
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -251,7 +252,7 @@ class Run:
                         session.before(hook.module, _Before(hook, self.state, self))
                     else:
                         session.after(hook.module, _After(hook, self.state, self))
-                with torch.no_grad():
+                with plain_mode():
                     return forward()
             except ForwardStopped:
                 return None
@@ -264,7 +265,7 @@ class Run:
 
     def before_only(self, sizes: Mapping[str, int]) -> None:
         """For programs that need no site at all."""
-        with torch.no_grad():
+        with plain_mode():
             try:
                 self.begin(sizes)
             except _Blamed as blamed:
@@ -275,6 +276,13 @@ class Run:
         if not isinstance(error, TracelensError):
             error = OpFailedError(f"{type(error).__name__} while the model ran: {error}")
         return self.code.graph.blame(error, blamed.number)
+
+
+@contextmanager
+def plain_mode() -> Iterator[None]:
+    """Without autograd, and without inference mode even inside the user's: saved tensors are fit for training on."""
+    with torch.inference_mode(False), torch.no_grad():
+        yield
 
 
 class _Running(threading.local):

@@ -261,9 +261,9 @@ def static_argument(arg: object) -> Arg:
 # --- torch on meta tensors ---------------------------------------------------------------------------------------
 
 
-def _concrete(arg: AbstractArg, sizes: Sizes) -> Any:
+def _concrete(arg: AbstractArg, sizes: Sizes, device: str) -> Any:
     if isinstance(arg, TensorType):
-        return torch.empty(arg.sizes(sizes), dtype=_TORCH[arg.dtype], device="meta")
+        return torch.ones(arg.sizes(sizes), dtype=_TORCH[arg.dtype], device=device)
     if isinstance(arg, Sym):
         return dims.evaluate(arg, sizes)
     if isinstance(arg, DType):
@@ -271,19 +271,19 @@ def _concrete(arg: AbstractArg, sizes: Sizes) -> Any:
     if isinstance(arg, Special):
         return -0.0
     if isinstance(arg, tuple):
-        return tuple(_concrete(part, sizes) for part in arg)
+        return tuple(_concrete(part, sizes, device) for part in arg)
     if isinstance(arg, Slice):
         return slice(arg.start, arg.stop, arg.step)
     return arg
 
 
-def _on_meta(
-    name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes
+def _run(
+    name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes, device: str = "meta"
 ) -> tuple[tuple[TensorType, ...], bool]:
     """The results' types with numbers for sizes, and whether it is one tensor."""
     function = resolve(name)
-    plain = [_concrete(arg, sizes) for arg in args]
-    named = {key: _concrete(value, sizes) for key, value in kwargs}
+    plain = [_concrete(arg, sizes, device) for arg in args]
+    named = {key: _concrete(value, sizes, device) for key, value in kwargs}
     try:
         with torch.no_grad():
             result = function(*plain, **named)
@@ -300,11 +300,31 @@ def _on_meta(
 _asked: dict[memo.Key, tuple[TensorType, ...]] = {}
 
 
+_HALVES = (DType.FLOAT16, DType.BFLOAT16)
+
+
 def _ask(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs) -> tuple[TensorType, ...]:
-    key = (*memo.key_of(name, args, kwargs, False), torch.get_default_dtype())
+    """torch's word on the dtypes of a tiny call.
+
+    Meta tensors let many dtypes pass for which no device has a kernel, so it is real numbers that are tried. Halves are
+    tried on meta tensors too: what a CPU lacks for them, a GPU may have.
+    """
+    key = (
+        torch.get_default_dtype(),
+        *memo.key_of(name, args, kwargs, FUNCTIONS[name].kind is Kind.POINTWISE),
+    )
     found = _asked.get(key)
     if found is None:
-        found = _asked[key] = _on_meta(name, args, kwargs, {})[0]
+        values = tensors_in((*args, *(value for _, value in kwargs)))
+        if len(_asked) > _FULL:
+            _asked.clear()
+        try:
+            found = _run(name, args, kwargs, {}, "cpu")[0]
+        except Refused:
+            if not any(value.dtype in _HALVES for value in values):
+                raise
+            found = _run(name, args, kwargs, {})[0]
+        _asked[key] = found
     return found
 
 
@@ -316,7 +336,7 @@ def _by_meta(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, s
 
     def run(at: Sizes) -> tuple[TensorType, ...]:
         nonlocal single
-        types, single = _on_meta(name, args, kwargs, at)
+        types, single = _run(name, args, kwargs, at)
         return types
 
     found = probed(run, shapes, _symbols_in(everything), sizes)
@@ -349,9 +369,9 @@ class _Entry:
         self.limited = limited
 
 
-_memo: dict[memo.Key, _Entry | None] = {}
-_memo_sized: dict[tuple[memo.Key, tuple[tuple[str, int], ...]], Inferred] = {}
 _FULL = 100_000
+_memo: dict[object, _Entry | None] = {}
+_memo_sized: dict[tuple[object, tuple[tuple[str, int], ...]], Inferred] = {}
 
 
 def memo_clear() -> None:
@@ -373,7 +393,7 @@ def infer_call(
     function = FUNCTIONS.get(name)
     if function is None:
         raise calls.refused(name)
-    key = memo.key_of(name, args, kwargs, function.kind is Kind.POINTWISE)
+    key = (torch.get_default_dtype(), memo.key_of(name, args, kwargs, function.kind is Kind.POINTWISE))
     entry = _memo.get(key, ...)
     if isinstance(entry, _Entry) and (sizes is None or not (entry.least or entry.limited)):
         return entry.inferred
@@ -430,6 +450,8 @@ def _by_rule(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, s
         sizing = Sizing(sizes, dtype_of(torch.get_default_dtype()), _ask)
         try:
             return _Entry(rule(sizing, name, args, kwargs), tuple(sizing.least), False)
-        except (Misfit, Defer):
-            pass  # torch has the last word, and better ones
+        except (Misfit, Defer) as error:
+            if isinstance(error, Refused) and FUNCTIONS[name].kind is Kind.POINTWISE:
+                raise  # what one element cannot do, many cannot
+            # Otherwise torch has the last word, and better ones.
     return _by_meta(name, args, kwargs, sizes)

@@ -1,0 +1,1 @@
+"""What tracelens costs, measured beside other ways to do the same."""

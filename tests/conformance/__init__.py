@@ -1,0 +1,1 @@
+"""The public API against the oracles, for every family and every site."""

@@ -1,0 +1,258 @@
+"""Every writable site, by every spelling, changes the logits exactly as the oracle says."""
+
+from __future__ import annotations
+
+import contextlib
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import tracelens as tl
+from tests.conformance.spellings import SPELLINGS, Spelling, spelled
+from tests.conformance.test_reads import close, expected_rows, read, real_rows
+from tests.support.batches import EVEN, RAGGED, SINGLE, Batch, batch, random_rows
+from tests.support.families import EVERY, FAMILIES, LAYERS
+from tests.support.hand_forward import Intercept, hand_forward, hand_sites, unchanged
+from tests.support.plain import edited, plain_logits, untouched
+from tracelens.errors import PositionAxisError
+from tracelens.ir.sites import Effect, Site
+
+PROMPTS = {"single": random_rows(SINGLE), "ragged": random_rows(RAGGED), "even": random_rows(EVEN)}
+GRAD_MODES = {
+    "ambient": contextlib.nullcontext,
+    "no_grad": torch.no_grad,
+    "enable_grad": torch.enable_grad,
+    "inference": torch.inference_mode,
+}
+
+
+def writable(hf: PreTrainedModel) -> list[Site]:
+    return [site for site in hand_sites(hf) if site.kind.effect is not Effect.NONE]
+
+
+def vectors(hf: PreTrainedModel, site: Site) -> tuple[Tensor, Tensor]:
+    """What is added and what is assigned at a site: two random vectors of its width."""
+    sizes = {"D": 48, "M": 80, "V": 97}
+    width = sizes[str(site.kind.shape[-1])]
+    generator = torch.Generator().manual_seed(17 + len(site.name))
+    return 0.5 * torch.randn(width, generator=generator), torch.randn(width, generator=generator)
+
+
+def oracle(hf: PreTrainedModel, prompt: Batch, intercept: Intercept = unchanged) -> Tensor:
+    with torch.no_grad():
+        return hand_forward(hf, *prompt, intercept)
+
+
+def same_logits(saved: object, expected: Tensor, prompt: Batch) -> None:
+    for actual, tensor in zip(real_rows(saved, prompt), expected_rows(expected, prompt), strict=True):
+        close(actual, tensor)
+
+
+def matters(expected: Tensor, hf: PreTrainedModel, prompt: Batch) -> None:
+    """The edit has to show in the logits, or nothing would be tested."""
+    assert (expected - oracle(hf, prompt))[prompt.mask].abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("spelling", SPELLINGS.values(), ids=SPELLINGS)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_spelling_at_every_kind(family: str, spelling: Spelling) -> None:
+    hf, rows = FAMILIES[family].build(), PROMPTS["ragged" if spelling.ragged else "even"]
+    model, prompt = tl.wrap(hf), batch(rows)
+    for site in writable(hf):
+        if site.layer not in (None, 1):
+            continue
+        v, x = vectors(hf, site)
+        expected = oracle(hf, prompt, spelling.intercept(site, prompt, v, x))
+        matters(expected, hf, prompt)
+        with untouched(hf), model.trace(rows):
+            spelling.run(site, model=model, v=v, x=x)
+            logits = model.logits.save()
+        same_logits(logits.value, expected, prompt)
+
+
+def test_a_row_of_a_ragged_batch_is_not_addressed_by_its_number() -> None:
+    model = tl.wrap(FAMILIES["llama"].build())
+    with pytest.raises(PositionAxisError), model.trace(PROMPTS["ragged"]):
+        model.layers[1].resid_post[1] += 1.0
+
+
+@pytest.mark.parametrize("rows", PROMPTS.values(), ids=PROMPTS)
+@pytest.mark.parametrize("family", EVERY)
+def test_every_site_of_every_layer(family: str, rows: list[list[int]]) -> None:
+    hf, prompt = EVERY[family].build(), batch(rows)
+    model = tl.wrap(hf)
+    for site in writable(hf):
+        v, x = vectors(hf, site)
+        spelling = SPELLINGS["SITE += v"]
+        expected = oracle(hf, prompt, spelling.intercept(site, prompt, v, x))
+        matters(expected, hf, prompt)
+        with untouched(hf), model.trace(rows):
+            spelling.run(site, model=model, v=v, x=x)
+            logits = model.logits.save()
+        same_logits(logits.value, expected, prompt)
+
+
+@pytest.mark.parametrize("mode", GRAD_MODES.values(), ids=GRAD_MODES)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_grad_mode_does_not_matter(family: str, mode) -> None:
+    hf, rows = FAMILIES[family].build(), PROMPTS["ragged"]
+    model, prompt = tl.wrap(hf), batch(rows)
+    for code in ("SITE += v", "SITE[:, -1] += v", "SITE = x", "SITE.tok[2] = x"):
+        for name in ("resid_pre", "resid_mid", "mlp_norm", "mlp_act", "attn_add", "resid_post"):
+            site, spelling = Site(name, 1), SPELLINGS[code]
+            v, x = vectors(hf, site)
+            expected = oracle(hf, prompt, spelling.intercept(site, prompt, v, x))
+            matters(expected, hf, prompt)
+            with mode(), untouched(hf), model.trace(rows):
+                spelling.run(site, model=model, v=v, x=x)
+                logits = model.logits.save()
+            same_logits(logits.value, expected, prompt)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_write_is_seen_by_the_reads_after_it_and_not_by_those_before(family: str) -> None:
+    hf, rows = FAMILIES[family].build(), PROMPTS["single"]
+    model, prompt = tl.wrap(hf), batch(rows)
+    clean: dict[Site, Tensor] = {}
+    oracle(hf, prompt, lambda site, tensor: clean.setdefault(site, tensor))
+    for site in writable(hf):
+        v, _ = vectors(hf, site)
+        with model.trace(rows):
+            before = read(model, site).save()
+            exec(f"{spelled(site)} += v", {"model": model, "v": v})
+            after = read(model, site).save()
+        close(before.value, clean[site])
+        close(after.value, clean[site] + v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", EVERY)
+def test_writes_equal_an_edited_model_bit_for_bit(family: str, attn: str, dtype: torch.dtype) -> None:
+    """Hooks placed by hand, and for ``resid_mid`` a block whose forward was rewritten: no rounding may differ."""
+    hf, rows = EVERY[family].build(attn=attn, dtype=dtype), PROMPTS["ragged"]
+    model, prompt = tl.wrap(hf), batch(rows)
+    edits = {
+        "SITE += v": lambda h, v: (h + v).to(dtype),
+        "SITE *= 0": lambda h, v: h * 0,
+        "SITE = v": lambda h, v: v.to(dtype).expand_as(h).clone(),
+    }
+    with torch.no_grad():
+        clean = plain_logits(hf, prompt)
+    for site in writable(hf):
+        v, _ = vectors(hf, site)
+        for code, edit in edits.items():
+            with torch.no_grad(), edited(hf, site, lambda h, v=v, edit=edit: edit(h, v)):
+                expected = plain_logits(hf, prompt)
+            assert (expected - clean)[prompt.mask].abs().max() > 1e-3, (site, code)
+            with untouched(hf), model.trace(rows):
+                exec(code.replace("SITE", spelled(site)), {"model": model, "v": v})
+                logits = model.logits.save()
+            for actual, tensor in zip(
+                real_rows(logits.value, prompt), expected_rows(expected, prompt), strict=True
+            ):
+                assert torch.equal(actual, tensor), (site, code)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_mapped_writes_are_one_write_for_each_layer(family: str) -> None:
+    hf, rows = FAMILIES[family].build(), PROMPTS["ragged"]
+    model, prompt = tl.wrap(hf), batch(rows)
+    names = [site.name for site in writable(hf) if site.layer == 0]
+    for name in names:
+        width = vectors(hf, Site(name, 0))[0].shape[0]
+        rows_of_v = 0.5 * torch.randn(LAYERS, width, generator=torch.Generator().manual_seed(3))
+        v = rows_of_v[0]
+        cases: list[tuple[str, dict[int, Tensor], bool]] = [
+            (f"model.layers[0:2].{name} += v", {0: v, 1: v}, False),
+            (f"model.layers[:].{name} += tl.per_layer(V)", dict(enumerate(rows_of_v)), False),
+            (f"model.layers[[2, 0]].{name} = model.layers[[2, 0]].{name} + v", {2: v, 0: v}, False),
+            (f"model.layers[0:2].{name}[:, -1] += v", {0: v, 1: v}, True),
+        ]
+        for code, added, only_last in cases:
+
+            def intercept(
+                at: Site,
+                tensor: Tensor,
+                name: str = name,
+                added: dict[int, Tensor] = added,
+                only_last: bool = only_last,
+            ) -> Tensor:
+                if at.name != name or at.layer not in added:
+                    return tensor
+                if not only_last:
+                    return tensor + added[at.layer]
+                return torch.cat((tensor[:, :-1], tensor[:, -1:] + added[at.layer]), dim=1)
+
+            expected = oracle(hf, prompt, intercept)
+            matters(expected, hf, prompt)
+            with untouched(hf), model.trace(rows):
+                exec(code, {"model": model, "tl": tl, "v": v, "V": rows_of_v})
+                logits = model.logits.save()
+            same_logits(logits.value, expected, prompt)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_values_flow_forward_between_sites(family: str) -> None:
+    hf, rows = FAMILIES[family].build(), PROMPTS["ragged"]
+    model, prompt = tl.wrap(hf), batch(rows)
+    held: dict[Site, Tensor] = {}
+
+    def intercept(site: Site, tensor: Tensor) -> Tensor:
+        held[site] = tensor
+        if site == Site("resid_mid", 1):
+            return tensor + 0.5 * held[Site("mlp_act", 0)][..., :48]
+        if site == Site("mlp_norm", 2):
+            return tensor - held[Site("resid_post", 0)]
+        return tensor
+
+    expected = oracle(hf, prompt, intercept)
+    matters(expected, hf, prompt)
+    with model.trace(rows):
+        # The statements stand in an order of their own: only the forward pass decides.
+        model.layers[2].mlp_norm -= model.layers[0].resid_post
+        model.layers[1].resid_mid += 0.5 * model.layers[0].mlp_act[..., :48]
+        logits = model.logits.save()
+    same_logits(logits.value, expected, prompt)
+
+
+_MODELS: dict[str, PreTrainedModel] = {}
+
+
+@given(data=st.data())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_any_set_of_writes_in_any_order(family: str, data: st.DataObject) -> None:
+    hf = _MODELS.setdefault(family, FAMILIES[family].build())
+    rows = random_rows(data.draw(st.lists(st.integers(4, 9), min_size=2, max_size=3), label="lengths"))
+    model, prompt = tl.wrap(hf), batch(rows)
+    site = st.sampled_from(writable(hf))
+    writes = data.draw(
+        st.lists(
+            st.tuples(site, st.sampled_from(sorted(code for code, how in SPELLINGS.items() if how.ragged))),
+            min_size=1,
+            max_size=5,
+        ),
+        label="writes",
+    )
+    edits: dict[Site, list[Intercept]] = {}
+    for at, code in writes:
+        edits.setdefault(at, []).append(SPELLINGS[code].intercept(at, prompt, *vectors(hf, at)))
+
+    def intercept(at: Site, tensor: Tensor) -> Tensor:
+        for edit in edits.get(at, []):
+            tensor = edit(at, tensor)
+        return tensor
+
+    expected = oracle(hf, prompt, intercept)
+    with untouched(hf), model.trace(rows):
+        for at, code in writes:
+            v, x = vectors(hf, at)
+            SPELLINGS[code].run(at, model=model, v=v, x=x)
+        logits = model.logits.save()
+    # Several writes make activations larger than one does, and the rounding with them.
+    for actual, tensor in zip(real_rows(logits.value, prompt), expected_rows(expected, prompt), strict=True):
+        torch.testing.assert_close(actual, tensor, atol=1e-4, rtol=1e-4)

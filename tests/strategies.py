@@ -1,0 +1,373 @@
+"""Hypothesis strategies for the language: graphs that obey the law (forms alone: :mod:`tests.ir.forms`)."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+
+import torch
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.support.batches import Batch
+from tests.support.families import D_MODEL, LAYERS, NEURONS, VOCABULARY
+from tracelens.constants import Captured, capture
+from tracelens.errors import TracelensError
+from tracelens.ir.dims import B, P
+from tracelens.ir.graph import Graph, Pin
+from tracelens.ir.infer import AbstractArg, infer_call, infer_index, infer_index_put
+from tracelens.ir.ops import (
+    WHOLE,
+    Arg,
+    Call,
+    Const,
+    Index,
+    IndexItem,
+    IndexPut,
+    Keep,
+    Op,
+    Param,
+    Read,
+    Ref,
+    Save,
+    Scalar,
+    Slice,
+    Special,
+    TokenAt,
+    TokenList,
+    TokenSelector,
+    TokenSlice,
+    TokenText,
+    Write,
+)
+from tracelens.ir.sites import KINDS, Effect, Order, Scope, Site
+from tracelens.ir.types import DType, TensorType
+from tracelens.location import Location
+
+
+def as_held(number: float) -> float | Special:
+    """A float as a graph holds it: minus zero is a special number, and nan is one object."""
+    if math.isnan(number):
+        return math.nan
+    return Special.NEGATIVE_ZERO if number == 0.0 and math.copysign(1, number) < 0 else number
+
+
+# --- graphs that obey the law ------------------------------------------------------------------------------------
+
+WIDTHS = {"D": D_MODEL, "M": NEURONS, "V": VOCABULARY}
+_ABSENT = ("pos_embed",)
+READABLE = tuple(
+    Site(kind.name, layer)
+    for kind in KINDS
+    if kind.name not in _ABSENT
+    for layer in (range(LAYERS) if kind.scope is Scope.LAYER else (None,))
+)
+"""The sites of a tiny model of the Llama kind."""
+WRITABLE = tuple(site for site in READABLE if site.kind.effect is not Effect.NONE)
+
+
+def type_of(site: Site) -> TensorType:
+    """The site's type in a tiny model, in float32."""
+    shape = tuple(WIDTHS[dim] if isinstance(dim, str) else dim for dim in site.kind.shape)
+    return TensorType(DType.BOOL if site.kind.scope is Scope.INPUT else DType.FLOAT32, shape)
+
+
+@dataclass
+class _Builder:
+    """Writes a graph down operation by operation, as strict as the recorder and in fewer words."""
+
+    draw: Callable[[st.SearchStrategy], object]
+    sizes: dict[str, int] | None
+    aligned: bool
+    ops: list[Op] = field(default_factory=list)
+    types: list[TensorType] = field(default_factory=list)
+    origins: list[tuple[Order, frozenset[Site]] | None] = field(default_factory=list)
+    constants: list[Captured] = field(default_factory=list)
+    versions: dict[Site, int] = field(default_factory=dict)
+    pins: dict[str, Pin] = field(default_factory=dict)
+    saves: int = 0
+
+    def one(self, *choices: object) -> object:
+        return self.draw(st.sampled_from(choices))
+
+    def _origin(self, values: Sequence[int]) -> tuple[Order, frozenset[Site]] | None:
+        known = [self.origins[value] for value in values if self.origins[value] is not None]
+        if not known:
+            return None
+        order = max(origin[0] for origin in known)
+        return order, frozenset().union(*(sites for own, sites in known if own == order))
+
+    def define(self, types: Sequence[TensorType], uses: Sequence[int]) -> tuple[int, ...]:
+        first = len(self.types)
+        self.types += types
+        self.origins += [self._origin(uses)] * len(types)
+        return tuple(range(first, len(self.types)))
+
+    def allows(self, inferred: object) -> bool:
+        return self.aligned or not inferred.mixes
+
+    def pin(self, inferred: object) -> None:
+        for symbol in sorted(inferred.pins):
+            self.pins.setdefault(symbol, Pin(symbol, self.sizes[symbol], len(self.ops)))
+
+    # --- the operations ------------------------------------------------------------------------------------------
+
+    def read(self, site: Site | None = None) -> int:
+        site = site or self.one(*READABLE)
+        (value,) = self.define([type_of(site)], ())
+        self.origins[value] = (site.order, frozenset((site,)))
+        self.ops.append(Read(value, type_of(site), site, self.versions.get(site, 0)))
+        return value
+
+    def const(self, tensor: Tensor) -> int:
+        captured = capture(tensor)
+        (value,) = self.define([captured.type], ())
+        self.ops.append(Const(value, captured.type, len(self.constants)))
+        self.constants.append(captured)
+        return value
+
+    def param(self) -> int:
+        path, kind = self.one(
+            ("lm_head.weight", TensorType(DType.FLOAT32, (VOCABULARY, D_MODEL))),
+            ("model.norm.weight", TensorType(DType.FLOAT32, (D_MODEL,))),
+        )
+        (value,) = self.define([kind], ())
+        self.ops.append(Param(value, kind, path))
+        return value
+
+    def call(self, function: str, *args: Arg, **kwargs: Arg) -> tuple[int, ...] | None:
+        def abstract(arg: Arg) -> AbstractArg:
+            if isinstance(arg, tuple):
+                return tuple(map(abstract, arg))
+            return self.types[arg.id] if isinstance(arg, Ref) else arg
+
+        named = tuple(kwargs.items())
+        try:
+            inferred = infer_call(
+                function, tuple(map(abstract, args)), tuple((k, abstract(v)) for k, v in named), self.sizes
+            )
+        except TracelensError:
+            return None
+        if not self.allows(inferred):
+            return None
+        op = Call((), inferred.types, function, args, named)
+        self.pin(inferred)
+        outs = self.define(inferred.types, [ref.id for ref in _flat((args, tuple(v for _, v in named)))])
+        self.ops.append(replace(op, outs=outs))
+        return outs
+
+    def compute(self) -> None:
+        value = self.some(lambda type_: type_.dtype.is_floating)
+        if value is None:
+            return
+        ref, kind = Ref(value), self.types[value]
+        width = kind.shape[-1] if kind.shape else None
+        match self.draw(st.integers(0, 13)):
+            case 0:
+                self.call(self.one("torch.tanh", "torch.neg", "torch.nn.functional.gelu", "torch.abs"), ref)
+            case 1:
+                self.call(
+                    self.one("torch.mul", "torch.add", "torch.sub"),
+                    ref,
+                    self.one(2, 0.5, True, -3, as_held(-0.0)),
+                )
+            case 2:
+                self.call("torch.sub", self.one(1, 0.25), ref)
+            case 3:
+                other = self.some(lambda type_: type_.dtype.is_floating and type_.shape == kind.shape)
+                self.call(self.one("torch.add", "torch.mul", "torch.maximum"), ref, Ref(other))
+            case 4:
+                other = self.some(lambda type_: type_.dtype.is_floating)
+                self.call(self.one("torch.add", "torch.sub"), ref, Ref(other))
+            case 5 if kind.shape:
+                self.call(self.one("torch.mean", "torch.sum", "torch.amax"), ref, -1, self.one(True, False))
+            case 6 if kind.shape:
+                self.call("torch.softmax", ref, dim=-1)
+            case 7 if isinstance(width, int) and width > 2:
+                self.call("torch.topk", ref, 2)
+            case 8 if kind.shape:
+                self.call("torch.cat", (ref, ref), -1)
+            case 9:
+                (mask,) = self.call("torch.gt", ref, 0.1)
+                self.call("torch.where", Ref(mask), ref, self.one(0.0, -1.5))
+            case 10 if isinstance(width, int):
+                matrix = self.const(_numbers(width, 5))
+                self.call("torch.matmul", ref, Ref(matrix))
+            case 11:
+                self.call("torch.Tensor.to", ref, self.one(DType.FLOAT64, DType.BFLOAT16, DType.FLOAT16))
+            case 12 if kind.shape[:2] == (B, P):
+                self.call("tracelens.masked_mean", ref, Ref(self.read(Site("token_mask"))))
+            case 13 if self.sizes is not None and len(kind.shape) > 1:
+                self.call(self.one("torch.mean", "torch.cumsum"), ref, len(kind.shape) - 2)
+            case _:
+                self.call("torch.mul", ref, Ref(self.const(_numbers())))
+
+    def index(self) -> tuple[int, tuple[IndexItem, ...]] | None:
+        """A value and an index that fits it."""
+        value = self.some(lambda type_: bool(type_.shape))
+        if value is None:
+            return None
+        kind = self.types[value]
+        last, whole = len(kind.shape) - 1, (WHOLE,) * (len(kind.shape) - 1)
+        choices: list[tuple[IndexItem, ...]] = [()]
+        if isinstance(kind.shape[last], int) and kind.shape[last] > 4:
+            choices += [
+                (*whole, Slice(None, 3)),
+                (*whole, -1),
+                (*whole, Slice(1, None, 2)),
+                (*whole, None, 2),
+            ]
+            choices += [(*whole, Ref(-1))]  # an index tensor, made if this one is drawn
+        if kind.shape[:2] == (B, P):
+            selectors = (TokenAt(-1), TokenAt(0), TokenSlice(-2, None, None, 2), TokenList((1, 0, -1)))
+            choices += [(WHOLE, selector) for selector in selectors]
+            choices += [(WHOLE, -1), (WHOLE, Slice(-1)), (WHOLE, Slice(1)), (0,)]
+        index = self.one(*choices)
+        if index and index[-1] == Ref(-1):
+            index = (*whole, Ref(self.const(torch.tensor([3, 0, 3]))))
+        return value, index
+
+    def take(self) -> None:
+        found = self.index()
+        if found is None:
+            return
+        base, index = found
+        try:
+            inferred = infer_index(self.types[base], self._abstract(index), self.sizes)
+        except TracelensError:
+            return
+        if self.allows(inferred):
+            self.pin(inferred)
+            (out,) = self.define(
+                inferred.types, [base, *(item.id for item in index if isinstance(item, Ref))]
+            )
+            self.ops.append(Index(out, inferred.types[0], base, index))
+
+    def put(self) -> None:
+        found = self.index()
+        if found is None or not self.types[found[0]].dtype.is_floating:
+            return
+        base, index = found
+        value = self.one(0.0, 3, Ref(self.some(lambda type_: type_.dtype.is_floating)))
+        given = self.types[value.id] if isinstance(value, Ref) else value
+        try:
+            inferred = infer_index_put(self.types[base], self._abstract(index), given, self.sizes)
+        except TracelensError:
+            return
+        if self.allows(inferred):
+            self.pin(inferred)
+            uses = [base, *(ref.id for ref in (*index, value) if isinstance(ref, Ref))]
+            (out,) = self.define([self.types[base]], uses)
+            self.ops.append(IndexPut(out, self.types[base], base, index, value))
+
+    def write(self) -> None:
+        site = self.one(*WRITABLE)
+        fitting: list[Ref | Scalar] = [0.5, 2, True, as_held(-0.0)]
+        for value, kind in enumerate(self.types):
+            origin = self.origins[value]
+            if origin is not None and not (origin[0] < site.order or origin[1] == frozenset((site,))):
+                continue
+            try:
+                inferred = infer_index_put(type_of(site), (), kind, self.sizes)
+            except TracelensError:
+                continue
+            if not inferred.pins and self.allows(inferred):
+                fitting += [Ref(value)] * 3
+        self.versions[site] = self.versions.get(site, 0) + 1
+        self.ops.append(Write(site, self.versions[site], self.one(*fitting)))
+
+    def save(self, *, stacked: bool | None = None) -> None:
+        value = self.some(lambda _: True)
+        kind = self.types[value]
+        members: tuple[int, ...] = (value,)
+        if stacked if stacked is not None else self.one(True, False, False):
+            same = [other for other, type_ in enumerate(self.types) if type_ == kind]
+            members = tuple(self.draw(st.lists(st.sampled_from(same), min_size=1, max_size=3)))
+        dtype = self.one(None, None, DType.FLOAT64) if kind.dtype.is_floating else None
+        keep = self.one(*Keep)
+        is_stacked = len(members) > 1 or bool(stacked)
+        self.ops.append(Save(f"s{self.saves}", members, is_stacked, keep, dtype))
+        self.saves += 1
+
+    def some(self, wanted: Callable[[TensorType], bool]) -> int | None:
+        fitting = [value for value, kind in enumerate(self.types) if wanted(kind)]
+        return self.one(*fitting) if fitting else None
+
+    def _abstract(self, index: tuple[IndexItem, ...]) -> tuple[object, ...]:
+        return tuple(self.types[item.id] if isinstance(item, Ref) else item for item in index)
+
+    def graph(self) -> Graph:
+        ops = tuple(self.ops)
+        lines = tuple(Location("graph.py", number + 1) for number in range(len(ops)))
+        return Graph(ops, tuple(self.pins.values()), tuple(self.constants), (), lines)
+
+
+def _flat(arg: Arg) -> list[Ref]:
+    if isinstance(arg, tuple):
+        return [ref for part in arg for ref in _flat(part)]
+    return [arg] if isinstance(arg, Ref) else []
+
+
+def _numbers(*shape: int) -> Tensor:
+    """Numbers of moderate size, the same each time."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(7)) / max(1, math.prod(shape)) ** 0.25
+
+
+@st.composite
+def graphs(
+    draw: Callable[[st.SearchStrategy], object],
+    *,
+    sizes: dict[str, int] | None = None,
+    aligned: bool = True,
+    steps: tuple[int, int] = (3, 16),
+) -> Graph:
+    """Graphs that verify, over the sites of a tiny model of the Llama kind, with at least one save.
+
+    ``sizes``: those of the prompt that the graph is recorded for (else its sizes stay symbols); ``aligned=False``: no
+    operation mixes positions, so that rows may differ in length.
+    """
+    builder = _Builder(draw, sizes, aligned)
+    builder.read()
+    choices = (
+        [builder.read] * 4
+        + [builder.compute] * 6
+        + [builder.write] * 5
+        + [builder.take, builder.put, builder.take, builder.put]
+        + [builder.param, lambda: builder.const(_numbers(D_MODEL)), builder.save]
+    )
+    least, most = steps
+    for choice in draw(st.lists(st.sampled_from(choices), min_size=least, max_size=most)):
+        choice()
+    builder.save()
+    return builder.graph()
+
+
+# --- where token selectors point, counted plainly ----------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Chosen:
+    """For each row the padded positions that a selector means."""
+
+    columns: tuple[tuple[int, ...], ...]
+    drops: bool
+
+
+def plain_select(batch: Batch) -> Callable[[TokenSelector], Chosen]:
+    """Resolves selectors by number against the mask of a batch."""
+    real = [torch.nonzero(row).flatten().tolist() for row in batch.mask]
+
+    def select(selector: TokenSelector) -> Chosen:
+        match selector:
+            case TokenAt():
+                return Chosen(tuple((row[selector.index],) for row in real), True)
+            case TokenSlice():
+                cut = slice(selector.start, selector.stop, selector.step)
+                return Chosen(tuple(tuple(row[cut]) for row in real), False)
+            case TokenList():
+                return Chosen(tuple(tuple(row[i] for i in selector.indices) for row in real), False)
+            case TokenText():
+                raise ValueError("texts need a tokenizer")
+
+    return select

@@ -1,0 +1,240 @@
+"""What a graph means, said as plainly as possible: the yardstick for passes, plans, programs and backends.
+
+Nothing here is clever. Given any forward pass that calls ``intercept(site, tensor)`` at every site in order, each
+operation is done by torch when its result is first needed, and remembered. No pass, plan, program or hook takes part.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol, cast
+
+import torch
+from torch import Tensor
+
+from tracelens.errors import CausalityError
+from tracelens.ir import dims
+from tracelens.ir.graph import Graph
+from tracelens.ir.infer import resolve, torch_dtype
+from tracelens.ir.ops import (
+    WHOLE,
+    Apply,
+    Arg,
+    Call,
+    Const,
+    Index,
+    IndexItem,
+    IndexPut,
+    Op,
+    Param,
+    Read,
+    Ref,
+    Save,
+    Slice,
+    Special,
+    TokenAt,
+    TokenList,
+    TokenSelector,
+    TokenSlice,
+    TokenText,
+    Write,
+    operands,
+)
+from tracelens.ir.sites import Site
+from tracelens.ir.types import DType
+
+Intercept = Callable[[Site, Tensor], Tensor]
+Forward = Callable[[Intercept], object]
+
+
+class Selected(Protocol):
+    """Where a token selector points: for each row the padded positions, and whether the position axis goes."""
+
+    @property
+    def columns(self) -> Sequence[Sequence[int]]: ...
+
+    @property
+    def drops(self) -> bool: ...
+
+
+def evaluate(
+    graph: Graph,
+    forward: Forward,
+    *,
+    constants: Sequence[Tensor] = (),
+    parameters: Callable[[str], Tensor] | None = None,
+    select: Callable[[TokenSelector], Selected] | None = None,
+    functions: Sequence[Callable[..., Any]] = (),
+) -> dict[str, Tensor]:
+    """The saved tensors of a graph by name, in the order of the saves; batches stay padded.
+
+    ``forward(intercept)`` is one forward pass: it calls ``intercept(site, tensor)`` at every site in order and goes on
+    with the tensor that comes back. ``constants`` are the graph's captured tensors, ``parameters`` finds the model's by
+    their paths, ``select`` says where token selectors point, ``functions`` are those of ``tl.apply``. A value that is
+    needed before its site was reached raises :class:`CausalityError`.
+    """
+    evaluator = _Evaluator(graph, constants, parameters, select, functions)
+    with torch.no_grad():
+        forward(evaluator.intercept)
+        return evaluator.saved()
+
+
+class _Evaluator:
+    def __init__(self, graph: Graph, constants: Any, parameters: Any, select: Any, functions: Any) -> None:
+        self.graph = graph
+        self.constants, self.parameters = constants, parameters
+        self.select, self.functions = select, functions
+        self.sizes: dict[str, int] = {}
+        self.versions: dict[tuple[Site, int], Tensor] = {}
+        self.values: dict[int, Tensor] = {}
+
+    def intercept(self, site: Site, tensor: Tensor) -> Tensor:
+        """One site: its versions are made one after the other, and the last goes on."""
+        for dim, size in zip(site.kind.shape, tensor.shape, strict=True):
+            if isinstance(dim, dims.Sym):
+                self.sizes[str(dim)] = size
+        self.versions[site, 0] = tensor
+        writes = sorted((op for op in self.graph.writes if op.site == site), key=lambda write: write.version)
+        for write in writes:
+            if isinstance(write.value, Ref):
+                # Cast once, to the site's dtype; broadcast to its shape.
+                written = self.value(write.value.id).to(tensor.dtype).broadcast_to(tensor.shape).clone()
+            else:
+                written = torch.full_like(tensor, self.plain(write.value))
+            self.versions[site, write.version] = written
+            tensor = written
+        return tensor
+
+    def saved(self) -> dict[str, Tensor]:
+        for op in self.graph.applies:
+            self.value(op.outs[0])  # an apply always runs
+        found: dict[str, Tensor] = {}
+        for save in self.graph.saves:
+            members = [self.value(value) for value in save.values]
+            tensor = torch.stack(members) if save.stacked else members[0]
+            found[save.name] = tensor.to(torch_dtype(save.dtype)) if save.dtype else tensor
+        return found
+
+    def value(self, wanted: int) -> Tensor:
+        """A value, computed on demand: everything that it needs comes first, in the order of the graph."""
+        if wanted not in self.values:
+            for number in sorted(self._needed(wanted)):
+                self._compute(self.graph.ops[number])
+        return self.values[wanted]
+
+    def _needed(self, wanted: int) -> set[int]:
+        found: set[int] = set()
+        waiting = [wanted]
+        while waiting:
+            value = waiting.pop()
+            number = self.graph.producer[value]
+            if value not in self.values and number not in found:
+                found.add(number)
+                waiting += operands(self.graph.ops[number])
+        return found
+
+    def _compute(self, op: Op) -> None:
+        match op:
+            case Const():
+                self.values[op.out] = self.constants[op.index].detach()
+            case Param():
+                self.values[op.out] = self.parameters(op.path).detach()
+            case Read():
+                if (op.site, op.version) not in self.versions:
+                    raise CausalityError(f"{op.site}@{op.version} is needed before the forward pass makes it")
+                self.values[op.out] = self.versions[op.site, op.version]
+            case Call():
+                named = {name: self.plain(arg) for name, arg in op.kwargs}
+                self._results(op.outs, resolve(op.function)(*map(self.plain, op.args), **named))
+            case Apply():
+                self._results(op.outs, self.functions[op.index](*map(self.plain, op.args)))
+            case Index():
+                self.values[op.out] = self._index(op)
+            case IndexPut():
+                self.values[op.out] = self._put(op)
+            case Write() | Save():
+                pass  # these make no values
+
+    def _results(self, outs: tuple[int, ...], result: Any) -> None:
+        parts = (result,) if isinstance(result, Tensor) else cast("tuple[Tensor, ...]", tuple(result))
+        self.values.update(zip(outs, parts, strict=True))
+
+    def plain(self, arg: Arg) -> Any:
+        """An argument as torch takes it."""
+        match arg:
+            case Ref():
+                return self.values[arg.id]
+            case tuple():
+                return tuple(self.plain(part) for part in arg)
+            case dims.Sym():
+                return dims.evaluate(arg, self.sizes)
+            case DType():
+                return torch_dtype(arg)
+            case Slice():
+                return slice(arg.start, arg.stop, arg.step)
+            case Special():
+                return -0.0
+            case _:
+                return arg
+
+    def _index(self, op: Index) -> Tensor:
+        base = self.values[op.base]
+        if not _selects(op.index):
+            return base[tuple(self._item(item) for item in op.index)]
+        chosen = _Chosen(self, op)
+        return chosen.joined([row[columns] for row, columns in chosen.rows(base)])
+
+    def _put(self, op: IndexPut) -> Tensor:
+        result = self.values[op.base].clone()
+        value = self.plain(op.value)
+        if not _selects(op.index):
+            result[tuple(self._item(item) for item in op.index)] = value
+            return result
+        chosen = _Chosen(self, op)
+        rows = chosen.rows(result)
+        if isinstance(value, Tensor):
+            shape = chosen.joined([row[columns] for row, columns in rows]).shape
+            for (row, columns), new in zip(rows, chosen.split(value.broadcast_to(shape)), strict=True):
+                row[columns] = new.to(result.dtype)
+        else:
+            for row, columns in rows:
+                row[columns] = value
+        return result
+
+    def _item(self, item: IndexItem) -> Any:
+        return item if item is None or isinstance(item, int) else self.plain(cast(Arg, item))
+
+
+class _Chosen:
+    """The tokens that an index chooses, row by row, with the position axis in front."""
+
+    def __init__(self, evaluator: _Evaluator, op: Index | IndexPut) -> None:
+        *before, selector = op.index
+        batch = evaluator.graph.types[op.base].batch_axis
+        if batch is None or any(item != WHOLE for item in before):
+            raise ValueError("a token selector stands after whole axes, one of them the batch's")
+        selected: Selected = evaluator.select(selector)
+        self.batch, self.drops = batch, selected.drops
+        self.columns = [row[0] if self.drops else list(row) for row in selected.columns]
+        self.position = len(before) - (batch < len(before))
+
+    def rows(self, tensor: Tensor) -> list[tuple[Tensor, Any]]:
+        """For every row a view of it, positions in front, and the places in that."""
+        views = (row.movedim(self.position, 0) for row in tensor.unbind(self.batch))
+        return list(zip(views, self.columns, strict=True))
+
+    def joined(self, rows: list[Tensor]) -> Tensor:
+        """Rows in one tensor: the batch axis is where it was, less one if a dropped axis stood before it."""
+        if self.drops:
+            return torch.stack(rows, dim=self.batch - (self.position < self.batch))
+        return torch.stack([row.movedim(0, self.position) for row in rows], dim=self.batch)
+
+    def split(self, tensor: Tensor) -> list[Tensor]:
+        """The inverse of :meth:`joined`."""
+        if self.drops:
+            return list(tensor.unbind(self.batch - (self.position < self.batch)))
+        return [row.movedim(self.position, 0) for row in tensor.unbind(self.batch)]
+
+
+def _selects(index: tuple[IndexItem, ...]) -> bool:
+    return any(isinstance(item, TokenAt | TokenSlice | TokenList | TokenText) for item in index)
