@@ -7,7 +7,7 @@ lengths. Two dims are the same size for every prompt exactly if they are equal a
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 BATCH, POSITION, KEY = "B", "P", "S"
@@ -175,9 +175,8 @@ def symbols(dim: Dim) -> frozenset[str]:
 
 
 _TERM = re.compile(r"([+-]?)([^+-]+)")
-_SLICED = re.compile(
-    r"len\((?P<of>[^()]*(?:\([^()]*\)[^()]*)*)\)\[(?P<start>-?\d*):(?P<stop>-?\d*)(?::(?P<step>-?\d*))?\]"
-)
+# The innermost slices: what is inside their parentheses has none of its own.
+_SLICED = re.compile(r"len\((?P<of>[^()]*)\)\[(?P<start>-?\d*):(?P<stop>-?\d*)(?::(?P<step>-?\d*))?\]")
 
 
 def parse(text: str) -> Dim:
@@ -186,32 +185,39 @@ def parse(text: str) -> Dim:
     atoms: list[Sliced] = []
 
     def remember(match: re.Match[str]) -> str:
-        of = parse(match["of"])
-        if isinstance(of, int):
+        of = _sum(match["of"], atoms)
+        if of is None or isinstance(of, int):
             raise ValueError(f"{text!r} is not a size")
         numbers = [int(part) if part else None for part in (match["start"], match["stop"], match["step"])]
         atoms.append(Sliced(of, *numbers))
         return f"@{len(atoms) - 1}"
 
-    source = _SLICED.sub(remember, source)
+    while "@" not in text and (replaced := _SLICED.sub(remember, source)) != source:
+        source = replaced
+    total = _sum(source, atoms)
+    if total is None:
+        raise ValueError(f"{text!r} is not a size")
+    return total
+
+
+def _sum(source: str, atoms: Sequence[Sliced]) -> Dim | None:
+    """The sum of products in ``source``, where ``@3`` stands for an atom; ``None`` if it is no such thing."""
     total: Dim = 0
     position = 0
     for match in _TERM.finditer(source):
         if match.start() != position:
-            raise ValueError(f"{text!r} is not a size")
+            return None
         position = match.end()
         term: Dim = -1 if match[1] == "-" else 1
         for factor in match[2].split("*"):
-            if factor.isdigit():
+            if factor.isdecimal():
                 value: Dim = int(factor)
-            elif factor.startswith("@") and factor[1:].isdigit() and int(factor[1:]) < len(atoms):
+            elif factor.startswith("@") and factor[1:].isdecimal() and int(factor[1:]) < len(atoms):
                 value = Sym((((atoms[int(factor[1:])],), 1),))
             elif factor in SYMBOLS:
                 value = symbol(factor)
             else:
-                raise ValueError(f"{text!r} is not a size")
+                return None
             term = multiply(term, value)
         total = add(total, term)
-    if position != len(source) or not source:
-        raise ValueError(f"{text!r} is not a size")
-    return total
+    return total if source and position == len(source) else None
