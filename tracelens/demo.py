@@ -9,8 +9,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-
 from tracelens.loading import load
 from tracelens.model import Model
 
@@ -40,13 +38,13 @@ def logit_lens(model: Model, prompt: str, top: int = 3) -> list[LensRow]:
     with model.trace(prompt):
         last = model.layers[:].resid_post[:, -1]
         logits = norm(last) @ model.unembed.T
-        best = torch.softmax(logits.float(), dim=-1).topk(top)
+        best = logits.float().softmax(dim=-1).topk(top)
         probabilities, ids = best.values.save(), best.indices.save()
     assert model.tokenizer is not None
     return [
         LensRow(
             layer,
-            tuple(model.tokenizer.decode([token]) for token in ids[layer, 0].tolist()),
+            tuple(str(model.tokenizer.decode([token])) for token in ids[layer, 0].tolist()),
             tuple(probabilities[layer, 0].tolist()),
         )
         for layer in range(model.n_layers)

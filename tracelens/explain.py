@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Op, Write
 from tracelens.ir.sites import Effect
 from tracelens.ir.text import op_text
 from tracelens.ir.types import TensorType
@@ -58,12 +57,8 @@ def _plan(plan: Plan, prompt: Prompt | None) -> str:
         lines.append(
             f"  the forward pass enters {plan.layers_run(n_layers)} of {n_layers} layers and stops after {plan.stop}"
         )
-    lines += [
-        f"  writes {op.site} ({_REACH[op.site.kind.effect]})" for op in plan.graph.ops if _own_write(op)
-    ]
-    carried = sorted(
-        {str(op.site) for op in plan.graph.ops if isinstance(op, Write) and op.site.name == "resid_mid"}
-    )
+    lines += [f"  writes {op.site} ({_REACH[op.site.kind.effect]})" for op in plan.graph.writes]
+    carried = sorted({str(op.site) for op in plan.graph.writes if op.site.name == "resid_mid"})
     lines += [f"  {site}: the block's own sum is replaced by {site} + mlp_add" for site in carried]
     for name, type_ in plan.saved_types().items():
         lines.append(f"  saves {name!r}: {_shape(type_, prompt)}{_size(type_, prompt)}")
@@ -72,10 +67,6 @@ def _plan(plan: Plan, prompt: Prompt | None) -> str:
             f"  bytes that leave the run: {_bytes(plan.bytes_saved(prompt.sizes))}; between places: 0 B"
         )
     return "\n".join(lines)
-
-
-def _own_write(op: Op) -> bool:
-    return isinstance(op, Write)
 
 
 def _shape(type_: TensorType, prompt: Prompt | None) -> str:

@@ -103,7 +103,7 @@ class LayersSlice:
 
 
 class Layers:
-    """All layers of the model: ``model.layers[3]``, ``model.layers[-1]``, ``model.layers[2:10]``, ``model.layers[[0, 4]]``."""
+    """All layers: ``model.layers[3]``, ``model.layers[-1]``, ``model.layers[2:10]``, ``model.layers[[0, 4]]``."""
 
     __slots__ = ("_handles",)
 

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
 def load(
     name: str | Path, *, weights: bool = True, dtype: torch.dtype | str = "auto", **options: Any
 ) -> Model:
-    """Loads a model and its tokenizer: ``tl.load("smollm2-135m")``, ``tl.load("Qwen/Qwen3-4B")``, ``tl.load("./folder")``.
+    """Loads a model and its tokenizer: ``tl.load("smollm2-135m")``, ``tl.load("Qwen/Qwen3-4B")``, ``tl.load("./dir")``.
 
     ``"smollm2-135m"`` is the embedded default model (SmolLM2-135M-Instruct), which needs no account and no hub.
     ``weights=False`` reads only the configuration: sites, shapes and recordings are there, running is refused.

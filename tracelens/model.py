@@ -67,10 +67,10 @@ class Model:
         return Program(self, graph.graph if isinstance(graph, Record) else graph)
 
     def generate(self, prompt: Any, *, max_new_tokens: int, **options: Any) -> Generation:
-        """Opens a block whose writes hold in every forward pass while up to ``max_new_tokens`` tokens are generated.
+        """Opens a block whose writes hold in every forward pass while ``max_new_tokens`` tokens are generated.
 
-        ``options`` go to transformers' ``generate`` (``do_sample``, ``temperature``, ``eos_token_id``, ...); the default
-        is greedy. Afterwards ``t.text`` and ``t.tokens`` hold what is new. Nothing can be saved in it yet.
+        ``options`` go to transformers' ``generate`` (``do_sample``, ``temperature``, ``eos_token_id``, ...); the
+        default is greedy. Afterwards ``t.text`` and ``t.tokens`` hold what is new. Nothing can be saved in it yet.
         """
         if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
             raise TracelensError(f"max_new_tokens={max_new_tokens!r} is not a positive number", at=here())

@@ -178,7 +178,7 @@ class Operand:
         return apply_torch(func, args, kwargs or {})
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name.startswith("_repr_") or name.startswith("_ipython_"):
+        if name.startswith(("__", "_repr_", "_ipython_")):
             raise AttributeError(name)
         if not self._is_recording():
             return getattr(self._result(), name)
@@ -208,43 +208,43 @@ class Operand:
     def __bool__(self) -> bool:
         if not self._is_recording():
             return bool(self._result())
-        self._branch(
+        return self._branch(
             "branching on", "tl.where(condition, a, b), or two traces with a Python `if` between them"
         )
 
     def __float__(self) -> float:
         if not self._is_recording():
             return float(self._result())
-        self._branch(
+        return self._branch(
             "float() of", "compute with the value itself; .save() it to see the number after the block"
         )
 
     def __int__(self) -> int:
         if not self._is_recording():
             return int(self._result())
-        self._branch(
+        return self._branch(
             "int() of", "compute with the value itself; .save() it to see the number after the block"
         )
 
     def __index__(self) -> int:
         if not self._is_recording():
             return operator.index(self._result())
-        self._branch("indexing with", "torch.gather or torch.index_select with the value as the index")
+        return self._branch("indexing with", "torch.gather or torch.index_select with the value as the index")
 
     def __len__(self) -> int:
         if not self._is_recording():
             return len(self._result())
-        self._branch("len() of", "value.shape[0]")
+        return self._branch("len() of", "value.shape[0]")
 
     def __iter__(self) -> Any:
         if not self._is_recording():
             return iter(self._result())
-        self._branch("iterating over", "value.unbind(0), or an index: value[0], value[1]")
+        return self._branch("iterating over", "value.unbind(0), or an index: value[0], value[1]")
 
     def __contains__(self, item: object) -> bool:
         if not self._is_recording():
             return item in self._result()
-        self._branch("`in` on", "(value == item).any()")
+        return self._branch("`in` on", "(value == item).any()")
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         if self._is_recording():

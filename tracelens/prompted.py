@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -46,12 +46,3 @@ class Prompt:
     def __repr__(self) -> str:
         rows, positions = self.sizes["B"], self.sizes["P"]
         return f"{rows} row{'s' if rows > 1 else ''} x {positions} position{'s' if positions > 1 else ''}"
-
-
-def pieces(prompt: Prompt, row: int, decode: Any = None) -> list[str]:
-    """The tokens of a row as readable text."""
-    tokenizer = prompt.tokenizer
-    ids = prompt.batch.tokens(row)
-    if tokenizer is None:
-        return [str(token) for token in ids]
-    return [tokenizer.decode([token]) for token in ids]

@@ -1,7 +1,7 @@
 """Writes a graph down while the user's block runs.
 
-The recorder is the one place where the rules of the language are applied as the user speaks: versions, causality, lost
-updates, stale values, shapes, dtypes, the position axis. It knows types and sites; it knows neither modules nor devices.
+The recorder is the one place where the rules of the language are applied as the user speaks: versions, causality,
+lost updates, stale values, shapes, dtypes, the position axis. It knows types and sites, neither modules nor devices.
 """
 
 from __future__ import annotations
@@ -282,7 +282,7 @@ class Recorder:
                 + ("later" if origin.order > site.order else "at the same moment"),
                 at=location,
                 also=(("the value was read at", origin.location),),
-                instead="write at a later site, or save the value in one trace and use it as a constant in a second one",
+                instead="write at a later site, or save the value in one trace and use it in a second one",
             )
         version = self._versions.get(site, 0) + 1
         self._pin(inferred)

@@ -79,7 +79,7 @@ class Results(Mapping[str, Any]):
     # --- elsewhere -----------------------------------------------------------------------------------------------
 
     def to_safetensors(self, path: str | Path) -> Path:
-        """Writes all tensors to one safetensors file; ragged results get one entry per prompt (``name.0``, ``name.1``)."""
+        """Writes all tensors to one safetensors file; ragged results get an entry per prompt (``name.0``)."""
         from safetensors.torch import save_file
 
         flat: dict[str, torch.Tensor] = {}
@@ -112,7 +112,7 @@ class Results(Mapping[str, Any]):
         for number, part in enumerate(parts):
             array = _numpy(part)
             index = np.indices(array.shape).reshape(array.ndim, -1)
-            columns = {axis: values for axis, values in zip(entry.axes, index, strict=True)}
+            columns = dict(zip(entry.axes, index, strict=True))
             if len(parts) > 1 and "row" in columns:
                 columns["row"] = np.full_like(columns["row"], number)
             if "layer" in columns and entry.layers:

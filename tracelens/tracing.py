@@ -50,7 +50,7 @@ class Recording:
                 "a trace of this model is already open here",
                 at=here(),
                 also=(("it was opened at", outer.opened),),
-                instead="end the first block before the second begins; a saved value of the first can be used in the second",
+                instead="end the first block before the second; what the first saved can be used in the second",
             )
         if self._recorder is not None:
             raise NestedTraceError(
@@ -232,7 +232,7 @@ class Generation(Recording):
                 at=here(),
                 instead="tl.wrap(model, tokenizer), or t.tokens",
             )
-        texts = [tokenizer.decode(row, skip_special_tokens=True) for row in self._new]
+        texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in self._new]
         return texts[0] if self._single else texts
 
     def __repr__(self) -> str:

@@ -62,8 +62,8 @@ class ModelAnatomy:
                 self.module(path)
             except AttributeError:
                 raise UnknownArchitectureError(
-                    f"this {type(self.model).__name__} has no module {path!r}, where the table of the {self.family.name} "
-                    f"family expects the site {kind.name!r}",
+                    f"this {type(self.model).__name__} has no module {path!r}, where the {self.family.name} table "
+                    f"expects the site {kind.name!r}",
                     instead="a model with a language-model head, as AutoModelForCausalLM loads it",
                 ) from None
 

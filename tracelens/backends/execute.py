@@ -153,7 +153,7 @@ def _read(op: Read) -> Action:
             shape = state.shapes[type_] = type_.sizes(state.sizes)
         if tensor.shape != shape or tensor.dtype is not dtype:
             raise SiteMismatchError(
-                f"the model produced {tensor.dtype} {tuple(tensor.shape)} at {site}, where {dtype} {shape} was expected",
+                f"the model produced {tensor.dtype} {tuple(tensor.shape)} at {site}; {dtype} {shape} was expected",
                 instead="a model whose sublayers compute in one dtype, outside torch.autocast",
             )
         state.values[out] = tensor

@@ -17,8 +17,8 @@ PostHook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 class HookSession:
     """The hooks of one run on one model.
 
-    Removing is idempotent. An interrupt can hit even the removal; what it leaves behind is removed when the next session
-    on the model begins.
+    Removing is idempotent. An interrupt can hit even the removal; what it leaves behind is removed when the next
+    session on the model begins.
     """
 
     def __init__(self, model: nn.Module) -> None:

@@ -123,7 +123,7 @@ class Graph:
 
     @staticmethod
     def from_json(source: str | Path, *, constants: bytes | None = None, trusted: bool = False) -> Graph:
-        """The graph in a file that :meth:`to_json` wrote, or in its JSON text (then ``constants`` holds its tensors)."""
+        """The graph in a file of :meth:`to_json`, or in its JSON text (then ``constants`` holds its tensors)."""
         from tracelens.ir import wire
 
         if isinstance(source, str) and source.lstrip()[:1] in ("{", "["):

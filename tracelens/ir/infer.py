@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from types import EllipsisType
@@ -340,9 +341,29 @@ def _by_meta(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, s
         return types
 
     found = probed(run, shapes, _symbols_in(everything), sizes)
+    _require_kernel(name, args, kwargs, sizes)
     names = function.results if function.results and len(function.results) == len(found.types) else ()
     mixes = rules.mixes(function, args, kwargs) or bool(found.pins & {dims.POSITION, dims.KEY})
     return _Entry(Inferred(found.types, None if single else names, found.pins, mixes), (), found.limited)
+
+
+_NO_KERNEL = re.compile(r"not implemented for|not supported for|does not support|unsupported")
+_SMALL = {dims.BATCH: 2, dims.POSITION: 3, dims.KEY: 3}
+
+
+def _require_kernel(
+    name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes | None
+) -> None:
+    """Refuses dtypes that only meta tensors can have, by a try on real tensors where those are small."""
+    at = sizes or _SMALL
+    values = tensors_in((*args, *(value for _, value in kwargs)))
+    if any(value.dtype in _HALVES or math.prod(value.sizes(at)) > 1 << 18 for value in values):
+        return
+    try:
+        _run(name, args, kwargs, at, "cpu")
+    except Refused as error:
+        if _NO_KERNEL.search(str(error)):
+            raise
 
 
 def _symbols_in(args: Sequence[AbstractArg]) -> list[Sym]:

@@ -63,7 +63,7 @@ def site_types(graph: Graph) -> dict[Site, TensorType]:
 
 
 def mixing_operations(graph: Graph) -> list[int]:
-    """The operations that index, reduce or mix the position axis, so that rows of different lengths are not for them."""
+    """The operations that index, reduce or mix the position axis, which rows of different lengths do not allow."""
     sizes, sites = sizes_of(graph), site_types(graph)
     found: list[int] = []
     for number, op in enumerate(graph.ops):

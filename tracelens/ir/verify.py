@@ -1,7 +1,7 @@
 """The law: what makes a graph valid, as a list of small named rules.
 
-The recorder never produces a graph that breaks one (a property test), passes are checked against them after each step in
-the tests, and graphs from files are checked before anything else is done with them.
+The recorder never produces a graph that breaks one (a property test), passes are checked against them after each
+step in the tests, and graphs from files are checked before anything else is done with them.
 """
 
 from __future__ import annotations

@@ -10,11 +10,12 @@ import hashlib
 import importlib
 import json
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors import SafetensorError, deserialize
+import safetensors
 
 from tracelens.errors import (
     ForbiddenFunctionError,
@@ -35,6 +36,9 @@ from tracelens.location import Location
 
 FORMAT = "tracelens-graph"
 VERSION = (1, 0)
+
+# The library ships no types for this function.
+_deserialize = cast("Callable[[bytes], list[tuple[str, dict[str, Any]]]]", safetensors.deserialize)  # pyright: ignore[reportUnknownMemberType]
 
 _STORED = {
     "F64": DType.FLOAT64,
@@ -193,8 +197,10 @@ def _checked_body(source: str) -> dict[str, Any]:
             f"the file has format version {major}.{minor}, and this tracelens reads up to {VERSION[0]}.x",
             instead="a newer tracelens",
         )
-    body = found.get("body")
-    if not isinstance(body, dict) or found.get("sha256") != _digest(_canonical(body)):
+    body: object = found.get("body")
+    if not isinstance(body, dict) or found.get("sha256") != _digest(
+        _canonical(cast("dict[str, object]", body))
+    ):
         raise GraphFileError(
             "the file was changed after it was written: its contents do not have the sha256 that its header names",
             instead="write the graph again with to_json",
@@ -217,8 +223,8 @@ def _constants(graph: Graph, entries: list[dict[str, Any]], data: bytes | None) 
             instead="keep the .safetensors file beside the .json file, or pass constants=",
         )
     try:
-        stored: dict[str, Any] = dict(deserialize(data))
-    except SafetensorError as error:
+        stored = dict(_deserialize(data))
+    except safetensors.SafetensorError as error:
         raise GraphFileError(f"the constants are not an intact safetensors file: {error}") from None
     found: list[StoredConstant] = []
     for number, entry in enumerate(entries):

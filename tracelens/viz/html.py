@@ -19,8 +19,9 @@ def recording_html(recording: Recording) -> str:
         return f"<pre>{escape(str(error))}</pre>"
     results = getattr(recording, "_results", None)
     shown = results._repr_html_() if results is not None and len(results) else ""
-    folds = "".join(
-        f"<details><summary>{escape(section.splitlines()[0].rstrip(' {'))}</summary><pre>{escape(section)}</pre></details>"
-        for section in sections[1:]
-    )
+    folds = "".join(_fold(section.splitlines()[0].rstrip(" {"), section) for section in sections[1:])
     return f"<div><p>{escape(sections[0])}</p>{shown}{folds}</div>"
+
+
+def _fold(title: str, text: str) -> str:
+    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"

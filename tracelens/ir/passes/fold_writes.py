@@ -1,4 +1,4 @@
-"""Writes each site once where that is the same: a read after a write is the written value, and only the last write counts."""
+"""Writes each site once where that is the same: later reads take the written value, and the last write counts."""
 
 from __future__ import annotations
 
