@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -80,10 +81,8 @@ class PeerProcess:
             return
         assert self._process.stdin is not None
         assert self._process.stdout is not None
-        try:
+        with contextlib.suppress(OSError):  # it has ended already, with a request unread
             self._process.stdin.close()
-        except OSError:  # it has ended already, with a request unread
-            pass
         self._process.stdout.close()
         try:
             self._process.wait(timeout=10)

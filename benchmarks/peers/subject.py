@@ -7,13 +7,13 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import load_file
 
 Results = dict[str, torch.Tensor]
-"""``logits`` and, for layer i that is read, ``h{i}``: the residual stream after it."""
+"""``logits`` and, for layer i that is read, ``h{i}``: the residual stream after it; or ``h``, that of all layers."""
 
 Answer = Callable[[], Results]
 
@@ -24,7 +24,7 @@ CASES: dict[str, str] = {
     "edit-all": "an edit in every layer",
     "stop": "read the first layer only",
 }
-"""Each is over the residual stream after a layer. All but ``stop`` need the logits too, so the whole forward pass runs."""
+"""Each is over the residual stream after a layer. All but ``stop`` need the logits too, so the whole pass runs."""
 
 TOLERANCE = 1e-5
 """By how much a result may differ, relative to the largest number in the tensor."""
@@ -79,17 +79,28 @@ def plain_forward(subject: Subject) -> Answer:
     return plain
 
 
-def seconds(answer: Answer) -> float:
-    """How long one call takes, without the time to free what it returned."""
-    start = time.perf_counter()
+class Taken(NamedTuple):
+    """Seconds by the clock, and seconds of the processor's work in this process."""
+
+    clock: float
+    work: float
+
+
+def timed(answer: Answer) -> tuple[Taken, Results]:
+    """How long one call takes, and what it returns; freeing that is not in the time."""
+    work = time.process_time()
+    clock = time.perf_counter()
     results = answer()
-    end = time.perf_counter()
-    del results
-    return end - start
+    clock = time.perf_counter() - clock
+    work = time.process_time() - work
+    return Taken(clock, work), results
 
 
 def largest_error(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
     """The largest difference, relative to the largest number of its tensor; raises where names or shapes differ."""
+    if "h" in found:  # all layers in one tensor
+        found = dict(found)
+        found |= {f"h{layer}": tensor for layer, tensor in enumerate(found.pop("h"))}
     if found.keys() != expected.keys():
         raise ValueError(f"results are {sorted(found)}, expected {sorted(expected)}")
     worst = 0.0

@@ -76,4 +76,5 @@ def no_text(subject: Subject) -> PreTrainedTokenizerFast:
         bos_token="token1",
         eos_token="token2",
         pad_token="token3",
+        name_or_path=subject.folder,
     )

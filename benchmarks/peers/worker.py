@@ -44,34 +44,26 @@ class Worker:
         """Runs a case for the first time; says how long that took and how far it is from the reference."""
         from safetensors.torch import load_file
 
-        from benchmarks.peers.subject import largest_error
+        from benchmarks.peers.subject import largest_error, timed
 
-        kept: list[Any] = []
-
-        def answer() -> Any:
-            kept.append(self.answers[case]())
-            return kept[0]
-
-        taken = self.timed(answer)
-        return {"seconds": taken, "error": largest_error(kept[0], load_file(reference))}
+        taken, results = timed(self.answers[case])
+        return {"seconds": taken.clock, "error": largest_error(results, load_file(reference))}
 
     def first(self, case: str) -> dict[str, Any]:
         """How long a case takes the first time on a newly wrapped model."""
-        return {"seconds": self.timed(self.peer.build(self.subject)[case])}
+        from benchmarks.peers.subject import timed
+
+        return {"seconds": timed(self.peer.build(self.subject)[case])[0].clock}
 
     def time(self, case: str, order: list[str]) -> dict[str, Any]:
         """One call each of the bare forward and the peer, in the given order."""
+        from benchmarks.peers.subject import timed
+
         assert self.plain is not None
         answers = {"plain": self.plain, "peer": self.answers[case]}
         # The processor's caches hold another process's data now; the first call would pay for that.
         self.plain()
-        return {each: self.timed(answers[each]) for each in order}
-
-    @staticmethod
-    def timed(answer: Callable[[], Any]) -> float:
-        from benchmarks.peers.subject import seconds
-
-        return seconds(answer)
+        return {each: timed(answers[each])[0] for each in order}
 
 
 def serve(requests: TextIO, replies: TextIO, peer_name: str, threads: int) -> None:
@@ -103,7 +95,9 @@ def serve(requests: TextIO, replies: TextIO, peer_name: str, threads: int) -> No
         request = json.loads(line)
         try:
             reply(getattr(worker, request.pop("do"))(**request))
-        except Exception as error:  # whatever goes wrong in a peer is its result for this case, not the end of the run
+        except (
+            Exception
+        ) as error:  # whatever goes wrong in a peer is its result for this case, not the end of the run
             reply({"failure": f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"})
 
 

@@ -1,0 +1,160 @@
+"""The report of the overhead benchmark, as a table for the terminal and as Markdown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from benchmarks.peers.subject import CASES
+
+TITLES = {
+    "plain": "bare forward",
+    "hooks": "hooks by hand",
+    "nnsight": "nnsight",
+    "transformer_lens": "TransformerLens",
+}
+COLUMNS = (
+    "case",
+    "contestant",
+    "ratio to the bare forward",
+    "of work",
+    "median ms",
+    "min to max ms",
+    "first ms",
+)
+
+AIMS: tuple[tuple[str, str, str, float], ...] = (
+    ("read-one", "tracelens trace", "ratio", 1.05),
+    ("read-all", "tracelens trace", "ratio", 1.05),
+    ("edit-all", "tracelens trace", "ratio", 1.08),
+    ("read-one", "tracelens program", "to_hooks", 1.0),
+    ("read-all", "tracelens program", "to_hooks", 1.0),
+    ("edit-one", "tracelens program", "to_hooks", 1.0),
+    ("edit-all", "tracelens program", "to_hooks", 1.0),
+)
+"""Case, contestant, which ratio, and what it is meant to be at most."""
+
+PAGE = """\
+# What a trace costs
+
+A trace is recorded, planned and run. This page says what that costs beside the bare forward pass of transformers,
+beside torch hooks written by hand, and beside the two libraries that people use for the same: nnsight and
+TransformerLens. It is made by `python -m benchmarks.overhead` (see `benchmarks/README.md`), all in one run.
+
+* **Ratio**: the median time of a case over the median time of the bare forward pass in the same process, taken in turns
+  in the same rounds; in brackets the interval that holds 95% of 2,000 bootstrap resamples of the rounds.
+* **Of work**: the same ratio of the processor time that the process used, which other work on the machine disturbs
+  less.
+* **Cached** is what the first columns show: the trace is recorded anew each time, and its plan is found again by its
+  structure. **First** is a call on a newly wrapped model: record, verify, plan, compile, run. For TransformerLens the
+  making of its bridge is not in it.
+* A **program** is recorded and compiled once (`model.compile`) and then called with prompts.
+* Every case but the last needs the logits, so that the whole forward pass runs. Gradients are off everywhere. Each
+  answer was compared with that of the hooks before anything was timed.
+"""
+
+
+def title(contestant: str) -> str:
+    return TITLES.get(contestant, contestant)
+
+
+def cells(row: dict[str, Any]) -> list[str]:
+    """A row of the report as text."""
+    start = [CASES[row["case"]], title(row["contestant"])]
+    if "absent" in row:
+        return [*start, f"absent: {row['absent']}", "", "", "", ""]
+    first = f"{row['first_ms']:.1f}" if "first_ms" in row else ""
+    return [
+        *start,
+        "1" if row["contestant"] == "plain" else ratio_text(row["ratio"]),
+        "1" if row["contestant"] == "plain" else f"{row['work_ratio']['value']:.3f}",
+        f"{row['median_ms']:.2f}",
+        f"{row['min_ms']:.2f} to {row['max_ms']:.2f}",
+        first,
+    ]
+
+
+def ratio_text(ratio: dict[str, float]) -> str:
+    return f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
+
+
+def header(report: dict[str, Any]) -> list[str]:
+    """Where and with what it was measured."""
+    about = report["about"]
+    lines = [
+        f"{about['date']}, {about['processor']}, {about['cores']} cores, {about['threads']} torch thread(s); "
+        f"load average {about['load_before']} before, {about['load_after']} after",
+        f"Python {about['python']}, torch {about['torch']}, transformers {about['transformers']}, "
+        f"tracelens {about['tracelens']}",
+    ]
+    for name, peer in report["peers"].items():
+        lines.append(
+            f"{title(name)}: absent ({peer['absent']})"
+            if "absent" in peer
+            else f"{title(name)} {peer['version']} on Python {peer['python']}, torch {peer['torch']}, "
+            f"transformers {peer['transformers']}"
+        )
+    return lines
+
+
+def model_line(model: dict[str, Any]) -> str:
+    return f"{model['shape']}; a prompt of {model['tokens']} tokens; {model['rounds']} rounds"
+
+
+def table(report: dict[str, Any]) -> str:
+    """The report for the terminal."""
+    lines = header(report)
+    for model in report["models"]:
+        rows = [list(COLUMNS), *(cells(row) for row in rows_of(report, model))]
+        widths = [max(len(row[column]) for row in rows) for column in range(len(COLUMNS))]
+        lines += ["", f"{model['name']}: {model_line(model)}"]
+        previous = ""
+        for row in rows:
+            if row[0] != previous:
+                lines.append("")
+            shown = [row[0] if row[0] != previous else "", *row[1:]]
+            previous = row[0]
+            lines.append(
+                "  ".join(cell.ljust(width) for cell, width in zip(shown, widths, strict=True)).rstrip()
+            )
+        lines += ["", *(f"{note}" for note in notes(report, model)), "", *aims(report, model)]
+    return "\n".join(lines)
+
+
+def markdown(report: dict[str, Any], *, page: bool = False) -> str:
+    """The report as Markdown; ``page``: with the text that the documentation needs around it."""
+    lines = [PAGE if page else "# Overhead", "", *(f"* {line}" for line in header(report))]
+    for model in report["models"]:
+        lines += ["", f"## {model['name']}", "", model_line(model) + ".", ""]
+        lines += ["| " + " | ".join(COLUMNS) + " |", "| --- | --- | --- | ---: | ---: | ---: | ---: |"]
+        lines += ["| " + " | ".join(cells(row)) + " |" for row in rows_of(report, model)]
+        lines += ["", *(f"* {line}" for line in [*notes(report, model), *aims(report, model)])]
+    return "\n".join(lines) + "\n"
+
+
+def rows_of(report: dict[str, Any], model: dict[str, Any]) -> list[dict[str, Any]]:
+    return [row for row in report["rows"] if row["model"] == model["name"]]
+
+
+def notes(report: dict[str, Any], model: dict[str, Any]) -> Iterator[str]:
+    """What has to be known to read a row."""
+    for row in rows_of(report, model):
+        if "note" in row:
+            yield f"{title(row['contestant'])}, {CASES[row['case']]}: {row['note']}"
+
+
+def aims(report: dict[str, Any], model: dict[str, Any]) -> Iterator[str]:
+    """What was aimed at, and whether the interval lies below it, above it, or around it."""
+    rows = {(row["case"], row["contestant"]): row for row in rows_of(report, model)}
+    for case, contestant, which, most in AIMS:
+        row = rows.get((case, contestant))
+        if row is None:
+            continue
+        found = row[which]
+        verdict = "met" if found["high"] <= most else "missed" if found["low"] > most else "within the spread"
+        work = row["work_ratio" if which == "ratio" else "work_to_hooks"]
+        beside = "the bare forward" if which == "ratio" else "hooks by hand"
+        yield (
+            f"aim, {contestant}, {CASES[case]}: at most {most:.2f} of {beside}; {ratio_text(found)}, "
+            f"of work {ratio_text(work)}: {verdict}"
+        )
