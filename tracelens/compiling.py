@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -23,6 +24,7 @@ from tracelens.errors import (
     VerificationError,
 )
 from tracelens.ir.graph import Graph
+from tracelens.ir.infer import torch_dtype
 from tracelens.ir.ops import Const, Index, IndexPut, Keep, Param, Read, Ref, Save, Write
 from tracelens.ir.retype import mixing_operations
 from tracelens.ir.text import op_text
@@ -35,7 +37,7 @@ from tracelens.program import Program, lower
 from tracelens.prompted import Prompt
 from tracelens.recorder import PADS
 from tracelens.results import Results, SavedTensor, describe
-from tracelens.selection import Selection
+from tracelens.selection import Selection, unpadded
 
 _KEPT_PROGRAMS = 256
 _OPERATION = "<operation>"
@@ -49,6 +51,24 @@ class Compiled:
     programs: tuple[Program, ...]
     code: LocalCode
     saves: tuple[Save, ...]
+
+    @cached_property
+    def mixing(self) -> tuple[int, ...]:
+        """The recorded operations that rows of different lengths do not allow."""
+        graph = self.plan.graph
+        by_mask = any(pin.symbol == PADS for pin in graph.pins)
+        found: list[int] = []
+        for number in mixing_operations(graph):
+            op = graph.ops[number]
+            # An index made from a mask names rows and positions of this very prompt, whose lengths are pinned.
+            if (
+                by_mask
+                and isinstance(op, Index | IndexPut)
+                and all(isinstance(item, Ref) for item in op.index[:2])
+            ):
+                continue
+            found.append(graph.location(number).line - 1)
+        return tuple(found)
 
 
 class Compiler:
@@ -138,7 +158,7 @@ class Compiler:
     def run(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> dict[str, Callable[[], Any]]:
         """One forward pass over ``prompt``; gives the saved tensors by name."""
         require_weights(self.anatomy)
-        check_fits(graph, prompt)
+        check_fits(graph, compiled, prompt)
         state = self.state(graph, compiled, prompt.select)
         run = Run(self.anatomy.model, compiled.code, state)
         device = self.anatomy.device
@@ -187,7 +207,7 @@ def relocate(error: TracelensError, graph: Graph) -> TracelensError:
     return error
 
 
-def check_fits(graph: Graph, prompt: Prompt) -> None:
+def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
     """Refuses a prompt of other sizes than the graph is right for."""
     for pin in graph.pins:
         size = prompt.lengths_digest if pin.symbol == PADS else prompt.sizes[pin.symbol]
@@ -204,29 +224,21 @@ def check_fits(graph: Graph, prompt: Prompt) -> None:
             ),
             max(pin.op, 0),
         )
-    if prompt.ragged:
-        pads_pinned = any(pin.symbol == PADS for pin in graph.pins)
-        for number in mixing_operations(graph):
-            op = graph.ops[number]
-            by_mask = (
-                pads_pinned
-                and isinstance(op, Index | IndexPut)
-                and all(isinstance(i, Ref) for i in op.index[:2])
-            )
-            if not by_mask:
-                raise graph.blame(
-                    PositionAxisError(
-                        "the rows of this prompt differ in length, and an operation of the graph indexes, reduces or "
-                        f"mixes positions: {op_text(op)}",
-                        instead="prompts of one length, .tok[...] or tl.masked_mean",
-                    ),
-                    number,
-                )
+    if prompt.ragged and compiled.mixing:
+        number = compiled.mixing[0]
+        raise graph.blame(
+            PositionAxisError(
+                "the rows of this prompt differ in length, and an operation of the graph indexes, reduces or mixes "
+                f"positions: {op_text(graph.ops[number])}",
+                instead="prompts of one length, .tok[...] or tl.masked_mean",
+            ),
+            number,
+        )
 
 
 def finished(compiled: Compiled, state: State, prompt: Prompt, graph: Graph) -> dict[str, Callable[[], Any]]:
     """The saved tensors, detached, compact and where they were asked to be; every one has its own memory."""
-    taken: set[int] = set()
+    taken = set(state.foreign)
     found: dict[str, Callable[[], Any]] = {}
     for save in compiled.saves:
         members = state.saved[save.name]
@@ -239,15 +251,13 @@ def finished(compiled: Compiled, state: State, prompt: Prompt, graph: Graph) -> 
         tensor = torch.stack(members) if save.stacked else members[0]
         tensor = tensor.detach()
         if save.dtype is not None:
-            from tracelens.ir.infer import torch_dtype
-
             tensor = tensor.to(torch_dtype(save.dtype))
         tensor = leave(tensor, to_cpu=save.keep is Keep.CPU)
         type_ = graph.types[save.values[0]]
         if prompt.ragged and type_.position_axes:
             value: Any = _per_prompt(tensor, type_, prompt, stacked=save.stacked)
         else:
-            value = _own(tensor, taken, model_memory=None)
+            value = _own(tensor, taken)
         found[save.name] = _kept(value)
     _write_files(compiled.saves, found)
     return found
@@ -257,7 +267,7 @@ def _kept(value: Any) -> Callable[[], Any]:
     return lambda: value
 
 
-def _own(tensor: torch.Tensor, taken: set[int], model_memory: None) -> torch.Tensor:
+def _own(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
     """``tensor`` itself if it fills memory of its own, else a compact copy."""
     storage = tensor.untyped_storage()
     whole = storage.nbytes() == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
@@ -271,8 +281,6 @@ def _own(tensor: torch.Tensor, taken: set[int], model_memory: None) -> torch.Ten
 def _per_prompt(
     tensor: torch.Tensor, type_: TensorType, prompt: Prompt, *, stacked: bool
 ) -> list[torch.Tensor]:
-    from tracelens.selection import unpadded
-
     shift = 1 if stacked else 0
     batch_axis = type_.batch_axis
     assert batch_axis is not None  # the recorder refuses positions without rows where rows differ

@@ -252,7 +252,7 @@ def generate(
     """transformers' own generation, with the program's hooks in every forward pass."""
     anatomy = model.anatomy
     require_weights(anatomy)
-    check_fits(graph, prompt)
+    check_fits(graph, compiled, prompt)
     run = Run(anatomy.model, compiled.code, compiler.state(graph, compiled, prompt.select))
     inputs = inputs_on(prompt.batch.model_inputs(), anatomy.device)
     # transformers derives the positions from the mask itself, and continues them in every step.

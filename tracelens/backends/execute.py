@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tracelens.backends.selecting import put_tokens, take_tokens
-from tracelens.errors import SiteMismatchError
+from tracelens.errors import MutatedActivationError, SiteMismatchError
 from tracelens.ir import dims
 from tracelens.ir.infer import resolve, torch_dtype
 from tracelens.ir.ops import (
@@ -48,6 +48,7 @@ class State:
 
     __slots__ = (
         "constants",
+        "foreign",
         "current",
         "functions",
         "parameter",
@@ -69,6 +70,8 @@ class State:
     ) -> None:
         self.values: list[Any] = [None] * count
         self.current: Any = None
+        # Memory that belongs to the user or to the model: a save that lies in it is copied.
+        self.foreign: set[int] = set()
         self.constants = constants
         self.functions = functions
         self.parameter = parameter
@@ -110,14 +113,18 @@ def _action(op: Op, types: Mapping[int, TensorType], fresh: frozenset[int]) -> A
             out, index = op.out, op.index
 
             def constant(state: State) -> None:
-                state.values[out] = state.constants[index]
+                tensor = state.constants[index]
+                state.foreign.add(tensor.untyped_storage().data_ptr())
+                state.values[out] = tensor
 
             return constant
         case Param():
             out, path = op.out, op.path
 
             def parameter(state: State) -> None:
-                state.values[out] = state.parameter(path)
+                tensor = state.parameter(path)
+                state.foreign.add(tensor.untyped_storage().data_ptr())
+                state.values[out] = tensor
 
             return parameter
         case Read():
@@ -202,7 +209,14 @@ def _apply(op: Apply) -> Action:
     dtypes = [torch_dtype(type_.dtype) for type_ in types]
 
     def apply(state: State) -> None:
-        result = state.functions[index](*(get(state) for get in args))
+        given = [get(state) for get in args]
+        before = [arg._version for arg in given if isinstance(arg, torch.Tensor)]
+        result = state.functions[index](*given)
+        if before != [arg._version for arg in given if isinstance(arg, torch.Tensor)]:
+            raise MutatedActivationError(
+                "the applied function changed one of its arguments in place",
+                instead="a function that returns new tensors",
+            )
         parts = (result,) if isinstance(result, torch.Tensor) else tuple(result)
         if len(parts) != len(outs):
             raise SiteMismatchError(
@@ -214,6 +228,7 @@ def _apply(op: Apply) -> Action:
                     f"the applied function gave {part.dtype} {tuple(part.shape)}, "
                     f"where {dtype} {type_.sizes(state.sizes)} was declared by like=",
                 )
+            state.foreign.add(part.untyped_storage().data_ptr())
             state.values[out] = part
 
     return apply
