@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
-import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from types import EllipsisType
@@ -45,7 +44,7 @@ from tracelens.ir.functions import (
     Kind,
     nearest,
 )
-from tracelens.ir.misfit import Refused, call_text, named_error
+from tracelens.ir.misfit import Refused, call_text, named_error, speaks_of_dtypes
 from tracelens.ir.ops import Arg, Slice, Special
 from tracelens.ir.probe import probed
 from tracelens.ir.refused import refusal
@@ -262,9 +261,9 @@ def static_argument(arg: object) -> Arg:
 # --- torch on meta tensors ---------------------------------------------------------------------------------------
 
 
-def _concrete(arg: AbstractArg, sizes: Sizes, device: str) -> Any:
+def _concrete(arg: AbstractArg, sizes: Sizes, device: str, fill: Any) -> Any:
     if isinstance(arg, TensorType):
-        return torch.ones(arg.sizes(sizes), dtype=_TORCH[arg.dtype], device=device)
+        return fill(arg.sizes(sizes), dtype=_TORCH[arg.dtype], device=device)
     if isinstance(arg, Sym):
         return dims.evaluate(arg, sizes)
     if isinstance(arg, DType):
@@ -272,23 +271,36 @@ def _concrete(arg: AbstractArg, sizes: Sizes, device: str) -> Any:
     if isinstance(arg, Special):
         return -0.0
     if isinstance(arg, tuple):
-        return tuple(_concrete(part, sizes, device) for part in arg)
+        return tuple(_concrete(part, sizes, device, fill) for part in arg)
     if isinstance(arg, Slice):
         return slice(arg.start, arg.stop, arg.step)
     return arg
 
 
 def _run(
-    name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes, device: str = "meta"
+    name: str,
+    args: tuple[AbstractArg, ...],
+    kwargs: AbstractKwargs,
+    sizes: Sizes,
+    device: str = "meta",
+    fill: Any = torch.ones,
 ) -> tuple[tuple[TensorType, ...], bool]:
     """The results' types with numbers for sizes, and whether it is one tensor."""
     function = resolve(name)
-    plain = [_concrete(arg, sizes, device) for arg in args]
-    named = {key: _concrete(value, sizes, device) for key, value in kwargs}
+    plain = [_concrete(arg, sizes, device, fill) for arg in args]
+    named = {key: _concrete(value, sizes, device, fill) for key, value in kwargs}
     try:
         with torch.no_grad():
             result = function(*plain, **named)
-    except (RuntimeError, IndexError, ValueError, TypeError, NotImplementedError, AssertionError) as error:
+    except (
+        RuntimeError,
+        IndexError,
+        ValueError,
+        TypeError,
+        NotImplementedError,
+        AssertionError,
+        ArithmeticError,
+    ) as error:
         raise Refused(error) from None
     parts = (result,) if isinstance(result, torch.Tensor) else result
     several = tuple(cast("Sequence[Any]", parts)) if isinstance(parts, list | tuple) else (None,)
@@ -301,6 +313,13 @@ def _run(
 _asked: dict[memo.Key, tuple[TensorType, ...]] = {}
 
 
+# What numbers these are given has no say in the type. (Some others refuse numbers that an integer cannot hold.)
+_NUMBERS_COUNT = ("torch.masked_fill", "torch.full_like", "torch.threshold", "torch.nn.functional.threshold")
+_ANY_NUMBER = frozenset(
+    function.name
+    for function in FUNCTIONS.values()
+    if function.kind is Kind.POINTWISE and function.name not in _NUMBERS_COUNT
+)
 _HALVES = (DType.FLOAT16, DType.BFLOAT16)
 
 
@@ -312,7 +331,7 @@ def _ask(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs) -> tu
     """
     key = (
         torch.get_default_dtype(),
-        *memo.key_of(name, args, kwargs, FUNCTIONS[name].kind is Kind.POINTWISE),
+        *memo.key_of(name, args, kwargs, name in _ANY_NUMBER),
     )
     found = _asked.get(key)
     if found is None:
@@ -329,7 +348,9 @@ def _ask(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs) -> tu
     return found
 
 
-def _by_meta(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes | None) -> _Entry:
+def _by_meta(
+    name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes | None, real: Sizes | None
+) -> _Entry:
     function = FUNCTIONS[name]
     everything = (*args, *(value for _, value in kwargs))
     shapes = [type_.shape for type_ in tensors_in(everything)]
@@ -341,29 +362,45 @@ def _by_meta(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, s
         return types
 
     found = probed(run, shapes, _symbols_in(everything), sizes)
-    _require_kernel(name, args, kwargs, sizes)
+    _confirm(name, args, kwargs, found.types, real)
     names = function.results if function.results and len(function.results) == len(found.types) else ()
     mixes = rules.mixes(function, args, kwargs) or bool(found.pins & {dims.POSITION, dims.KEY})
     return _Entry(Inferred(found.types, None if single else names, found.pins, mixes), (), found.limited)
 
 
-_NO_KERNEL = re.compile(r"not implemented for|not supported for|does not support|unsupported")
 _SMALL = {dims.BATCH: 2, dims.POSITION: 3, dims.KEY: 3}
+_FEW = 1 << 18
 
 
-def _require_kernel(
-    name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes | None
+def _confirm(
+    name: str,
+    args: tuple[AbstractArg, ...],
+    kwargs: AbstractKwargs,
+    types: tuple[TensorType, ...],
+    real: Sizes | None,
 ) -> None:
-    """Refuses dtypes that only meta tensors can have, by a try on real tensors where those are small."""
-    at = sizes or _SMALL
+    """Tries the call on real numbers, where those are few: meta tensors let much pass that no device computes."""
+    at = real or _SMALL
     values = tensors_in((*args, *(value for _, value in kwargs)))
-    if any(value.dtype in _HALVES or math.prod(value.sizes(at)) > 1 << 18 for value in values):
+    if any(value.dtype in _HALVES or math.prod(value.sizes(at)) > _FEW for value in values):
         return
     try:
-        _run(name, args, kwargs, at, "cpu")
+        try:
+            said = _run(name, args, kwargs, at, "cpu")[0]
+        except Refused:
+            # No index is too large among zeros, and no divisor is zero among ones.
+            said = _run(name, args, kwargs, at, "cpu", torch.zeros)[0]
     except Refused as error:
-        if _NO_KERNEL.search(str(error)):
+        singular = isinstance(error.error, torch.linalg.LinAlgError)
+        if not singular and (
+            real is not None or isinstance(error.error, TypeError) or speaks_of_dtypes(str(error))
+        ):
             raise
+        return
+    if said != tuple(TensorType(type_.dtype, type_.sizes(at)) for type_ in types) and real is not None:
+        raise UnsupportedFunctionError(
+            f"{call_text(name, args, kwargs)}: torch gives another type for these arguments than it promises"
+        )
 
 
 def _symbols_in(args: Sequence[AbstractArg]) -> list[Sym]:
@@ -411,10 +448,9 @@ def infer_call(
     ``sizes`` are the numbers of the symbols where they are known. Raises :class:`ShapeError`, :class:`DtypeError` or
     the named error of what a graph cannot hold.
     """
-    function = FUNCTIONS.get(name)
-    if function is None:
+    if name not in FUNCTIONS:
         raise calls.refused(name)
-    key = (torch.get_default_dtype(), memo.key_of(name, args, kwargs, function.kind is Kind.POINTWISE))
+    key = (torch.get_default_dtype(), memo.key_of(name, args, kwargs, name in _ANY_NUMBER))
     entry = _memo.get(key, ...)
     if isinstance(entry, _Entry) and (sizes is None or not (entry.least or entry.limited)):
         return entry.inferred
@@ -428,44 +464,46 @@ def infer_call(
         return infer_call(name, args, kwargs, sizes)
     calls.refuse_arguments(name, args, dict(kwargs))
     if entry is ...:
-        entry = _settle(name, args, kwargs, None, sizes is not None)
-        _memo[key] = entry
+        # First without sizes, so that the answer serves every prompt.
+        entry = _memo[key] = _settle(name, args, kwargs, None, sizes)
         if entry is not None and (sizes is None or not (entry.least or entry.limited)):
             return entry.inferred
-    if sizes is None:
-        entry = _settle(name, args, kwargs, None, False)
-        assert entry is not None
-        return entry.inferred
-    entry = _settle(name, args, kwargs, sizes, False)
-    assert entry is not None
-    _memo_sized[(key, tuple(sorted(sizes.items())))] = entry.inferred
-    return entry.inferred
+    settled = _settle(name, args, kwargs, sizes, sizes, final=True)
+    assert settled is not None
+    if sizes is not None:
+        _memo_sized[(key, tuple(sorted(sizes.items())))] = settled.inferred
+    return settled.inferred
 
 
 def _settle(
-    name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes | None, may_wait: bool
+    name: str,
+    args: tuple[AbstractArg, ...],
+    kwargs: AbstractKwargs,
+    sizes: Sizes | None,
+    real: Sizes | None,
+    final: bool = False,
 ) -> _Entry | None:
-    """The answer; ``None`` if sizes are needed for it and ``may_wait`` says that they are to be had."""
+    """The answer from what ``sizes`` says; ``real`` are the sizes to try it at. Unless ``final``, ``None`` for none."""
     try:
-        return _by_rule(name, args, kwargs, sizes)
-    except Unsettled as error:
-        if may_wait:
+        return _by_rule(name, args, kwargs, sizes, real)
+    except (Unsettled, Misfit) as error:
+        if not final:
             return None
-        raise ShapeError(
-            f"{call_text(name, args, kwargs)}: {error}",
-            instead="an axis of the same symbol, or of size one; or record with a prompt",
-        ) from None
-    except Misfit as error:
-        if may_wait and sizes is None:
-            return None  # with numbers, the message can say them
+        if isinstance(error, Unsettled):
+            raise ShapeError(
+                f"{call_text(name, args, kwargs)}: {error}",
+                instead="an axis of the same symbol, or of size one; or record with a prompt",
+            ) from None
 
         def trial(other: tuple[AbstractArg, ...], named: AbstractKwargs) -> object:
-            return _by_meta(name, other, named, sizes)
+            return _by_meta(name, other, named, sizes, real)
 
         raise named_error(name, args, kwargs, sizes, error, trial) from None
 
 
-def _by_rule(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes | None) -> _Entry:
+def _by_rule(
+    name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes | None, real: Sizes | None
+) -> _Entry:
     rule = rules.rule_for(FUNCTIONS[name])
     if rule is not None:
         sizing = Sizing(sizes, dtype_of(torch.get_default_dtype()), _ask)
@@ -475,4 +513,4 @@ def _by_rule(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, s
             if isinstance(error, Refused) and FUNCTIONS[name].kind is Kind.POINTWISE:
                 raise  # what one element cannot do, many cannot
             # Otherwise torch has the last word, and better ones.
-    return _by_meta(name, args, kwargs, sizes)
+    return _by_meta(name, args, kwargs, sizes, real)

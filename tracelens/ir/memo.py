@@ -43,7 +43,7 @@ def _entry(arg: AbstractArg, any_number: bool) -> object:
     if kind is bool:
         return _TRUE if arg else _FALSE
     if kind is float:
-        if any_number:
+        if any_number and math.isfinite(cast("float", arg)):
             return _NUMBER
         return _NAN if math.isnan(cast("float", arg)) else (float, arg)
     if kind is complex:

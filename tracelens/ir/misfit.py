@@ -24,6 +24,11 @@ _SPEAKS_OF_DTYPES = re.compile(
 _SPEAKS_OF_DATA = re.compile(r"output_size|data-dependent|nonzero|masked_select")
 
 
+def speaks_of_dtypes(words: str) -> bool:
+    """Is it the dtypes that torch complains of?"""
+    return _SPEAKS_OF_DTYPES.search(words) is not None
+
+
 class Refused(Misfit):
     """What torch said."""
 
@@ -66,11 +71,11 @@ def named_error(
         return UnsupportedFunctionError(problem)
     if _SPEAKS_OF_DATA.search(words):
         return DynamicShapeError(f"{call}: the shape of the result depends on the data")
-    if isinstance(error, NotImplementedError) and not _SPEAKS_OF_DTYPES.search(words):
+    if isinstance(error, NotImplementedError) and not speaks_of_dtypes(words):
         return UnsupportedFunctionError(problem)
     if any(_fits_as(dtype, args, kwargs, trial) for dtype in (DType.FLOAT32, DType.INT64)):
         return DtypeError(problem)
-    if isinstance(error, IndexError) or not _SPEAKS_OF_DTYPES.search(words):
+    if isinstance(error, IndexError) or not speaks_of_dtypes(words):
         return ShapeError(problem)
     return DtypeError(problem)
 

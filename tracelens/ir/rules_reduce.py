@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tracelens.errors import UnsupportedFunctionError
 from tracelens.ir.abstract import (
     AbstractArg,
     AbstractKwargs,
@@ -64,7 +65,10 @@ def _axes(name: str, bound: Bound, value: TensorType) -> tuple[int, ...]:
             raise Defer
         return tuple(range(value.ndim))
     if dim == ():
-        raise Defer  # functions differ in what reducing along no axis means
+        raise UnsupportedFunctionError(
+            f"{name}(dim=()) means all axes for some functions and none for others",
+            instead="dim=None for all axes",
+        )
     if isinstance(dim, tuple) and name in _ONE_AXIS:
         raise Defer
     return tuple(axis for axis in axes_of(dim, value.ndim) if axis < value.ndim)
@@ -102,6 +106,8 @@ def reduction(sizing: Sizing, name: str, args: tuple[AbstractArg, ...], kwargs: 
     value = tensor(bound)
     if isinstance(bound.get("dim"), bool):
         bound["unbiased"] = bound.pop("dim")  # std(x, False)
+    if "keepdim" in bound and "dim" not in bound:
+        raise Defer  # which some functions allow and others do not
     axes = _axes(name, bound, value)
     keep = flag(bound, "keepdim")
     # An empty axis has no largest element; which functions mind is torch's to say. (A size is never below one.)
