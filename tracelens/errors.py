@@ -69,6 +69,10 @@ class LostUpdateError(TracelensError):
     """``h += v`` on a value read from a site was never handed back to that site."""
 
 
+class BlockEndedError(TracelensError):
+    """Something was to be recorded after its block had ended."""
+
+
 class ForeignValueError(TracelensError):
     """A value of another trace, not saved there, was used in this one."""
 
@@ -101,6 +105,10 @@ class UnknownParameterError(TracelensError, KeyError):
 
 class UnknownArchitectureError(TracelensError):
     """There is no table for this family of models."""
+
+
+class OptionError(TracelensError, ValueError):
+    """An option was given something that it does not take."""
 
 
 # --- using values ------------------------------------------------------------------------------------------------
@@ -136,6 +144,10 @@ class ValueAttributeError(TracelensError, AttributeError):
 
 class InPlaceError(TracelensError):
     """An in-place operation met a value; activations are never changed in place."""
+
+
+class IndexingError(TracelensError, TypeError):
+    """The thing between the brackets is not an index."""
 
 
 class UnsupportedFunctionError(TracelensError, TypeError):
@@ -188,6 +200,10 @@ class PromptError(TracelensError):
     """The prompt is not something that can be run."""
 
 
+class NoTokenizerError(PromptError):
+    """Text was given or asked for, and the model has no tokenizer."""
+
+
 class EmptyPromptError(PromptError):
     """The prompt has no tokens."""
 
@@ -201,6 +217,13 @@ class PromptTooLongError(PromptError):
 
 class UnsavedValueError(TracelensError):
     """The value was not saved, so nothing of it is left."""
+
+
+class UnknownSaveError(TracelensError, KeyError):
+    """Nothing was saved under that name."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the first argument
+        return TracelensError.__str__(self)
 
 
 class NotRunYetError(TracelensError):
@@ -224,6 +247,10 @@ class ConstantChangedError(TracelensError):
 
 class OpFailedError(TracelensError):
     """An operation of the graph raised while the model ran."""
+
+
+class ApplyResultError(TracelensError):
+    """A function given to ``tl.apply`` returned something else than ``like=`` declares."""
 
 
 class SiteMismatchError(TracelensError):
