@@ -47,10 +47,20 @@ _OPERATION = "<operation>"
 class Compiled:
     """A graph made ready for one model: its plan, its programs, and their code. It holds no tensors."""
 
+    recorded: Graph
     plan: Plan
     programs: tuple[Program, ...]
     code: LocalCode
     saves: tuple[Save, ...]
+
+    @cached_property
+    def described(self) -> tuple[SavedTensor, ...]:
+        """What each save holds."""
+        return tuple(describe(self.recorded, save) for save in self.recorded.saves)
+
+    def results(self, tensors: Mapping[str, Callable[[], Any]]) -> Results:
+        """The results of a run."""
+        return Results({saved.name: replace(saved, fetch=tensors[saved.name]) for saved in self.described})
 
     @cached_property
     def mixing(self) -> tuple[int, ...]:
@@ -105,7 +115,9 @@ class Compiler:
             generating=generating,
         )
         programs = lower(plan)
-        compiled = Compiled(plan, programs, prepare(programs[0], plan.graph, anatomy), graph.saves)
+        planned = {save.name: save for save in plan.graph.saves}
+        saves = tuple(planned[save.name] for save in graph.saves)
+        compiled = Compiled(numbered, plan, programs, prepare(programs[0], plan.graph, anatomy), saves)
         self._known[key] = compiled
         while len(self._known) > _KEPT_PROGRAMS:
             self._known.popitem(last=False)
@@ -175,7 +187,7 @@ class Compiler:
                     model(**inputs, use_cache=False)
 
                 run.execute(forward, each_forward=None)
-            return finished(compiled, state, prompt, graph)
+            return finished(compiled, state, prompt)
         except TracelensError as error:
             raise relocate(error, graph) from error.__cause__
 
@@ -236,7 +248,7 @@ def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
         )
 
 
-def finished(compiled: Compiled, state: State, prompt: Prompt, graph: Graph) -> dict[str, Callable[[], Any]]:
+def finished(compiled: Compiled, state: State, prompt: Prompt) -> dict[str, Callable[[], Any]]:
     """The saved tensors, detached, compact and where they were asked to be; every one has its own memory."""
     taken = set(state.foreign)
     found: dict[str, Callable[[], Any]] = {}
@@ -253,7 +265,7 @@ def finished(compiled: Compiled, state: State, prompt: Prompt, graph: Graph) -> 
         if save.dtype is not None:
             tensor = tensor.to(torch_dtype(save.dtype))
         tensor = leave(tensor, to_cpu=save.keep is Keep.CPU)
-        type_ = graph.types[save.values[0]]
+        type_ = compiled.plan.graph.types[save.values[0]]
         if prompt.ragged and type_.position_axes:
             value: Any = _per_prompt(tensor, type_, prompt, stacked=save.stacked)
         else:
@@ -316,11 +328,3 @@ def _write_files(saves: tuple[Save, ...], found: dict[str, Callable[[], Any]]) -
                 return stored[keys[0]] if whole else [stored[key] for key in keys]
 
             found[name] = read
-
-
-def results_of(graph: Graph, tensors: Mapping[str, Callable[[], Any]]) -> Results:
-    """The results of a run of ``graph``."""
-    entries: dict[str, SavedTensor] = {}
-    for save in graph.saves:
-        entries[save.name] = describe(graph, save, tensors[save.name])
-    return Results(entries)

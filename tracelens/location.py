@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import linecache
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
@@ -49,6 +50,14 @@ def _internal(filename: str) -> bool:
         known = filename.startswith(_PACKAGE) or any(part in filename for part in _FOREIGN_PARTS)
         _is_internal[filename] = known
     return known
+
+
+def frames_inside() -> Iterator[FrameType]:
+    """The frames of tracelens and torch between the caller and the user's line, the innermost first."""
+    frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # the only way to the caller
+    while frame is not None and _internal(frame.f_code.co_filename):
+        yield frame
+        frame = frame.f_back
 
 
 def here() -> Location:

@@ -8,7 +8,7 @@ from typing import Any, NoReturn, cast
 import numpy as np
 import torch
 
-from tracelens.errors import LayerMappingError, ShapeError, ValueAttributeError, WriteTargetError
+from tracelens.errors import LayerMappingError, ShapeError, WriteTargetError
 from tracelens.ir.infer import dtype_of
 from tracelens.ir.types import TensorType
 from tracelens.location import here
@@ -163,11 +163,6 @@ class MappedValue(PerLayerOperand):
         first = self._members[0]
         kind: TensorType = first._type
         return f"<mapped value over layers {_span(self._layers)}: {kind} in each>"
-
-    def __setattr__(self, name: str, new: Any) -> None:
-        if name not in MappedValue.__slots__:
-            raise ValueAttributeError(f"a mapped value has no attribute {name!r} to assign to", at=here())
-        object.__setattr__(self, name, new)
 
 
 class MappedTokens:

@@ -6,11 +6,14 @@ an application of a function means for them.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
+import numpy as np
 import torch
+from torch import nn
 
 from tracelens.errors import (
     DynamicShapeError,
@@ -25,7 +28,7 @@ from tracelens.ir.functions import nearest
 from tracelens.ir.infer import canonical_call, name_of, refusal_of
 from tracelens.ir.refused import Reason
 from tracelens.ir.sites import near
-from tracelens.location import here
+from tracelens.location import frames_inside, here
 
 _ERRORS: dict[Reason, type[TracelensError]] = {
     Reason.IN_PLACE: InPlaceError,
@@ -39,6 +42,9 @@ def _binary(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, objec
     def method(self: Operand, other: object) -> Any:
         if self._is_recording():
             return self._apply(name, (self, other), None)
+        if isinstance(other, Operand) and other._is_recording():
+            # What is left of a finished trace is a constant of the open one, if it was saved.
+            return other._apply(name, (self, other), None)
         return plain(self._result(), other)
 
     return method
@@ -71,9 +77,19 @@ def _unary(name: str, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return method
 
 
-def refuse(function: object, name: str) -> NoReturn:
+def refuse(function: object, name: str, args: Sequence[object] = ()) -> NoReturn:
     """Raises the named error for a function that a graph cannot hold."""
     refusal = refusal_of(function)
+    if refusal is not None and refusal[0] is Reason.IN_PLACE:
+        problem, instead = _in_place_words(name, args)
+        raise InPlaceError(problem, at=here(), instead=instead)
+    module = _module_called()
+    if module is not None and (refusal is None or refusal[0] not in (Reason.RANDOM, Reason.DYNAMIC_SHAPE)):
+        raise UnsupportedFunctionError(
+            f"{module} cannot be recorded in a graph: it calls {name}",
+            at=here(),
+            instead="tl.apply(module, value, like=value) runs the module on the real tensors",
+        )
     if refusal is None:
         candidates = nearest(name)
         hint = f"did you mean {', '.join(candidates)}? " if candidates else ""
@@ -85,6 +101,50 @@ def refuse(function: object, name: str) -> NoReturn:
         )
     reason, problem, hint = refusal
     raise _ERRORS.get(reason, UnsupportedFunctionError)(f"{name}: {problem}", at=here(), instead=hint)
+
+
+_SIGNS = {"add_": "+", "sub_": "-", "mul_": "*", "div_": "/", "floor_divide_": "//", "pow_": "**"}
+
+
+def _in_place_words(name: str, args: Sequence[object]) -> tuple[str, str]:
+    """What is wrong with an in-place function, and what to write instead."""
+    word = name.rpartition(".")[2]
+    plain = word.rstrip("_")
+    has_plain = not word.startswith("__") and callable(getattr(torch.Tensor, plain, None))
+    if args and isinstance(args[0], torch.Tensor):
+        problem = (
+            f"{name} would change a tensor of yours by a value, whose numbers do not exist before the run"
+        )
+        if word == "__setitem__":
+            instead = "torch.stack, torch.cat or tl.where: they make a new value from tensors and values"
+        elif word in _SIGNS:
+            instead = f"tensor = tensor {_SIGNS[word]} value"
+        else:
+            instead = (
+                f"tensor = tensor.{plain}(...)"
+                if has_plain
+                else "the value itself, which is as good as a tensor"
+            )
+        return problem, instead
+    assign = "to change the model, assign to a site: model.layers[i].resid_post = new"
+    return (
+        f"{name} would change a value in place, and values never change",
+        f"new = value.{plain}(...); {assign}" if has_plain else assign,
+    )
+
+
+def _module_called() -> str | None:
+    """The module of torch that the user called, if the refused function was called by one."""
+    found: nn.Module | None = None
+    for frame in frames_inside():
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module):
+            found = owner
+    if found is None:
+        return None
+    if isinstance(found, torch.jit.ScriptModule):
+        return f"the scripted module {found.original_name}"
+    return f"the module {type(found).__name__}"
 
 
 class Operand:
@@ -163,8 +223,29 @@ class Operand:
     def __hash__(self) -> int:
         return id(self)
 
-    # numpy arrays must not swallow operands element by element: `array + value` comes to __radd__ whole.
-    __array_ufunc__ = None
+    def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
+        """``array + value``, ``array += value`` and ``np.exp(value)`` arrive here, the arrays in one piece."""
+        if not any(operand._is_recording() for operand in operands_in(inputs, options)):
+            return getattr(ufunc, method)(*(_finished(part) for part in inputs), **options)
+        word = _UFUNCS.get(ufunc.__name__)
+        if word is not None and method == "__call__" and not options:
+            left, right = inputs
+            if isinstance(left, Operand):
+                return getattr(left, f"__{word}__")(right)
+            return getattr(right, f"__{_MIRRORED.get(word, 'r' + word)}__")(left)
+        name = f"numpy.{ufunc.__name__}"
+        if options.get("out") is not None:
+            raise InPlaceError(
+                f"{name} would change an array of yours by a value, whose numbers do not exist before the run",
+                at=here(),
+                instead="array = array + value, which makes a new value",
+            )
+        namesake = getattr(torch, ufunc.__name__, None)
+        raise UnsupportedFunctionError(
+            f"{name} cannot be recorded in a graph",
+            at=here(),
+            instead=f"torch.{ufunc.__name__}" if namesake is not None else "a function of torch",
+        )
 
     @classmethod
     def __torch_function__(
@@ -183,16 +264,27 @@ class Operand:
         if not self._is_recording():
             return getattr(self._result(), name)
         method = getattr(torch.Tensor, name, None)
+        if name == "device" and (module := _module_called()) is not None:
+            raise UnsupportedFunctionError(
+                f"{module} cannot be recorded in a graph: it asks for a device",
+                at=here(),
+                instead="tl.apply(module, value, like=value) runs the module on the real tensors",
+            )
         if name == "device":
             raise ValueAttributeError(
                 "a value has no device: the plan decides where it lives",
                 at=here(),
                 instead="leave devices out: tensors that you use are moved to the value's device by the plan",
             )
-        if method is None or not callable(method) or name_of(method) is None:
+        if method is not None and not callable(method):
+            getter = method.__get__  # a property of tensors: .real, .mH, .data
+            if name_of(getter) is None:
+                refuse(getter, f"Tensor.{name}")
+            return apply_torch(getter, (self,), {})
+        if method is None or name_of(method) is None:
             if method is not None:
-                refuse(method, f"Tensor.{name}")
-            candidates = near(name, tuple(key for key in dir(torch.Tensor) if not key.startswith("_")))
+                refuse(method, f"Tensor.{name}", (self,))
+            candidates = near(name, _attributes())
             raise ValueAttributeError(
                 f"a value has no attribute {name!r}",
                 at=here(),
@@ -226,15 +318,44 @@ class Operand:
             "int() of", "compute with the value itself; .save() it to see the number after the block"
         )
 
+    def __complex__(self) -> complex:
+        if not self._is_recording():
+            return complex(self._result())
+        return self._branch(
+            "complex() of", "compute with the value itself; .save() it to see the number after the block"
+        )
+
+    def __round__(self, digits: int = 0) -> Any:
+        if not self._is_recording():
+            return round(self._result(), digits)
+        return self._branch("round() of", "torch.round(value)")
+
+    def __floor__(self) -> Any:
+        if not self._is_recording():
+            return torch.floor(self._result())
+        return self._branch("math.floor() of", "torch.floor(value)")
+
+    def __ceil__(self) -> Any:
+        if not self._is_recording():
+            return torch.ceil(self._result())
+        return self._branch("math.ceil() of", "torch.ceil(value)")
+
+    def __trunc__(self) -> Any:
+        if not self._is_recording():
+            return torch.trunc(self._result())
+        return self._branch("math.trunc() of", "torch.trunc(value)")
+
     def __index__(self) -> int:
         if not self._is_recording():
             return operator.index(self._result())
-        return self._branch("indexing with", "torch.gather or torch.index_select with the value as the index")
+        return self._branch(
+            "indexing or counting with", "torch.gather or torch.index_select with the value as the index"
+        )
 
     def __len__(self) -> int:
         if not self._is_recording():
             return len(self._result())
-        return self._branch("len() of", "value.shape[0]")
+        return self._branch("len() of", "value.shape[0]; and the value itself instead of torch.tensor(value)")
 
     def __iter__(self) -> Any:
         if not self._is_recording():
@@ -255,10 +376,57 @@ class Operand:
     def __format__(self, spec: str) -> str:
         if not self._is_recording() and self._has_result():
             return format(self._result(), spec)
+        if spec and self._is_recording():
+            return self._branch(
+                f"formatting with {spec!r} of", ".save() it, and print the number after the block"
+            )
         return repr(self)
+
+    # A value never changes, so a copy of it is itself; a result is copied as a tensor is.
+
+    def __copy__(self) -> Any:
+        return self
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self if self._is_recording() else copy.deepcopy(self._result(), memo)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        if not self._is_recording():
+            return self._result().__reduce_ex__(protocol)
+        return self._branch("pickling", ".save() it, and pickle the tensor after the block")
 
     def _has_result(self) -> bool:
         raise TypeError("Operand is abstract")
+
+
+# The functions of numpy behind Python's operators.
+_UFUNCS = {
+    "add": "add",
+    "subtract": "sub",
+    "multiply": "mul",
+    "divide": "truediv",
+    "floor_divide": "floordiv",
+    "remainder": "mod",
+    "power": "pow",
+    "matmul": "matmul",
+    "bitwise_and": "and",
+    "bitwise_or": "or",
+    "bitwise_xor": "xor",
+    "equal": "eq",
+    "not_equal": "ne",
+    "less": "lt",
+    "less_equal": "le",
+    "greater": "gt",
+    "greater_equal": "ge",
+}
+_MIRRORED = {"eq": "eq", "ne": "ne", "lt": "gt", "gt": "lt", "le": "ge", "ge": "le"}
+
+
+def _attributes() -> tuple[str, ...]:
+    """What one can write after a value's dot."""
+    methods = (key for key in dir(torch.Tensor) if not key.startswith("_") and not key.endswith("_"))
+    known = (key for key in methods if callable(found := getattr(torch.Tensor, key)) and name_of(found))
+    return (*known, "shape", "dtype", "ndim", "save", "tok", "value")
 
 
 class _Method:
@@ -294,7 +462,7 @@ def apply_torch(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
     if recording is None:
         return function(*map(_finished, args), **{key: _finished(arg) for key, arg in kwargs.items()})
     if name_of(function) is None:
-        refuse(function, _display_name(function))
+        refuse(function, _display_name(function), args)
     try:
         name, plain, named = canonical_call(function, tuple(args), dict(kwargs))
     except TracelensError as error:

@@ -129,6 +129,7 @@ class Recorder:
         self.saves: dict[str, Location] = {}
         self.saved_tensors: dict[str, Any] = {}
         self._versions: dict[Site, int] = {}
+        self._site_types: dict[str, TensorType] = {}
         self._reads: dict[tuple[Site, int], int] = {}
         self._origins: list[Origin | None] = []
         self._constant_values: dict[int, tuple[object, int]] = {}
@@ -158,13 +159,18 @@ class Recorder:
         if known is not None:
             return known
         location = here()
-        with_location = _Blame(location)
-        with with_location:
-            type_ = self.anatomy.type_of(site)
+        type_ = self._type_of(site, location)
         value = self._define(type_, Origin(site.order, frozenset((site,)), location))
         self._append(Read(value, type_, site, version), location)
         self._reads[site, version] = value
         return value
+
+    def _type_of(self, site: Site, location: Location) -> TensorType:
+        known = self._site_types.get(site.name)
+        if known is None:
+            with _Blame(location):
+                known = self._site_types[site.name] = self.anatomy.type_of(site)
+        return known
 
     def parameter(self, path: str) -> int:
         """A parameter or buffer of the model."""
@@ -266,13 +272,12 @@ class Recorder:
         """Replaces the site's value from here on."""
         self.require_open()
         location = here()
+        type_ = self._type_of(site, location)
         with _Blame(location):
-            type_ = self.anatomy.type_of(site)
             if site.kind.effect is Effect.NONE:
                 raise WriteTargetError(f"{site} can be read but not written")
             arg = self._ref_or_scalar(new)
-            abstract = self.types[arg.id] if isinstance(arg, Ref) else arg
-            inferred = infer_index_put(type_, (), abstract, self.sizes)
+            inferred = self._fit(type_, arg)
             self._check_positions("a write", inferred)
         origin = self._origins[arg.id] if isinstance(arg, Ref) else None
         if origin is not None and not (origin.order < site.order or origin.sites == frozenset((site,))):
@@ -292,6 +297,18 @@ class Recorder:
             pending = self._pending.get(arg.id)
             if pending is not None and pending[0] == site:
                 del self._pending[arg.id]
+
+    def _fit(self, site: TensorType, arg: Ref | Scalar) -> Inferred:
+        """How a written value fits a site; remembered for as long as the answer does not depend on the prompt."""
+        if not isinstance(arg, Ref):
+            return infer_index_put(site, (), arg, self.sizes)
+        key = (site, self.types[arg.id])
+        known = _fits.get(key)
+        if known is None:
+            known = infer_index_put(site, (), key[1], self.sizes)
+            if not known.pins:
+                _fits[key] = known
+        return known
 
     def save(
         self,
@@ -330,7 +347,8 @@ class Recorder:
         """Notes that ``result`` came from ``+=`` on ``site`` (or a view of it) and must be handed back to it."""
         if replaces is not None:
             self._pending.pop(replaces, None)
-        self._pending[result] = (site, here())
+        # The operator was just recorded, with its line.
+        self._pending[result] = (site, self.locations[-1])
 
     def awaited(self, value: int) -> Site | None:
         """The site that still waits for ``value``, if any."""
@@ -459,6 +477,9 @@ class Recorder:
                 instead="address tokens with .tok[...], average with tl.masked_mean, or trace one prompt at a time"
                 + (" (for p in t.prompts)" if not self.generating else ""),
             )
+
+
+_fits: dict[tuple[TensorType, TensorType], Inferred] = {}
 
 
 class _Blame:

@@ -178,8 +178,8 @@ def _numpy(tensor: Any) -> Any:
     return (tensor.float() if tensor.dtype is torch.bfloat16 else tensor).numpy()
 
 
-def describe(graph: Graph, save: Save, fetch: Fetch) -> SavedTensor:
-    """What a save of ``graph`` holds."""
+def describe(graph: Graph, save: Save) -> SavedTensor:
+    """What a save of ``graph`` holds, without the tensor."""
     type_ = graph.types[save.values[0]]
     if save.stacked:
         type_ = replace(type_, shape=(len(save.values), *type_.shape))
@@ -189,7 +189,11 @@ def describe(graph: Graph, save: Save, fetch: Fetch) -> SavedTensor:
     found = [_site(graph, value) for value in save.values]
     site, part = found[0]
     layers = tuple(where.layer for where, _ in found if where is not None and where.layer is not None)
-    return SavedTensor(save.name, fetch, type_, axes, site, layers, part)
+    return SavedTensor(save.name, _nothing, type_, axes, site, layers, part)
+
+
+def _nothing() -> Any:
+    return None
 
 
 def _axis(dim: dims.Dim, number: int) -> str:

@@ -10,7 +10,7 @@ import torch
 
 from tracelens.backends.local import Run, require_weights
 from tracelens.backends.transfer import inputs_on
-from tracelens.compiling import Compiled, Compiler, check_fits, owning, relocate, results_of
+from tracelens.compiling import Compiled, Compiler, check_fits, owning, relocate
 from tracelens.errors import (
     NestedTraceError,
     NothingSavedError,
@@ -149,7 +149,7 @@ class Trace(Recording):
         compiled = self._compiled()
         tensors = self._compiler.run(graph, compiled, self._prompt)
         recorder.saved_tensors.update(tensors)
-        self._results = results_of(graph, tensors)
+        self._results = compiled.results(tensors)
 
     @property
     def results(self) -> Results:
@@ -312,7 +312,7 @@ class Program:
     def __call__(self, prompt: Any) -> Results:
         """The results for one prompt (or one batch of prompts)."""
         prepared = self._model.prepare(prompt)
-        return results_of(self.graph, self._compiler.run(self.graph, self._compiled, prepared))
+        return self._compiled.results(self._compiler.run(self.graph, self._compiled, prepared))
 
     def explain(self) -> str:
         """The graph with its lines, the plan, and the program of each place."""

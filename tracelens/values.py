@@ -432,11 +432,6 @@ class Value(Operand):
         what = f" of {self._site}" if self._site else ""
         return f"<value %{self._id}{what}: {self._type}>"
 
-    def __setattr__(self, name: str, new: Any) -> None:
-        if name not in Value.__slots__:
-            raise ValueAttributeError(f"a value has no attribute {name!r} to assign to", at=here())
-        object.__setattr__(self, name, new)
-
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *(key for key in dir(torch.Tensor) if not key.startswith("_"))})
 

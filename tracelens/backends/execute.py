@@ -48,8 +48,8 @@ class State:
 
     __slots__ = (
         "constants",
-        "foreign",
         "current",
+        "foreign",
         "functions",
         "parameter",
         "saved",

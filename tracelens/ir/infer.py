@@ -16,23 +16,9 @@ from typing import Any, cast
 
 import torch
 
-from tracelens.errors import (
-    DtypeError,
-    ForbiddenFunctionError,
-    ShapeError,
-    UnsupportedFunctionError,
-)
-from tracelens.ir import calls, dims, memo, rules
-from tracelens.ir.abstract import (
-    AbstractArg,
-    AbstractKwargs,
-    Defer,
-    Inferred,
-    Misfit,
-    Sizing,
-    Unsettled,
-    tensors_in,
-)
+from tracelens.errors import DtypeError, ForbiddenFunctionError, UnsupportedFunctionError
+from tracelens.ir import calls, dims
+from tracelens.ir.abstract import AbstractArg, AbstractKwargs, Inferred
 from tracelens.ir.dims import Sizes, Sym
 from tracelens.ir.functions import (
     COMPARISONS,
@@ -41,12 +27,11 @@ from tracelens.ir.functions import (
     OPERATORS,
     SYNONYMS,
     UNARY_OPERATORS,
-    Kind,
     nearest,
 )
-from tracelens.ir.misfit import Refused, call_text, named_error, speaks_of_dtypes
+from tracelens.ir.inference import Stuff, Typing
+from tracelens.ir.misfit import Refused
 from tracelens.ir.ops import Arg, Slice, Special
-from tracelens.ir.probe import probed
 from tracelens.ir.refused import refusal
 from tracelens.ir.rules_index import AbstractIndex, infer_index, infer_index_put
 from tracelens.ir.types import DType, TensorType
@@ -261,8 +246,9 @@ def static_argument(arg: object) -> Arg:
 # --- torch on meta tensors ---------------------------------------------------------------------------------------
 
 
-def _concrete(arg: AbstractArg, sizes: Sizes, device: str, fill: Any) -> Any:
+def _concrete(arg: AbstractArg, sizes: Sizes, stuff: Stuff) -> Any:
     if isinstance(arg, TensorType):
+        fill, device = _STUFF[stuff]
         return fill(arg.sizes(sizes), dtype=_TORCH[arg.dtype], device=device)
     if isinstance(arg, Sym):
         return dims.evaluate(arg, sizes)
@@ -271,173 +257,41 @@ def _concrete(arg: AbstractArg, sizes: Sizes, device: str, fill: Any) -> Any:
     if isinstance(arg, Special):
         return -0.0
     if isinstance(arg, tuple):
-        return tuple(_concrete(part, sizes, device, fill) for part in arg)
+        return tuple(_concrete(part, sizes, stuff) for part in arg)
     if isinstance(arg, Slice):
         return slice(arg.start, arg.stop, arg.step)
     return arg
 
 
+_STUFF: Mapping[Stuff, tuple[Callable[..., torch.Tensor], str]] = {
+    Stuff.META: (torch.empty, "meta"),
+    Stuff.ONES: (torch.ones, "cpu"),
+    Stuff.ZEROS: (torch.zeros, "cpu"),
+}
+
+
 def _run(
-    name: str,
-    args: tuple[AbstractArg, ...],
-    kwargs: AbstractKwargs,
-    sizes: Sizes,
-    device: str = "meta",
-    fill: Any = torch.ones,
+    name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes, stuff: Stuff
 ) -> tuple[tuple[TensorType, ...], bool]:
-    """The results' types with numbers for sizes, and whether it is one tensor."""
     function = resolve(name)
-    plain = [_concrete(arg, sizes, device, fill) for arg in args]
-    named = {key: _concrete(value, sizes, device, fill) for key, value in kwargs}
+    plain = [_concrete(arg, sizes, stuff) for arg in args]
+    named = {key: _concrete(value, sizes, stuff) for key, value in kwargs}
     try:
         with torch.no_grad():
             result = function(*plain, **named)
-    except (
-        RuntimeError,
-        IndexError,
-        ValueError,
-        TypeError,
-        NotImplementedError,
-        AssertionError,
-        ArithmeticError,
-    ) as error:
-        raise Refused(error) from None
+    except (RuntimeError, LookupError, ValueError, TypeError, AssertionError, ArithmeticError) as error:
+        raise Refused(error, of_numbers=isinstance(error, torch.linalg.LinAlgError)) from None
     parts = (result,) if isinstance(result, torch.Tensor) else result
-    several = tuple(cast("Sequence[Any]", parts)) if isinstance(parts, list | tuple) else (None,)
+    several: tuple[Any, ...] = (
+        tuple(cast("Sequence[Any]", parts)) if isinstance(parts, list | tuple) else (None,)
+    )
     if not all(isinstance(part, torch.Tensor) for part in several):
         raise UnsupportedFunctionError(f"{name} does not give tensors with these arguments")
     types = tuple(TensorType(dtype_of(part.dtype), tuple(part.shape)) for part in several)
     return types, isinstance(result, torch.Tensor)
 
 
-_asked: dict[memo.Key, tuple[TensorType, ...]] = {}
-
-
-# What numbers these are given has no say in the type. (Some others refuse numbers that an integer cannot hold.)
-_NUMBERS_COUNT = ("torch.masked_fill", "torch.full_like", "torch.threshold", "torch.nn.functional.threshold")
-_ANY_NUMBER = frozenset(
-    function.name
-    for function in FUNCTIONS.values()
-    if function.kind is Kind.POINTWISE and function.name not in _NUMBERS_COUNT
-)
-_HALVES = (DType.FLOAT16, DType.BFLOAT16)
-
-
-def _ask(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs) -> tuple[TensorType, ...]:
-    """torch's word on the dtypes of a tiny call.
-
-    Meta tensors let many dtypes pass for which no device has a kernel, so it is real numbers that are tried. Halves are
-    tried on meta tensors too: what a CPU lacks for them, a GPU may have.
-    """
-    key = (
-        torch.get_default_dtype(),
-        *memo.key_of(name, args, kwargs, name in _ANY_NUMBER),
-    )
-    found = _asked.get(key)
-    if found is None:
-        values = tensors_in((*args, *(value for _, value in kwargs)))
-        if len(_asked) > _FULL:
-            _asked.clear()
-        try:
-            found = _run(name, args, kwargs, {}, "cpu")[0]
-        except Refused:
-            if not any(value.dtype in _HALVES for value in values):
-                raise
-            found = _run(name, args, kwargs, {})[0]
-        _asked[key] = found
-    return found
-
-
-def _by_meta(
-    name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes | None, real: Sizes | None
-) -> _Entry:
-    function = FUNCTIONS[name]
-    everything = (*args, *(value for _, value in kwargs))
-    shapes = [type_.shape for type_ in tensors_in(everything)]
-    single = True
-
-    def run(at: Sizes) -> tuple[TensorType, ...]:
-        nonlocal single
-        types, single = _run(name, args, kwargs, at)
-        return types
-
-    found = probed(run, shapes, _symbols_in(everything), sizes)
-    _confirm(name, args, kwargs, found.types, real)
-    names = function.results if function.results and len(function.results) == len(found.types) else ()
-    mixes = rules.mixes(function, args, kwargs) or bool(found.pins & {dims.POSITION, dims.KEY})
-    return _Entry(Inferred(found.types, None if single else names, found.pins, mixes), (), found.limited)
-
-
-_SMALL = {dims.BATCH: 2, dims.POSITION: 3, dims.KEY: 3}
-_FEW = 1 << 18
-
-
-def _confirm(
-    name: str,
-    args: tuple[AbstractArg, ...],
-    kwargs: AbstractKwargs,
-    types: tuple[TensorType, ...],
-    real: Sizes | None,
-) -> None:
-    """Tries the call on real numbers, where those are few: meta tensors let much pass that no device computes."""
-    at = real or _SMALL
-    values = tensors_in((*args, *(value for _, value in kwargs)))
-    if any(value.dtype in _HALVES or math.prod(value.sizes(at)) > _FEW for value in values):
-        return
-    try:
-        try:
-            said = _run(name, args, kwargs, at, "cpu")[0]
-        except Refused:
-            # No index is too large among zeros, and no divisor is zero among ones.
-            said = _run(name, args, kwargs, at, "cpu", torch.zeros)[0]
-    except Refused as error:
-        singular = isinstance(error.error, torch.linalg.LinAlgError)
-        if not singular and (
-            real is not None or isinstance(error.error, TypeError) or speaks_of_dtypes(str(error))
-        ):
-            raise
-        return
-    if said != tuple(TensorType(type_.dtype, type_.sizes(at)) for type_ in types) and real is not None:
-        raise UnsupportedFunctionError(
-            f"{call_text(name, args, kwargs)}: torch gives another type for these arguments than it promises"
-        )
-
-
-def _symbols_in(args: Sequence[AbstractArg]) -> list[Sym]:
-    found: list[Sym] = []
-    for arg in args:
-        if isinstance(arg, Sym):
-            found.append(arg)
-        elif isinstance(arg, tuple):
-            found += _symbols_in(arg)
-    return found
-
-
-# --- calls -------------------------------------------------------------------------------------------------------
-
-
-class _Entry:
-    """An answer in the memo, with what must hold of the real sizes for it."""
-
-    __slots__ = ("inferred", "least", "limited")
-
-    def __init__(self, inferred: Inferred, least: tuple[tuple[Sym, int], ...], limited: bool) -> None:
-        self.inferred = inferred
-        self.least = least
-        self.limited = limited
-
-
-_FULL = 100_000
-_memo: dict[object, _Entry | None] = {}
-_memo_sized: dict[tuple[object, tuple[tuple[str, int], ...]], Inferred] = {}
-
-
-def memo_clear() -> None:
-    """Forgets all answers."""
-    _memo.clear()
-    _memo_sized.clear()
-    _asked.clear()
-    memo.forget()
+_typing = Typing(_run, lambda: dtype_of(torch.get_default_dtype()))
 
 
 def infer_call(
@@ -448,69 +302,9 @@ def infer_call(
     ``sizes`` are the numbers of the symbols where they are known. Raises :class:`ShapeError`, :class:`DtypeError` or
     the named error of what a graph cannot hold.
     """
-    if name not in FUNCTIONS:
-        raise calls.refused(name)
-    key = (torch.get_default_dtype(), memo.key_of(name, args, kwargs, name in _ANY_NUMBER))
-    entry = _memo.get(key, ...)
-    if isinstance(entry, _Entry) and (sizes is None or not (entry.least or entry.limited)):
-        return entry.inferred
-    if sizes is not None:
-        sized = (key, tuple(sorted(sizes.items())))
-        known = _memo_sized.get(sized)
-        if known is not None:
-            return known
-    if len(_memo) + len(_memo_sized) > _FULL:
-        memo_clear()
-        return infer_call(name, args, kwargs, sizes)
-    calls.refuse_arguments(name, args, dict(kwargs))
-    if entry is ...:
-        # First without sizes, so that the answer serves every prompt.
-        entry = _memo[key] = _settle(name, args, kwargs, None, sizes)
-        if entry is not None and (sizes is None or not (entry.least or entry.limited)):
-            return entry.inferred
-    settled = _settle(name, args, kwargs, sizes, sizes, final=True)
-    assert settled is not None
-    if sizes is not None:
-        _memo_sized[(key, tuple(sorted(sizes.items())))] = settled.inferred
-    return settled.inferred
+    return _typing.infer(name, args, kwargs, sizes)
 
 
-def _settle(
-    name: str,
-    args: tuple[AbstractArg, ...],
-    kwargs: AbstractKwargs,
-    sizes: Sizes | None,
-    real: Sizes | None,
-    final: bool = False,
-) -> _Entry | None:
-    """The answer from what ``sizes`` says; ``real`` are the sizes to try it at. Unless ``final``, ``None`` for none."""
-    try:
-        return _by_rule(name, args, kwargs, sizes, real)
-    except (Unsettled, Misfit) as error:
-        if not final:
-            return None
-        if isinstance(error, Unsettled):
-            raise ShapeError(
-                f"{call_text(name, args, kwargs)}: {error}",
-                instead="an axis of the same symbol, or of size one; or record with a prompt",
-            ) from None
-
-        def trial(other: tuple[AbstractArg, ...], named: AbstractKwargs) -> object:
-            return _by_meta(name, other, named, sizes, real)
-
-        raise named_error(name, args, kwargs, sizes, error, trial) from None
-
-
-def _by_rule(
-    name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes | None, real: Sizes | None
-) -> _Entry:
-    rule = rules.rule_for(FUNCTIONS[name])
-    if rule is not None:
-        sizing = Sizing(sizes, dtype_of(torch.get_default_dtype()), _ask)
-        try:
-            return _Entry(rule(sizing, name, args, kwargs), tuple(sizing.least), False)
-        except (Misfit, Defer) as error:
-            if isinstance(error, Refused) and FUNCTIONS[name].kind is Kind.POINTWISE:
-                raise  # what one element cannot do, many cannot
-            # Otherwise torch has the last word, and better ones.
-    return _by_meta(name, args, kwargs, sizes, real)
+def memo_clear() -> None:
+    """Forgets all answers."""
+    _typing.forget()

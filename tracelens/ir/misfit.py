@@ -30,10 +30,11 @@ def speaks_of_dtypes(words: str) -> bool:
 
 
 class Refused(Misfit):
-    """What torch said."""
+    """What torch said.  ``of_numbers``: it is the numbers in the tensors that it minds."""
 
-    def __init__(self, error: Exception) -> None:
+    def __init__(self, error: Exception, of_numbers: bool = False) -> None:
         super().__init__(str(error))
+        self.of_numbers = of_numbers
         self.error = error
 
 

@@ -30,6 +30,7 @@ _RANDOM = "draw the random numbers before the trace and use the tensor as a cons
 _DATA = "tl.where(condition, value, other) keeps the shape; or .save() the value and select after the block"
 _DEVICE = "leave devices out; .save(device=...) says where a saved tensor ends up"
 _HOST = ".save() the value and read it after the block"
+_TABLE = "torch.nn.functional.embedding(index, table) for rows, torch.index_select(tensor, axis, index)"
 _GRADIENT = "tl.grad(loss, wrt=[...])"
 _QUESTION = "value.shape, value.dtype and value.ndim are known while recording"
 
@@ -47,8 +48,8 @@ _TABLES: dict[Reason, dict[str, str]] = {
             torch.nn.functional.fractional_max_pool2d_with_indices
             torch.nn.functional.fractional_max_pool3d_with_indices
             torch.lobpcg""",
-        "the module in eval mode": """dropout alpha_dropout feature_dropout feature_alpha_dropout
-            torch.native_dropout
+        "module.eval() before the trace, or the trace without dropout": """
+            dropout alpha_dropout feature_dropout feature_alpha_dropout torch.native_dropout
             torch.nn.functional.dropout torch.nn.functional.alpha_dropout torch.nn.functional.feature_alpha_dropout
             torch.nn.functional.dropout1d torch.nn.functional.dropout2d torch.nn.functional.dropout3d""",
         "torch.zeros_like(value)": "torch.empty_like torch.Tensor.new_empty torch.Tensor.new_empty_strided",
@@ -85,7 +86,10 @@ _TABLES: dict[Reason, dict[str, str]] = {
             is_complex is_conj is_distributed is_floating_point is_inference is_neg is_signed
             torch.Tensor.is_coalesced""",
     },
-    Reason.INDEXING: {"value[...]": "torch.Tensor.__getitem__", "value.flip(0)": "torch.Tensor.__reversed__"},
+    Reason.INDEXING: {
+        _TABLE: "torch.Tensor.__getitem__",
+        "value.flip(0)": "torch.Tensor.__reversed__",
+    },
     Reason.MODULE: {
         APPLY: """torch.nn.functional.multi_head_attention_forward torch.gru torch.gru_cell torch.lstm
             torch.lstm_cell torch.rnn_relu torch.rnn_relu_cell torch.rnn_tanh torch.rnn_tanh_cell torch.autocast
