@@ -161,7 +161,7 @@ def name_of(function: object) -> str | None:
 
 @lru_cache(maxsize=4096)
 def _public_name(function: Any) -> str | None:
-    name = cast("Callable[[object], str | None]", torch.overrides.resolve_name)(function)
+    name = cast("str | None", cast("Any", torch.overrides).resolve_name(function))
     if name is None:
         module = getattr(function, "__module__", None) or ""
         short = getattr(function, "__name__", "")
@@ -263,6 +263,7 @@ def _concrete(arg: AbstractArg, sizes: Sizes, stuff: Stuff) -> Any:
     return arg
 
 
+_LINALG_ERROR = cast("type[Exception]", cast("Any", torch.linalg).LinAlgError)
 _STUFF: Mapping[Stuff, tuple[Callable[..., torch.Tensor], str]] = {
     Stuff.META: (torch.empty, "meta"),
     Stuff.ONES: (torch.ones, "cpu"),
@@ -280,7 +281,7 @@ def _run(
         with torch.no_grad():
             result = function(*plain, **named)
     except (RuntimeError, LookupError, ValueError, TypeError, AssertionError, ArithmeticError) as error:
-        raise Refused(error, of_numbers=isinstance(error, torch.linalg.LinAlgError)) from None
+        raise Refused(error, of_numbers=isinstance(error, _LINALG_ERROR)) from None
     parts = (result,) if isinstance(result, torch.Tensor) else result
     several: tuple[Any, ...] = (
         tuple(cast("Sequence[Any]", parts)) if isinstance(parts, list | tuple) else (None,)

@@ -22,7 +22,7 @@ from tracelens.ir.abstract import (
 )
 from tracelens.ir.dims import Sizes, Sym
 from tracelens.ir.functions import FUNCTIONS, Kind
-from tracelens.ir.misfit import Refused, call_text, named_error, speaks_of_dtypes
+from tracelens.ir.misfit import Refused, call_text, named_error, of_no_size
 from tracelens.ir.probe import probed
 from tracelens.ir.types import DType, TensorType
 
@@ -191,13 +191,14 @@ class Typing:
         """Tries the call on real numbers where those are few: meta tensors let much pass that no device computes."""
         everything = (*args, *(value for _, value in kwargs))
         values = tensors_in(everything)
-        symbols = {
-            *(s for value in values for s in value.symbols),
-            *(s for d in _symbols_in(everything) for s in dims.symbols(d)),
-        }
+        symbols = frozenset[str]().union(
+            *(value.symbols for value in values), *(dims.symbols(dim) for dim in _symbols_in(everything))
+        )
         known = symbols <= (real or {}).keys()
         at = {**_SMALL, **(real or {})}
-        if any(value.dtype in _HALVES or math.prod(value.sizes(at)) > _FEW for value in (*values, *types)):
+        if any(value.dtype in _HALVES for value in values):
+            return
+        if any(math.prod(value.sizes(at)) > _FEW for value in (*values, *types)):
             return
         try:
             try:
@@ -207,7 +208,7 @@ class Typing:
                 said = self._run(name, args, kwargs, at, Stuff.ZEROS)[0]
         except Refused as error:
             if not error.of_numbers and (
-                known or isinstance(error.error, TypeError) or speaks_of_dtypes(str(error))
+                known or isinstance(error.error, TypeError) or of_no_size(str(error))
             ):
                 raise
             return

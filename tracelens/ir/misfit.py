@@ -29,6 +29,11 @@ def speaks_of_dtypes(words: str) -> bool:
     return _SPEAKS_OF_DTYPES.search(words) is not None
 
 
+def of_no_size(words: str) -> bool:
+    """Would torch complain of that whatever the sizes?"""
+    return speaks_of_dtypes(words) or "Dimension out of range" in words
+
+
 class Refused(Misfit):
     """What torch said.  ``of_numbers``: it is the numbers in the tensors that it minds."""
 

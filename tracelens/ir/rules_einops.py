@@ -191,13 +191,18 @@ _REDUCTIONS = frozenset({"sum", "mean", "max", "min", "prod"})
 
 def reduce(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Inferred:
     named = dict(kwargs)
-    reduction = args[2] if len(args) > 2 else named.pop("reduction", None)
-    if not 2 <= len(args) <= 3 or reduction not in _REDUCTIONS:
+    if len(args) == 3:
+        source, pattern, reduction = args
+    elif len(args) == 2:
+        (source, pattern), reduction = args, named.pop("reduction", None)
+    else:
         raise Defer
-    value, joined = _one_tensor(sizing, args[0])
+    if reduction not in _REDUCTIONS:
+        raise Defer
+    value, joined = _one_tensor(sizing, source)
     if not value.dtype.is_floating:
         raise Defer
-    result, mixes = _moved(sizing, value, args[1], tuple(named.items()), loses=True, gains=False)
+    result, mixes = _moved(sizing, value, pattern, tuple(named.items()), loses=True, gains=False)
     return sizing.done(result, mixes or joined)
 
 
