@@ -54,7 +54,8 @@ def _drop_unseen(graph: Graph) -> Graph:
         elif isinstance(op, Write):
             before = new_version.get((op.site, op.version - 1), 0)
             source = current.get(op.value.id) if isinstance(op.value, Ref) else None
-            unchanged = source is not None and source == (op.site, op.version - 1)
+            # The site's own value, from a version that is still the current one.
+            unchanged = source is not None and source[0] == op.site and new_version.get(source, 0) == before
             unseen = op.version < last[op.site] and (op.site, op.version) not in seen
             dropped = unchanged or unseen
             new_version[op.site, op.version] = before if dropped else before + 1

@@ -17,9 +17,16 @@ PASSES: tuple[Pass, ...] = (share_values, fold_writes, drop_dead, forward_order)
 
 
 def improve(graph: Graph, *, verify_each: bool = False) -> Graph:
-    """``graph`` after all passes. With ``verify_each`` every intermediate graph is verified (as the tests do)."""
-    for step in PASSES:
-        graph = step(graph)
-        if verify_each:
-            verify(graph)
-    return graph
+    """``graph`` after all passes. With ``verify_each`` every intermediate graph is verified (as the tests do).
+
+    What one pass removes can give another more to do (a write that only a dropped computation looked at), so they go
+    round until nothing is removed any more.
+    """
+    while True:
+        size = len(graph.ops)
+        for step in PASSES:
+            graph = step(graph)
+            if verify_each:
+                verify(graph)
+        if len(graph.ops) == size:
+            return graph
