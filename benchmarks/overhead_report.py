@@ -34,6 +34,9 @@ AIMS: tuple[tuple[str, str, str, float], ...] = (
 )
 """Case, contestant, which ratio, and what it is meant to be at most."""
 
+AIMS_OF_MODEL = {"smollm2": (("stop", "tracelens trace", "ratio", 1 / 30),)}
+"""A layer's share of the forward pass, where the layers are what it costs."""
+
 PAGE = """\
 # What a trace costs
 
@@ -146,7 +149,7 @@ def notes(report: dict[str, Any], model: dict[str, Any]) -> Iterator[str]:
 def aims(report: dict[str, Any], model: dict[str, Any]) -> Iterator[str]:
     """What was aimed at, and whether the interval lies below it, above it, or around it."""
     rows = {(row["case"], row["contestant"]): row for row in rows_of(report, model)}
-    for case, contestant, which, most in AIMS:
+    for case, contestant, which, most in (*AIMS, *AIMS_OF_MODEL.get(model["name"], ())):
         row = rows.get((case, contestant))
         if row is None:
             continue
@@ -155,6 +158,6 @@ def aims(report: dict[str, Any], model: dict[str, Any]) -> Iterator[str]:
         work = row["work_ratio" if which == "ratio" else "work_to_hooks"]
         beside = "the bare forward" if which == "ratio" else "hooks by hand"
         yield (
-            f"aim, {contestant}, {CASES[case]}: at most {most:.2f} of {beside}; {ratio_text(found)}, "
+            f"aim, {contestant}, {CASES[case]}: at most {most:.3g} of {beside}; {ratio_text(found)}, "
             f"of work {ratio_text(work)}: {verdict}"
         )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -109,6 +110,7 @@ def largest_error(found: Mapping[str, torch.Tensor], expected: Mapping[str, torc
         if got.shape != right.shape:
             raise ValueError(f"{name} has shape {tuple(got.shape)}, expected {tuple(right.shape)}")
         error = ((got.detach() - right).abs().max() / right.abs().max()).item()
-        if not error <= worst:  # also true for NaN, which must not pass
-            worst = error
+        if math.isnan(error):
+            return math.inf  # a comparison with NaN is false, so it would pass for agreement
+        worst = max(worst, error)
     return worst
