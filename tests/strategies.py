@@ -87,6 +87,8 @@ class _Builder:
     versions: dict[Site, int] = field(default_factory=dict)
     pins: dict[str, Pin] = field(default_factory=dict)
     saves: int = 0
+    # A few sites only, so that reads and writes meet at the same ones.
+    sites: tuple[Site, ...] = READABLE
 
     def one(self, *choices: object) -> object:
         return self.draw(st.sampled_from(choices))
@@ -114,7 +116,7 @@ class _Builder:
     # --- the operations ------------------------------------------------------------------------------------------
 
     def read(self, site: Site | None = None) -> int:
-        site = site or self.one(*READABLE)
+        site = site or self.one(*self.sites)
         (value,) = self.define([type_of(site)], ())
         self.origins[value] = (site.order, frozenset((site,)))
         self.ops.append(Read(value, type_of(site), site, self.versions.get(site, 0)))
@@ -262,7 +264,7 @@ class _Builder:
             self.ops.append(IndexPut(out, self.types[base], base, index, value))
 
     def write(self) -> None:
-        site = self.one(*WRITABLE)
+        site = self.one(*(site for site in self.sites if site.kind.effect is not Effect.NONE))
         fitting: list[Ref | Scalar] = [0.5, 2, True, as_held(-0.0)]
         for value, kind in enumerate(self.types):
             origin = self.origins[value]
@@ -274,6 +276,9 @@ class _Builder:
                 continue
             if not inferred.pins and self.allows(inferred):
                 fitting += [Ref(value)] * 3
+                # Handing back what was just read, often: it is what passes like to drop.
+                same = origin is not None and origin[1] == frozenset((site,))
+                fitting += [Ref(value)] * 6 * same
         self.versions[site] = self.versions.get(site, 0) + 1
         self.ops.append(Write(site, self.versions[site], self.one(*fitting)))
 
@@ -328,6 +333,8 @@ def graphs(
     operation mixes positions, so that rows may differ in length.
     """
     builder = _Builder(draw, sizes, aligned)
+    chosen = draw(st.lists(st.sampled_from(WRITABLE), min_size=1, max_size=4, unique=True))
+    builder.sites = (*chosen, *chosen, *chosen, Site("token_mask"))
     builder.read()
     choices = (
         [builder.read] * 4

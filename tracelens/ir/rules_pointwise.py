@@ -89,6 +89,10 @@ def _is_operand(arg: AbstractArg) -> bool:
     return isinstance(arg, TensorType) or _number(arg)
 
 
+def _is_boolean(arg: AbstractArg) -> bool:
+    return arg.dtype is DType.BOOL if isinstance(arg, TensorType) else isinstance(arg, bool)
+
+
 def _binary(sizing: Sizing, short: str, args: tuple[AbstractArg, ...]) -> DType | None:
     if len(args) != 2 or not all(_is_operand(arg) for arg in args):
         return None
@@ -96,6 +100,8 @@ def _binary(sizing: Sizing, short: str, args: tuple[AbstractArg, ...]) -> DType 
         short in _OF_TWO_TENSORS or short in _LOGICAL or not isinstance(args[0], TensorType)
     ):
         return None
+    if short == "sub" and any(_is_boolean(arg) for arg in args):
+        return None  # torch refuses to subtract booleans, whatever they are subtracted from
     dtype = result_dtype(sizing, args)
     if dtype.is_floating:
         return DType.BOOL if short in _COMPARISONS or short in _LOGICAL else dtype
