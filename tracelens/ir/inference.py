@@ -64,6 +64,13 @@ _ANY_NUMBER = frozenset(
 _HALVES = (DType.FLOAT16, DType.BFLOAT16)
 _FULL = 100_000
 _SMALL = {dims.BATCH: 2, dims.POSITION: 3, dims.KEY: 3}
+# Sizes to try where none are known: a call that fits none of them does not fit.
+_TRIALS = (
+    _SMALL,
+    {dims.BATCH: 1, dims.POSITION: 1, dims.KEY: 1},
+    {dims.BATCH: 6, dims.POSITION: 12, dims.KEY: 12},
+    {dims.BATCH: 8, dims.POSITION: 256, dims.KEY: 256},
+)
 _FEW = 1 << 18
 
 
@@ -195,27 +202,35 @@ class Typing:
             *(value.symbols for value in values), *(dims.symbols(dim) for dim in _symbols_in(everything))
         )
         known = symbols <= (real or {}).keys()
-        at = {**_SMALL, **(real or {})}
-        if any(value.dtype in _HALVES for value in values):
-            return
-        if any(math.prod(value.sizes(at)) > _FEW for value in (*values, *types)):
-            return
-        try:
+        refusal: Refused | None = None
+        for at in ({**_SMALL, **(real or {})},) if known else _TRIALS:
+            if any(value.dtype in _HALVES for value in values):
+                return
+            if any(math.prod(value.sizes(at)) > _FEW for value in (*values, *types)):
+                if refusal is not None and of_no_size(str(refusal)):
+                    raise refusal
+                return
             try:
-                said = self._run(name, args, kwargs, at, Stuff.ONES)[0]
-            except Refused:
-                # No index is too large among zeros, and no divisor is zero among ones.
-                said = self._run(name, args, kwargs, at, Stuff.ZEROS)[0]
-        except Refused as error:
-            if not error.of_numbers and (
-                known or isinstance(error.error, TypeError) or of_no_size(str(error))
-            ):
-                raise
+                said = self._on_numbers(name, args, kwargs, at)
+            except Refused as error:
+                if error.of_numbers:
+                    return
+                refusal = refusal or error
+                continue
+            if known and said != tuple(TensorType(type_.dtype, type_.sizes(at)) for type_ in types):
+                raise UnsupportedFunctionError(
+                    f"{call_text(name, args, kwargs)}: torch gives another type for these arguments than it promises"
+                )
             return
-        if known and said != tuple(TensorType(type_.dtype, type_.sizes(at)) for type_ in types):
-            raise UnsupportedFunctionError(
-                f"{call_text(name, args, kwargs)}: torch gives another type for these arguments than it promises"
-            )
+        if refusal is not None:
+            raise refusal
+
+    def _on_numbers(self, name: str, args: Args, kwargs: AbstractKwargs, at: Sizes) -> tuple[TensorType, ...]:
+        try:
+            return self._run(name, args, kwargs, at, Stuff.ONES)[0]
+        except Refused:
+            # No index is too large among zeros, and no divisor is zero among ones.
+            return self._run(name, args, kwargs, at, Stuff.ZEROS)[0]
 
 
 def _symbols_in(args: Sequence[AbstractArg]) -> list[Sym]:

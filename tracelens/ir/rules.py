@@ -21,6 +21,7 @@ from tracelens.ir import dims as sizes
 from tracelens.ir import (
     rules_axis,
     rules_einops,
+    rules_join,
     rules_pointwise,
     rules_product,
     rules_reduce,
@@ -70,6 +71,7 @@ RULES: dict[str, Rule] = {
     **rules_pointwise.RULES,
     **rules_reduce.RULES,
     **rules_axis.RULES,
+    **rules_join.RULES,
     **rules_shape.RULES,
     **rules_product.RULES,
     **rules_einops.RULES,
