@@ -35,9 +35,9 @@ from tracelens.placement import Placement
 from tracelens.plan import Plan, make_plan
 from tracelens.program import Program, lower
 from tracelens.prompted import Prompt
-from tracelens.recorder import PADS
 from tracelens.results import Results, SavedTensor, describe
 from tracelens.selection import Selection, unpadded
+from tracelens.subject import PADS
 
 _KEPT_PROGRAMS = 256
 _OPERATION = "<operation>"

@@ -45,6 +45,22 @@ class TracelensError(Exception):
         return "\n".join(blocks)
 
 
+class Blaming:
+    """Adds the user's line to an error that is raised without one: ``with Blaming(location): ...``."""
+
+    __slots__ = ("location",)
+
+    def __init__(self, location: Location) -> None:
+        self.location = location
+
+    def __enter__(self) -> None:
+        return None
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        if isinstance(error, TracelensError) and error.at is None:
+            error.at = self.location
+
+
 def _quoted(role: str, location: Location) -> str:
     text = location.text
     return f"  {role} {location}" + (f"\n      {text}" if text else "")

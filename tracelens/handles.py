@@ -9,8 +9,10 @@ from tracelens.errors import LayerRangeError, NoTraceError, UnknownSiteError, Wr
 from tracelens.ir.sites import CANONICAL, GLOBAL_KINDS, KIND, LAYER_KINDS, Scope, Site, near
 from tracelens.location import here
 from tracelens.mapped import MappedValue, each_layer
+from tracelens.open_recordings import open_recorder
 from tracelens.operand import Operand
-from tracelens.recorder import Anatomy, Recorder, open_recorder
+from tracelens.recorder import Recorder
+from tracelens.subject import Anatomy
 from tracelens.values import Value
 
 _LAYER_NAMES = frozenset(name for name, kind in CANONICAL.items() if KIND[kind].scope is Scope.LAYER)

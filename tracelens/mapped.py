@@ -14,7 +14,8 @@ from tracelens.ir.types import TensorType
 from tracelens.location import here
 from tracelens.operand import apply_torch
 from tracelens.recorder import Recorder
-from tracelens.values import PerLayerOperand, Saved, Tokens, Value, keep_of
+from tracelens.tokens import Tokens
+from tracelens.values import PerLayerOperand, Saved, Value, keep_of
 
 
 class MappedValue(PerLayerOperand):

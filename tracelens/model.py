@@ -62,9 +62,9 @@ class Model:
         """Opens a block that only records; without a prompt, sizes are symbols and the graph fits every prompt."""
         return Record(self, None if prompt is None else self.prepare(prompt))
 
-    def compile(self, graph: Graph | Record) -> Program:
+    def compile(self, graph: Graph | Record | Trace) -> Program:
         """A reusable program: ``program(prompt)`` runs the graph without recording it again."""
-        return Program(self, graph.graph if isinstance(graph, Record) else graph)
+        return Program(self, graph.graph if isinstance(graph, Record | Trace) else graph)
 
     def generate(self, prompt: Any, *, max_new_tokens: int, **options: Any) -> Generation:
         """Opens a block whose writes hold in every forward pass while ``max_new_tokens`` tokens are generated.

@@ -13,29 +13,18 @@ from typing import Any, NoReturn, cast
 
 import numpy as np
 import torch
-from torch import nn
 
 from tracelens.errors import (
-    DynamicShapeError,
     InPlaceError,
-    RandomFunctionError,
     TracelensError,
     UnsupportedFunctionError,
     ValueAttributeError,
     ValueBranchError,
 )
-from tracelens.ir.functions import nearest
-from tracelens.ir.infer import canonical_call, name_of, refusal_of
-from tracelens.ir.refused import Reason
+from tracelens.ir.infer import canonical_call, name_of
 from tracelens.ir.sites import near
-from tracelens.location import frames_inside, here
-
-_ERRORS: dict[Reason, type[TracelensError]] = {
-    Reason.IN_PLACE: InPlaceError,
-    Reason.RANDOM: RandomFunctionError,
-    Reason.DYNAMIC_SHAPE: DynamicShapeError,
-    Reason.HOST_READ: ValueBranchError,
-}
+from tracelens.location import here
+from tracelens.refusing import module_called, refuse
 
 
 def _binary(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, object], Any]:
@@ -75,76 +64,6 @@ def _unary(name: str, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
         return plain(self._result())
 
     return method
-
-
-def refuse(function: object, name: str, args: Sequence[object] = ()) -> NoReturn:
-    """Raises the named error for a function that a graph cannot hold."""
-    refusal = refusal_of(function)
-    if refusal is not None and refusal[0] is Reason.IN_PLACE:
-        problem, instead = _in_place_words(name, args)
-        raise InPlaceError(problem, at=here(), instead=instead)
-    module = _module_called()
-    if module is not None and (refusal is None or refusal[0] not in (Reason.RANDOM, Reason.DYNAMIC_SHAPE)):
-        raise UnsupportedFunctionError(
-            f"{module} cannot be recorded in a graph: it calls {name}",
-            at=here(),
-            instead="tl.apply(module, value, like=value) runs the module on the real tensors",
-        )
-    if refusal is None:
-        candidates = nearest(name)
-        hint = f"did you mean {', '.join(candidates)}? " if candidates else ""
-        raise UnsupportedFunctionError(
-            f"{name} cannot be recorded in a graph",
-            at=here(),
-            instead=hint
-            + "tl.apply(function, value, like=value) runs any Python function on the real tensors",
-        )
-    reason, problem, hint = refusal
-    raise _ERRORS.get(reason, UnsupportedFunctionError)(f"{name}: {problem}", at=here(), instead=hint)
-
-
-_SIGNS = {"add_": "+", "sub_": "-", "mul_": "*", "div_": "/", "floor_divide_": "//", "pow_": "**"}
-
-
-def _in_place_words(name: str, args: Sequence[object]) -> tuple[str, str]:
-    """What is wrong with an in-place function, and what to write instead."""
-    word = name.rpartition(".")[2]
-    plain = word.rstrip("_")
-    has_plain = not word.startswith("__") and callable(getattr(torch.Tensor, plain, None))
-    if args and isinstance(args[0], torch.Tensor):
-        problem = (
-            f"{name} would change a tensor of yours by a value, whose numbers do not exist before the run"
-        )
-        if word == "__setitem__":
-            instead = "torch.stack, torch.cat or tl.where: they make a new value from tensors and values"
-        elif word in _SIGNS:
-            instead = f"tensor = tensor {_SIGNS[word]} value"
-        else:
-            instead = (
-                f"tensor = tensor.{plain}(...)"
-                if has_plain
-                else "the value itself, which is as good as a tensor"
-            )
-        return problem, instead
-    assign = "to change the model, assign to a site: model.layers[i].resid_post = new"
-    return (
-        f"{name} would change a value in place, and values never change",
-        f"new = value.{plain}(...); {assign}" if has_plain else assign,
-    )
-
-
-def _module_called() -> str | None:
-    """The module of torch that the user called, if the refused function was called by one."""
-    found: nn.Module | None = None
-    for frame in frames_inside():
-        owner = frame.f_locals.get("self")
-        if isinstance(owner, nn.Module):
-            found = owner
-    if found is None:
-        return None
-    if isinstance(found, torch.jit.ScriptModule):
-        return f"the scripted module {found.original_name}"
-    return f"the module {type(found).__name__}"
 
 
 class Operand:
@@ -264,7 +183,7 @@ class Operand:
         if not self._is_recording():
             return getattr(self._result(), name)
         method = getattr(torch.Tensor, name, None)
-        if name == "device" and (module := _module_called()) is not None:
+        if name == "device" and (module := module_called()) is not None:
             raise UnsupportedFunctionError(
                 f"{module} cannot be recorded in a graph: it asks for a device",
                 at=here(),

@@ -43,6 +43,11 @@ class Plan:
     whole: bool
 
     @cached_property
+    def sites(self) -> frozenset[Site]:
+        """The sites that are read or written."""
+        return frozenset(op.site for op in self.graph.ops if isinstance(op, Read | Write))
+
+    @cached_property
     def moments(self) -> tuple[Sequence, ...]:
         return moments_of(self.graph)
 

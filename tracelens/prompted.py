@@ -35,6 +35,10 @@ class Prompt:
     def width(self, selector: TokenSelector) -> int | None:
         return self.select(selector).width
 
+    def repeats(self, selector: TokenSelector) -> bool:
+        """Does the selector name a token of some row twice?"""
+        return self.select(selector).repeats
+
     def mask_indices(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         return mask_indices(mask, self.batch)
 

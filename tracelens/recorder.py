@@ -7,20 +7,20 @@ lost updates, stale values, shapes, dtypes, the position axis. It knows types an
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextvars import ContextVar
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 
 from tracelens.constants import Captured, capture
 from tracelens.errors import (
-    CausalityError,
+    Blaming,
+    BlockEndedError,
     DuplicateNameError,
+    FailedRunError,
     ForeignValueError,
     LostUpdateError,
-    NotRunYetError,
+    OptionError,
     PositionAxisError,
     SaveInGenerationError,
     TracelensError,
@@ -52,58 +52,13 @@ from tracelens.ir.ops import (
     Save,
     Scalar,
     Special,
-    TokenSelector,
     Write,
 )
-from tracelens.ir.sites import Effect, Order, Site
+from tracelens.ir.sites import Effect, Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location, here
-
-PADS = "lengths"
-"""The pseudo size that pins a graph to the very row lengths of the prompt that it was recorded with."""
-
-
-class Anatomy(Protocol):
-    """What the recorder needs to know of a model."""
-
-    @property
-    def n_layers(self) -> int: ...
-
-    def type_of(self, site: Site) -> TensorType:
-        """The site's type; raises :class:`AbsentSiteError` where the family lacks it."""
-        ...
-
-    def parameter_type(self, path: str) -> TensorType: ...
-
-    def parameter_path(self, tensor: torch.Tensor) -> str | None:
-        """The path of a parameter or buffer of the model, ``None`` for any other tensor."""
-        ...
-
-
-class Prompted(Protocol):
-    """What the recorder needs to know of a prompt."""
-
-    @property
-    def sizes(self) -> Sizes: ...
-
-    @property
-    def ragged(self) -> bool: ...
-
-    def width(self, selector: TokenSelector) -> int | None: ...
-
-    def mask_indices(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
-
-    @property
-    def lengths_digest(self) -> int: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Origin:
-    """The latest sites that a value was made from."""
-
-    order: Order
-    sites: frozenset[Site]
-    location: Location
+from tracelens.origins import Origin, latest_origin, refuse_backwards
+from tracelens.subject import PADS, Anatomy, Prompted, spelling
 
 
 class Recorder:
@@ -168,7 +123,7 @@ class Recorder:
     def _type_of(self, site: Site, location: Location) -> TensorType:
         known = self._site_types.get(site.name)
         if known is None:
-            with _Blame(location):
+            with Blaming(location):
                 known = self._site_types[site.name] = self.anatomy.type_of(site)
         return known
 
@@ -179,7 +134,7 @@ class Recorder:
         if known is not None:
             return known
         location = here()
-        with _Blame(location):
+        with Blaming(location):
             type_ = self.anatomy.parameter_type(path)
         value = self._define(type_, None)
         self._append(Param(value, type_, path), location)
@@ -196,7 +151,7 @@ class Recorder:
             if path is not None:
                 return self.parameter(path)
         location = here()
-        with _Blame(location):
+        with Blaming(location):
             captured = capture(tensor)
         value = self._define(captured.type, None)
         self._append(Const(value, captured.type, len(self.constants)), location)
@@ -213,14 +168,14 @@ class Recorder:
         """Applies a function of the catalogue; returns the new values and, for several, their field names."""
         self.require_open()
         location = here()
-        with _Blame(location):
+        with Blaming(location):
             plain = tuple(self.argument(arg) for arg in args)
             named = tuple((key, self.argument(arg)) for key, arg in kwargs.items()) if kwargs else ()
             abstract = tuple(self._abstract(arg) for arg in plain)
             abstract_named = tuple((key, self._abstract(arg)) for key, arg in named)
             inferred = infer_call(name, abstract, abstract_named, self.sizes)
             self._check_positions(name, inferred)
-        origin = self._join([*plain, *(arg for _, arg in named)])
+        origin = latest_origin(self._origins, [*plain, *(arg for _, arg in named)])
         outs = tuple(self._define(type_, origin) for type_ in inferred.types)
         self._pin(inferred)
         self._append(Call(outs, inferred.types, name, plain, named), location)
@@ -230,11 +185,13 @@ class Recorder:
         """``base[index]``; ``by_token``: the index was made from real tokens, so it is right in every row."""
         self.require_open()
         location = here()
-        with _Blame(location):
+        with Blaming(location):
             inferred = infer_index(self.types[base], self._abstract_index(index), self.sizes)
             if not by_token:
                 self._check_positions("indexing", inferred)
-        value = self._define(inferred.types[0], self._join([Ref(base), *_index_refs(index)]))
+        value = self._define(
+            inferred.types[0], latest_origin(self._origins, [Ref(base), *_index_refs(index)])
+        )
         self._pin(inferred)
         self._append(Index(value, inferred.types[0], base, index), location)
         return value
@@ -243,13 +200,15 @@ class Recorder:
         """A copy of ``base`` in which ``base[index]`` is ``new``."""
         self.require_open()
         location = here()
-        with _Blame(location):
+        with Blaming(location):
             arg = self._ref_or_scalar(new)
             abstract = self.types[arg.id] if isinstance(arg, Ref) else arg
             inferred = infer_index_put(self.types[base], self._abstract_index(index), abstract, self.sizes)
             if not by_token:
                 self._check_positions("indexed assignment", inferred)
-        value = self._define(self.types[base], self._join([Ref(base), arg, *_index_refs(index)]))
+        value = self._define(
+            self.types[base], latest_origin(self._origins, [Ref(base), arg, *_index_refs(index)])
+        )
         self._pin(inferred)
         self._append(IndexPut(value, self.types[base], base, index, arg), location)
         return value
@@ -260,9 +219,9 @@ class Recorder:
         """The user's own Python on real tensors."""
         self.require_open()
         location = here()
-        with _Blame(location):
+        with Blaming(location):
             plain = tuple(self.argument(arg) for arg in args)
-        origin = self._join(list(plain))
+        origin = latest_origin(self._origins, list(plain))
         outs = tuple(self._define(type_, origin) for type_ in types)
         self._append(Apply(outs, types, len(self.functions), plain), location)
         self.functions.append(function)
@@ -273,22 +232,15 @@ class Recorder:
         self.require_open()
         location = here()
         type_ = self._type_of(site, location)
-        with _Blame(location):
+        with Blaming(location):
             if site.kind.effect is Effect.NONE:
                 raise WriteTargetError(f"{site} can be read but not written")
             arg = self._ref_or_scalar(new)
             inferred = self._fit(type_, arg)
             self._check_positions("a write", inferred)
         origin = self._origins[arg.id] if isinstance(arg, Ref) else None
-        if origin is not None and not (origin.order < site.order or origin.sites == frozenset((site,))):
-            late = ", ".join(sorted(str(source) for source in origin.sites))
-            raise CausalityError(
-                f"{site} would need {late}, which the forward pass reaches "
-                + ("later" if origin.order > site.order else "at the same moment"),
-                at=location,
-                also=(("the value was read at", origin.location),),
-                instead="write at a later site, or save the value in one trace and use it in a second one",
-            )
+        if origin is not None:
+            refuse_backwards(site, origin, location)
         version = self._versions.get(site, 0) + 1
         self._pin(inferred)
         self._versions[site] = version
@@ -331,11 +283,18 @@ class Recorder:
             )
         if name is None:
             name = f"#{len(self.saves)}"
+        elif not isinstance(name, str) or name.startswith("#"):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(
+                f"{name!r} is not a name for a saved value: a name is a text that does not begin with #",
+                at=location,
+                instead='value.save("name")',
+            )
         if name in self.saves:
             raise DuplicateNameError(
                 f"the name {name!r} is used by two saves of this trace",
                 at=location,
                 also=(("first used at", self.saves[name]),),
+                instead=f'another name, such as "{name}_2"',
             )
         self.saves[name] = location
         self._append(Save(name, values, stacked, keep, dtype, to), location)
@@ -368,7 +327,7 @@ class Recorder:
         if self._pending:
             site, location = next(iter(self._pending.values()))
             self.is_open = False
-            path = _spelling(site)
+            path = spelling(site)
             raise LostUpdateError(
                 f"the result of an in-place operator on {site} was never handed back to the model, so nothing changed",
                 at=location,
@@ -385,7 +344,26 @@ class Recorder:
 
     def require_open(self) -> None:
         if not self.is_open:
-            raise NotRunYetError("this recording has ended", at=here())
+            raise BlockEndedError(
+                "nothing can be recorded any more: this block has ended",
+                at=here(),
+                also=(("it was opened at", self.opened),),
+                instead="write it inside the block, or use a saved value in a block of its own",
+            )
+
+    def failed(self, what: str) -> FailedRunError:
+        """The error for asking a block that failed for ``what``."""
+        failure = self.failure
+        known = isinstance(failure, TracelensError)
+        words = failure.problem if known else f"{type(failure).__name__}: {failure}"
+        error = FailedRunError(
+            f"the block failed, so there is no {what}: {words}",
+            at=here(),
+            also=(("it failed at", failure.at),) if known and failure.at is not None else (),
+            instead="a new block, once the cause is mended",
+        )
+        error.__cause__ = failure
+        return error
 
     # --- arguments ---------------------------------------------------------------------------------------------
 
@@ -437,23 +415,6 @@ class Recorder:
     def _abstract_index(self, index: tuple[IndexItem, ...]) -> tuple[Any, ...]:
         return tuple(self.types[item.id] if isinstance(item, Ref) else item for item in index)
 
-    def _join(self, args: Sequence[Arg]) -> Origin | None:
-        latest: Origin | None = None
-        for arg in args:
-            if isinstance(arg, Ref):
-                origin = self._origins[arg.id]
-            elif isinstance(arg, tuple):
-                origin = self._join(arg)
-            else:
-                continue
-            if origin is None or origin is latest:
-                continue
-            if latest is None or origin.order > latest.order:
-                latest = origin
-            elif origin.order == latest.order and origin.sites != latest.sites:
-                latest = Origin(origin.order, origin.sites | latest.sites, origin.location)
-        return latest
-
     def pin(self, symbol: str) -> None:
         """Marks the graph as right only for prompts of this prompt's size."""
         if self.prompt is None or any(pin.symbol == symbol for pin in self.pins):
@@ -474,57 +435,16 @@ class Recorder:
             )
             raise PositionAxisError(
                 f"{what.removeprefix('torch.')} indexes, reduces or mixes the position axis, but {why}",
-                instead="address tokens with .tok[...], average with tl.masked_mean, or trace one prompt at a time"
-                + (" (for p in t.prompts)" if not self.generating else ""),
+                instead=(
+                    "a write to all positions (site += v) or to the newest one (site[:, -1] += v)"
+                    if self.generating
+                    else "address tokens with .tok[...], average with tl.masked_mean, or trace one prompt at a time"
+                ),
             )
 
 
 _fits: dict[tuple[TensorType, TensorType], Inferred] = {}
 
 
-class _Blame:
-    """Adds the user's line to an error that was raised below the recorder."""
-
-    __slots__ = ("location",)
-
-    def __init__(self, location: Location) -> None:
-        self.location = location
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, TracelensError) and error.at is None:
-            error.at = self.location
-
-
 def _index_refs(index: tuple[IndexItem, ...]) -> list[Arg]:
     return [item for item in index if isinstance(item, Ref)]
-
-
-def _spelling(site: Site) -> str:
-    return f"model.{site.name}" if site.layer is None else f"model.layers[{site.layer}].{site.name}"
-
-
-# --- which recordings are open -----------------------------------------------------------------------------------
-
-_open: ContextVar[tuple[Recorder, ...]] = ContextVar("tracelens_open_recordings", default=())
-
-
-def open_recorder(anatomy: Anatomy) -> Recorder | None:
-    """The open recording of this model in the current context."""
-    for recorder in _open.get():
-        if recorder.anatomy is anatomy and recorder.is_open:
-            return recorder
-    return None
-
-
-def enter(recorder: Recorder) -> None:
-    _open.set((recorder, *(other for other in _open.get() if other.is_open)))
-
-
-def leave(recorder: Recorder) -> None:
-    _open.set(tuple(other for other in _open.get() if other is not recorder))
-
-
-__all__ = ["PADS", "Anatomy", "Origin", "Prompted", "Recorder", "enter", "leave", "open_recorder"]

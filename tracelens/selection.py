@@ -176,7 +176,7 @@ def _listed(indices: Sequence[int], batch: Batch, what: str) -> list[tuple[int, 
         row = outside[0]
         raise RaggedSelectionError(
             f"{what} is outside row {row} of the prompt, which has {_tokens(batch.lengths[row])}",
-            instead="an index that every row has, or `for p in t.prompts` to treat the rows one by one",
+            instead="an index that every row has, or one trace per prompt",
         )
     return [tuple(index % length for index in indices) for length in batch.lengths]
 
@@ -194,7 +194,7 @@ def _check_widths(widths: Sequence[int], what: str) -> None:
     if len(set(widths)) > 1:
         raise RaggedSelectionError(
             f"{what} selects different numbers of tokens: {_counts(widths, 'selects')}",
-            instead="a selector that takes equally many of each row, such as [-3:], or `for p in t.prompts`",
+            instead="a selector that takes equally many of each row, such as [-3:], or one trace per prompt",
         )
     if not widths[0]:
         raise PositionAxisError(

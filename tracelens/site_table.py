@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from html import escape
 
 from tracelens.backends.anatomy import ModelAnatomy
-from tracelens.ir.sites import KINDS, Effect, Scope, Site
+from tracelens.ir.sites import KINDS, Effect, Scope, Site, near
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,7 +37,11 @@ class SiteTable(Sequence[SiteRow]):
 
     def __getitem__(self, key: int | str | slice) -> SiteRow | tuple[SiteRow, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # by name, too
         if isinstance(key, str):
-            return next(row for row in self.rows if key in (row.name, *row.aliases))
+            for row in self.rows:
+                if key in (row.name, *row.aliases):
+                    return row
+            names = tuple(name for row in self.rows for name in (row.name, *row.aliases))
+            raise KeyError(f"there is no site {key!r}; near: {', '.join(near(key, names)) or 'none'}")
         return self.rows[key]
 
     def __len__(self) -> int:

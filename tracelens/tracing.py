@@ -21,9 +21,10 @@ from tracelens.errors import (
 from tracelens.explain import explain
 from tracelens.ir.graph import Graph
 from tracelens.location import here
+from tracelens.open_recordings import enter, leave, open_recorder
 from tracelens.plan import Plan
 from tracelens.prompted import Prompt
-from tracelens.recorder import Recorder, enter, leave, open_recorder
+from tracelens.recorder import Recorder
 from tracelens.results import Results
 
 if TYPE_CHECKING:
@@ -258,6 +259,9 @@ def generate(
     # transformers derives the positions from the mask itself, and continues them in every step.
     inputs.pop("position_ids")
     hf: Any = anatomy.model
+    if any(site.name in ("lm_head", "logits") for site in compiled.plan.sites):
+        # transformers would compute only the last position's; the sites are those of every position.
+        inputs["logits_to_keep"] = 0
 
     def sizes(args: Any, kwargs: Mapping[str, Any]) -> dict[str, int]:
         ids = kwargs.get("input_ids")

@@ -76,18 +76,22 @@ class Graph:
 
     @property
     def saves(self) -> tuple[Save, ...]:
+        """The saves, in order."""
         return tuple(op for op in self.ops if isinstance(op, Save))
 
     @property
     def writes(self) -> tuple[Write, ...]:
+        """The writes, in order."""
         return tuple(op for op in self.ops if isinstance(op, Write))
 
     @property
     def reads(self) -> tuple[Read, ...]:
+        """The reads, in order."""
         return tuple(op for op in self.ops if isinstance(op, Read))
 
     @property
     def applies(self) -> tuple[Apply, ...]:
+        """The uses of the user's own Python, in order."""
         return tuple(op for op in self.ops if isinstance(op, Apply))
 
     @property

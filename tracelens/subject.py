@@ -1,0 +1,58 @@
+"""What a recording needs to know of its subject: the model and the prompt."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import torch
+
+from tracelens.ir.dims import Sizes
+from tracelens.ir.ops import TokenSelector
+from tracelens.ir.sites import Site
+from tracelens.ir.types import TensorType
+
+PADS = "lengths"
+"""The pseudo size that pins a graph to the very row lengths of the prompt that it was recorded with."""
+
+
+class Anatomy(Protocol):
+    """What the recorder needs to know of a model."""
+
+    @property
+    def n_layers(self) -> int: ...
+
+    def type_of(self, site: Site) -> TensorType:
+        """The site's type; raises :class:`AbsentSiteError` where the family lacks it."""
+        ...
+
+    def parameter_type(self, path: str) -> TensorType: ...
+
+    def parameter_path(self, tensor: torch.Tensor) -> str | None:
+        """The path of a parameter or buffer of the model, ``None`` for any other tensor."""
+        ...
+
+
+class Prompted(Protocol):
+    """What the recorder needs to know of a prompt."""
+
+    @property
+    def sizes(self) -> Sizes: ...
+
+    @property
+    def ragged(self) -> bool: ...
+
+    def width(self, selector: TokenSelector) -> int | None: ...
+
+    def repeats(self, selector: TokenSelector) -> bool:
+        """Does the selector name a token of some row twice?"""
+        ...
+
+    def mask_indices(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
+
+    @property
+    def lengths_digest(self) -> int: ...
+
+
+def spelling(site: Site) -> str:
+    """The site as one writes it in a block: ``model.layers[3].resid_post``."""
+    return f"model.{site.name}" if site.layer is None else f"model.layers[{site.layer}].{site.name}"

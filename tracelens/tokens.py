@@ -1,0 +1,154 @@
+"""``value.tok[...]``: real tokens, counted per row, whatever the padding."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import numpy as np
+import torch
+
+from tracelens.errors import (
+    BlockEndedError,
+    DynamicShapeError,
+    IndexingError,
+    PositionAxisError,
+    SymbolicSizeError,
+    TracelensError,
+    WriteTargetError,
+)
+from tracelens.indexing import bound
+from tracelens.ir import dims
+from tracelens.ir.ops import WHOLE, IndexItem, Ref, TokenAt, TokenList, TokenSelector, TokenSlice, TokenText
+from tracelens.location import here
+from tracelens.operand import Operand
+from tracelens.subject import PADS
+
+if TYPE_CHECKING:
+    from tracelens.values import Value
+
+
+class Tokens:
+    """``value.tok``: addresses real tokens of every row, whatever the padding."""
+
+    __slots__ = ("_value",)
+
+    def __init__(self, value: Value) -> None:
+        self._value = value
+
+    def __getitem__(self, key: Any) -> Any:
+        self._require_open()
+        return self._value._indexed(self._index(key), by_token=True)
+
+    def __setitem__(self, key: Any, new: Any) -> None:
+        self._require_open()
+        index = self._index(key)
+        self._refuse_repeats(index[-1])
+        self._value._assign(index, new, by_token=True)
+
+    def _require_open(self) -> None:
+        if not self._value._is_recording():
+            raise BlockEndedError(
+                "tokens are addressed inside the block, which has ended",
+                at=here(),
+                instead="value.tok[...].save() inside the block",
+            )
+        self._value._require_fresh()
+
+    def _refuse_repeats(self, item: IndexItem) -> None:
+        """A token that is assigned to twice would keep one of two values, and nobody could say which."""
+        prompt = self._value._recorder.prompt
+        if isinstance(item, TokenList) and prompt is not None and prompt.repeats(item):
+            raise WriteTargetError(
+                f".tok[{list(item.indices)}] names a token twice, so that assigning to it has no one meaning",
+                at=here(),
+                instead="each token once",
+            )
+
+    def _index(self, key: Any) -> tuple[IndexItem, ...]:
+        value = self._value
+        axes = value._type.position_axes
+        recorder = value._recorder
+        if recorder.generating:
+            # A number counts from the start of the text, and a step holds some other part of it.
+            raise PositionAxisError(
+                "tokens cannot be addressed inside model.generate yet: a step holds one position, not the whole text",
+                at=here(),
+                instead="a write to all positions (site += v) or to the newest one (site[:, -1] += v)",
+            )
+        if len(axes) != 1:
+            raise _no_token_axis(value)
+        if isinstance(key, Operand) and not key._is_recording():
+            key = key._result()
+        if isinstance(key, torch.Tensor | np.ndarray) and str(key.dtype).rpartition(".")[2] == "bool":
+            return self._mask(torch.as_tensor(key))
+        if isinstance(key, Operand):
+            raise DynamicShapeError(
+                f"tokens cannot be addressed with {key!r}, whose numbers do not exist before the run",
+                at=here(),
+                instead="tl.where(mask, value, other), or a concrete mask or index",
+            )
+        selector = _selector(key)
+        if recorder.prompt is not None and not recorder.generating:
+            try:
+                width = recorder.prompt.width(selector)
+            except TracelensError as error:
+                error.at = error.at or here()
+                raise
+            if isinstance(selector, TokenSlice):
+                selector = TokenSlice(selector.start, selector.stop, selector.step, width)
+            elif isinstance(selector, TokenText) and selector.pick is None:
+                selector = TokenText(selector.text, None, width)
+        return (*([WHOLE] * axes[0]), selector)
+
+    def _mask(self, mask: torch.Tensor) -> tuple[IndexItem, ...]:
+        value = self._value
+        recorder = value._recorder
+        if recorder.prompt is None:
+            raise SymbolicSizeError(
+                "a mask of tokens is made for one prompt, and this recording is for prompts of any size",
+                at=here(),
+                instead="model.record(prompt), or .tok[...] with numbers or text",
+            )
+        if value._type.shape[:2] != (dims.B, dims.P):
+            raise _no_token_axis(value)
+        try:
+            rows, columns = recorder.prompt.mask_indices(mask)
+        except TracelensError as error:
+            error.at = error.at or here()
+            raise
+        recorder.pin(PADS)
+        return (Ref(recorder.constant(rows)), Ref(recorder.constant(columns)))
+
+
+def _no_token_axis(value: Value) -> PositionAxisError:
+    return PositionAxisError(
+        f".tok addresses the position axis, but {value._type} does not carry exactly one in the expected place",
+        at=here(),
+        instead="use .tok on a value with axes [B, P, ...]",
+    )
+
+
+def _selector(key: Any) -> TokenSelector:
+    match key:
+        case bool():
+            pass
+        case int() | np.integer():
+            return TokenAt(int(key))
+        case str():
+            return TokenText(key, None, None)
+        case (str() as text, int() as pick):
+            return TokenText(text, pick, 1)
+        case slice():
+            return TokenSlice(bound(key.start), bound(key.stop), bound(key.step), None)
+        case list() | range() if all(isinstance(part, int | np.integer) for part in key):
+            return TokenList(tuple(int(part) for part in cast("Sequence[int]", key)))
+        case torch.Tensor() if key.ndim == 1 and not key.dtype.is_floating_point:
+            return TokenList(tuple(int(part) for part in key.tolist()))
+        case _:
+            pass
+    raise IndexingError(
+        f"tokens cannot be addressed with {key!r}",
+        at=here(),
+        instead='.tok[3], .tok[-1], .tok[1:4], .tok[[0, 2]], .tok["Paris"], .tok["Paris", -1] or .tok[mask]',
+    )
