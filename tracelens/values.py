@@ -292,7 +292,7 @@ class Value(Operand):
             at=here(),
             also=(("it was recorded at", recorder.locations[self._defined_by()]),),
             instead=(
-                "trace the whole text afterwards, and save the value there: with model.trace(prompt + t.text) as t2: ..."
+                "trace the whole text afterwards and save it there: with model.trace(prompt + t.text) as t2: ..."
                 if recorder.generating
                 else "add .save() to that line"
             ),
