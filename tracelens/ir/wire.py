@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import importlib
 import json
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -88,7 +89,8 @@ def to_json(graph: Graph, *, trusted: bool = False) -> str:
         ],
         "functions": [_function_name(function) for function in graph.functions],
     }
-    header = {"format": FORMAT, "version": f"{VERSION[0]}.{VERSION[1]}", "sha256": _digest(_canonical(body))}
+    version = f"{VERSION[0]}.{VERSION[1]}"
+    header = {"format": FORMAT, "version": version, "sha256": _seal(version, body)}
     return json.dumps({**header, "body": body}, indent=1, allow_nan=False)
 
 
@@ -189,18 +191,17 @@ def _checked_body(source: str) -> dict[str, Any]:
     if not isinstance(document, dict) or cast("dict[str, object]", document).get("format") != FORMAT:
         raise GraphFileError(f"the file is not a graph file: it does not say format={FORMAT!r}")
     found = cast("dict[str, Any]", document)
-    major, _, minor = str(found.get("version", "")).partition(".")
-    if not major.isdigit() or not minor.isdigit():
+    version = str(found.get("version", ""))
+    if not re.fullmatch(r"[0-9]{1,9}\.[0-9]{1,9}", version):
         raise GraphFileError(f"the file's version {found.get('version')!r} is not a version")
+    major, _, minor = version.partition(".")
     if int(major) > VERSION[0]:
         raise GraphVersionError(
             f"the file has format version {major}.{minor}, and this tracelens reads up to {VERSION[0]}.x",
             instead="a newer tracelens",
         )
     body: object = found.get("body")
-    if not isinstance(body, dict) or found.get("sha256") != _digest(
-        _canonical(cast("dict[str, object]", body))
-    ):
+    if not isinstance(body, dict) or found.get("sha256") != _seal(version, cast("object", body)):
         raise GraphFileError(
             "the file was changed after it was written: its contents do not have the sha256 that its header names",
             instead="write the graph again with to_json",
@@ -230,16 +231,19 @@ def _constants(graph: Graph, entries: list[dict[str, Any]], data: bytes | None) 
     for number, entry in enumerate(entries):
         held = stored.get(str(number))
         payload = bytes(held["data"]) if held is not None else b""
-        type_ = parse_type(str(entry["type"]))
+        try:
+            type_, name, digest = parse_type(str(entry["type"])), entry["name"], entry["sha256"]
+        except (KeyError, ValueError):
+            raise GraphFileError(f"the file does not describe constant #{number}") from None
         intact = (
             held is not None
-            and _digest(payload) == entry["sha256"]
+            and _digest(payload) == digest
             and _STORED.get(held["dtype"]) is type_.dtype
             and tuple(held["shape"]) == type_.shape
         )
         if not intact:
             raise GraphFileError(f"constant #{number} is not the one that the graph was written with")
-        found.append(StoredConstant(type_, entry["name"], payload))
+        found.append(StoredConstant(type_, None if name is None else str(name), payload))
     return tuple(found)
 
 
@@ -252,6 +256,11 @@ def _list_of(body: dict[str, Any], key: str, kind: type) -> list[Any]:
 
 def _canonical(body: object) -> bytes:
     return json.dumps(body, sort_keys=True, separators=(",", ":"), ensure_ascii=True).encode()
+
+
+def _seal(version: str, body: object) -> str:
+    """What the header's sha256 is made of: everything that the file says, but for the white space."""
+    return _digest(_canonical([FORMAT, version, body]))
 
 
 def _digest(data: bytes) -> str:
