@@ -280,7 +280,9 @@ def _run(
     try:
         with torch.no_grad():
             result = function(*plain, **named)
-    except (RuntimeError, LookupError, ValueError, TypeError, AssertionError, ArithmeticError) as error:
+    except (
+        RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError,
+    ) as error:  # fmt: skip
         raise Refused(error, of_numbers=isinstance(error, _LINALG_ERROR)) from None
     parts = (result,) if isinstance(result, torch.Tensor) else result
     several: tuple[Any, ...] = (
