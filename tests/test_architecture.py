@@ -81,14 +81,14 @@ def imports_of(path: Path) -> list[str]:
     found: list[str] = []
 
     class Visitor(ast.NodeVisitor):
-        def visit_If(self, node: ast.If) -> None:  # noqa: N802  # ast's name
+        def visit_If(self, node: ast.If) -> None:  # ast's name
             if not (isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"):
                 self.generic_visit(node)
 
-        def visit_Import(self, node: ast.Import) -> None:  # noqa: N802
+        def visit_Import(self, node: ast.Import) -> None:
             found.extend(alias.name for alias in node.names)
 
-        def visit_ImportFrom(self, node: ast.ImportFrom) -> None:  # noqa: N802
+        def visit_ImportFrom(self, node: ast.ImportFrom) -> None:
             assert node.level == 0, "imports are absolute"
             assert node.module is not None
             found.append(node.module)
@@ -106,20 +106,32 @@ def test_a_file_imports_only_from_its_floor_and_below(path: Path) -> None:
         if not module.startswith("tracelens."):
             continue
         target = module.removeprefix("tracelens.")
-        if not (ROOT / (target.replace(".", "/") + ".py")).exists() and not (ROOT / target.replace(".", "/")).is_dir():
+        if (
+            not (ROOT / (target.replace(".", "/") + ".py")).exists()
+            and not (ROOT / target.replace(".", "/")).is_dir()
+        ):
             continue  # a name in a module that is in the list itself
         if (name, target) in UPWARDS:
             continue
-        assert floor_of(target) <= floor, f"{name} (floor {floor}) imports {target} (floor {floor_of(target)})"
+        assert floor_of(target) <= floor, (
+            f"{name} (floor {floor}) imports {target} (floor {floor_of(target)})"
+        )
 
 
 @pytest.mark.parametrize(
     "path",
-    [*sorted((ROOT / "ir").rglob("*.py")), *(ROOT / f"{name}.py" for name in ("placement", "plan", "program"))],
+    [
+        *sorted((ROOT / "ir").rglob("*.py")),
+        *(ROOT / f"{name}.py" for name in ("placement", "plan", "program")),
+    ],
     ids=name_of,
 )
 def test_the_language_and_its_planning_know_no_torch(path: Path) -> None:
-    torch = [module for module in imports_of(path) if module.split(".")[0] in ("torch", "transformers", "accelerate")]
+    torch = [
+        module
+        for module in imports_of(path)
+        if module.split(".")[0] in ("torch", "transformers", "accelerate")
+    ]
     if name_of(path) == "ir.infer":
         assert torch, "the one file that may"
     else:
@@ -158,7 +170,8 @@ def test_importing_changes_nothing_and_pulls_in_no_extras() -> None:
         import tracelens
         for name, module in (("torch", torch), ("builtins", builtins), ("sys", sys), ("Tensor", torch.Tensor),
                              ("Module", torch.nn.Module)):
-            added = {key for key in set(vars(module)) - before[name] if not isinstance(vars(module)[key], type(sys))}
+            new = set(vars(module)) - before[name]
+            added = {key for key in new if not isinstance(vars(module)[key], type(sys))}
             assert not added, (name, added)
         assert settings == (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(),
                             sys.getrecursionlimit(), sys.excepthook, sys.displayhook, list(warnings.filters),
@@ -167,7 +180,9 @@ def test_importing_changes_nothing_and_pulls_in_no_extras() -> None:
         extras = {"nnsight", "matplotlib", "plotly", "pandas", "IPython", "transformers.models"} & set(sys.modules)
         assert not extras, extras
     """)
-    done = subprocess.run([sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", code], capture_output=True, text=True, check=False
+    )
     assert done.returncode == 0, done.stderr
     assert done.stdout == ""
     assert done.stderr == ""
@@ -196,10 +211,14 @@ def _typed(function: object, name: str) -> None:
     assert signature.return_annotation is not inspect.Signature.empty, f"{name} has no return type"
     for parameter in list(signature.parameters.values()):
         if parameter.name not in ("self", "cls"):
-            assert parameter.annotation is not inspect.Parameter.empty, f"{name}: {parameter.name} has no type"
+            assert parameter.annotation is not inspect.Parameter.empty, (
+                f"{name}: {parameter.name} has no type"
+            )
 
 
-@pytest.mark.parametrize("class_", [tl.Model, tl.Value, tl.MappedValue, tl.Trace, tl.Results, tl.Graph, tl.Program])
+@pytest.mark.parametrize(
+    "class_", [tl.Model, tl.Value, tl.MappedValue, tl.Trace, tl.Results, tl.Graph, tl.Program]
+)
 def test_public_methods_are_documented(class_: type) -> None:
     # shape, dtype and the like say what they are by torch's own names.
     plain = {"ndim", "dim", "size", "numel", "dtype", "T", "mT", "is_floating_point", "layers"}

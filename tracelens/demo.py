@@ -21,6 +21,7 @@ CONTRAST = (
 LAYER = 12
 STRENGTH = {"post_ln": 6.0, "resid_post": 1.5}
 NEW_TOKENS = 24
+PENALTY = 1.1
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ def contrast_vector(model: Model, site: str, layer: int) -> Any:
 def steered(model: Model, site: str, layer: int, strength: float) -> str:
     """The story's continuation with the contrast vector added at ``site`` in every forward pass."""
     v = contrast_vector(model, site, layer)
-    with model.generate(STORY, max_new_tokens=NEW_TOKENS, repetition_penalty=1.1) as t:
+    with model.generate(STORY, max_new_tokens=NEW_TOKENS, repetition_penalty=PENALTY) as t:
         if site == "post_ln":
             model.layers[layer].post_ln += strength * v
         else:
@@ -90,7 +91,7 @@ def run(model: Model | None = None, say: Callable[[str], None] = print) -> None:
     say("\n2. Steering, with the difference that one contrast pair makes:")
     for sign, text in zip("+-", CONTRAST, strict=True):
         say(f"     {sign} {text!r}")
-    with model.generate(STORY, max_new_tokens=NEW_TOKENS, repetition_penalty=1.1) as plain:
+    with model.generate(STORY, max_new_tokens=NEW_TOKENS, repetition_penalty=PENALTY) as plain:
         pass
     say(f"\n   {STORY!r} goes on, unsteered:\n     {_quoted(plain.text)}")
     for site, strength in STRENGTH.items():

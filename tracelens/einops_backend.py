@@ -75,13 +75,13 @@ class ValueBackend(AbstractBackend):
         return isinstance(tensor, Operand)
 
     def shape(self, x: Any) -> tuple[Any, ...]:
-        if not x._is_recording():
-            return tuple(x._result().shape)
+        if not _recording(x):
+            return tuple(_tensor(x).shape)
         return tuple(_length(dim, x._recorder.sizes) for dim in _one(x)._type.shape)
 
     def reshape(self, x: Any, shape: Sequence[Any]) -> Any:
-        if not x._is_recording():
-            return x._result().reshape(tuple(shape))
+        if not _recording(x):
+            return _tensor(x).reshape(tuple(shape))
         return x._apply("torch.reshape", (x, tuple(_dim(length) for length in shape)), None)
 
     def transpose(self, x: Any, axes: Sequence[int]) -> Any:
@@ -103,8 +103,8 @@ class ValueBackend(AbstractBackend):
         for position, length in pos2len.items():
             x = self.add_axis(x, position)
             lengths[position] = _dim(length)
-        if not x._is_recording():
-            return x._result().expand(tuple(lengths))
+        if not _recording(x):
+            return _tensor(x).expand(tuple(lengths))
         return x._apply("torch.Tensor.expand", (x, tuple(lengths)), None)
 
     def stack_on_zeroth_dimension(self, tensors: list[Any]) -> Any:
@@ -118,6 +118,15 @@ class ValueBackend(AbstractBackend):
 
     def einsum(self, pattern: str, *x: Any) -> Any:
         return apply_torch(torch.einsum, (pattern, *x), {})
+
+
+def _recording(x: Any) -> bool:
+    """Is it part of a block that is open?  What einops makes of finished results on the way are plain tensors."""
+    return isinstance(x, Operand) and x._is_recording()
+
+
+def _tensor(x: Any) -> torch.Tensor:
+    return x._result() if isinstance(x, Operand) else x
 
 
 def _one(x: Any) -> Any:

@@ -57,9 +57,13 @@ def _plan(plan: Plan, prompt: Prompt | None) -> str:
         lines.append(
             f"  the forward pass enters {plan.layers_run(n_layers)} of {n_layers} layers and stops after {plan.stop}"
         )
-    lines += [f"  writes {op.site} ({_REACH[op.site.kind.effect]})" for op in plan.graph.writes]
-    carried = sorted({str(op.site) for op in plan.graph.writes if op.site.name == "resid_mid"})
-    lines += [f"  {site}: the block's own sum is replaced by {site} + mlp_add" for site in carried]
+    own = [op for op in plan.graph.writes if not (op.site in plan.carried and op.version == 1)]
+    lines += [f"  writes {op.site} ({_REACH[op.site.kind.effect]})" for op in own]
+    carried = sorted(plan.carried, key=lambda site: site.order)
+    lines += [
+        f"  {site}: the block's own sum is replaced by one with the value written in the block"
+        for site in carried
+    ]
     for name, type_ in plan.saved_types().items():
         lines.append(f"  saves {name!r}: {_shape(type_, prompt)}{_size(type_, prompt)}")
     if prompt is not None:

@@ -41,6 +41,8 @@ class Plan:
     placement: Placement
     stop: Site | None
     whole: bool
+    carried: frozenset[Site] = frozenset()
+    """The block outputs whose first write is the plan's own, carrying a write from inside the block."""
 
     @cached_property
     def sites(self) -> frozenset[Site]:
@@ -97,7 +99,14 @@ def make_plan(
         improve(graph, verify_each=verify_each), carries, type_of=type_of, to_the_end=generating
     )
     stop = _last_site(improved)
-    return Plan(improved, placement, None if generating else stop, whole=generating)
+    targets = {
+        Site(carry.target, op.site.layer)
+        for carry in carries
+        for op in improved.writes
+        if op.site.name == carry.site
+    }
+    carried = targets & {op.site for op in improved.writes}
+    return Plan(improved, placement, None if generating else stop, generating, frozenset(carried))
 
 
 def _last_site(graph: Graph) -> Site | None:

@@ -77,7 +77,7 @@ def lower(plan: Plan) -> tuple[Program, ...]:
         current = None if moment == BEFORE_ALL else sites[moment]
         if current is not None and current.kind.scope is Scope.INPUT:
             current = None
-        steps.setdefault(current, []).append(Step(op, number, tuple(dying.get(number, ()))))
+        steps.setdefault(current, []).append(Step(op, number, tuple(sorted(dying.get(number, ())))))
     # Only one place so far: transfers between places come with the backends that have several.
     (place,) = plan.placement.places
     blocks = tuple(Block(site, tuple(found)) for site, found in steps.items())

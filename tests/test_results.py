@@ -1,0 +1,134 @@
+"""What a run leaves behind: tensors with names and places, tables, files."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import tracelens as tl
+from tests.support.families import FAMILIES
+
+IDS = [3, 14, 15, 9, 2, 6]
+
+
+@pytest.fixture(scope="module")
+def model() -> tl.Model:
+    return tl.wrap(FAMILIES["llama"].build())
+
+
+def test_saves_come_back_in_order_by_name_and_by_handle(model: tl.Model) -> None:
+    with model.trace(IDS) as t:
+        late = model.logits.save("late")
+        early = model.layers[0].resid_post.save("early")
+        model.layers[1].resid_post.save()
+    assert list(t.results) == ["late", "early", "#2"]
+    assert torch.equal(t["late"], late.value)
+    assert torch.equal(t.results["early"], early.value)
+    with pytest.raises(KeyError, match="late"):
+        t["latte"]
+
+
+def test_a_handle_behaves_as_its_tensor(model: tl.Model) -> None:
+    with model.trace(IDS):
+        h = model.layers[1].resid_post.save()
+    tensor = h.value
+    assert type(tensor) is torch.Tensor
+    assert not tensor.requires_grad
+    assert np.asarray(h).shape == (1, 6, 48)
+    assert torch.equal(h[:, -1], tensor[:, -1])
+    assert torch.equal(h + 1, tensor + 1)
+    assert torch.equal(2 * h, 2 * tensor)
+    assert torch.equal(torch.softmax(h, -1), tensor.softmax(-1))
+    assert torch.equal(torch.stack([h, h]), torch.stack([tensor, tensor]))
+    assert h.shape == tensor.shape
+    assert h.mean().item() == tensor.mean().item()
+    assert len(h) == 1
+    assert float(h[0, 0, 0]) == tensor[0, 0, 0].item()
+    assert [row.shape for row in h] == [torch.Size([6, 48])]
+    assert repr(h) == repr(tensor)
+    # It is fit for training on, and for use in the next trace.
+    probe = torch.nn.Linear(48, 1)
+    probe(h.value).sum().backward()
+    with model.trace(IDS):
+        difference = (model.layers[1].resid_post - h).save()
+    assert difference.value.abs().max() == 0
+
+
+def test_dtype_and_a_file_as_a_destination(model: tl.Model, tmp_path) -> None:
+    path = str(tmp_path / "acts.safetensors")
+    with model.trace(IDS):
+        h = model.layers[1].resid_post.save("h", dtype=torch.bfloat16)
+        stored = model.layers[:].resid_post.save("all", to=path)
+        kept = model.layers[0].resid_pre.save(device="keep")
+    assert h.value.dtype is torch.bfloat16
+    assert torch.equal(load_file(path)["all"], stored.value)
+    assert stored.value.shape == (3, 1, 6, 48)
+    torch.testing.assert_close(h.value.float(), stored.value[1], rtol=1e-2, atol=1e-2)
+    assert kept.value.device == model.anatomy.device
+
+
+def test_ragged_results_come_per_prompt(model: tl.Model, tmp_path) -> None:
+    rows = [IDS, IDS[:2], IDS[1:5]]
+    with model.trace(rows) as t:
+        h = model.layers[1].resid_post.save("h")
+        stacked = model.layers[:].mlp_act.save("stacked")
+        last = model.layers[1].resid_post[:, -1].save("last")
+    assert [part.shape for part in h.value] == [(1, 6, 48), (1, 2, 48), (1, 4, 48)]
+    assert [part.shape for part in stacked.value] == [(3, 1, 6, 80), (3, 1, 2, 80), (3, 1, 4, 80)]
+    assert last.value.shape == (3, 48)
+    for row, part, end in zip(rows, h.value, last.value, strict=True):
+        with model.trace(row):
+            alone = model.layers[1].resid_post.save()
+        torch.testing.assert_close(part, alone.value, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(end, alone.value[0, -1], rtol=1e-5, atol=1e-5)
+    stored = load_file(t.results.to_safetensors(tmp_path / "r.safetensors"))
+    assert torch.equal(stored["h.1"], h.value[1])
+    frame = t.results.to_pandas("h")
+    assert frame.groupby("row")["position"].max().tolist() == [5, 1, 3]
+
+
+def test_tables_and_files(model: tl.Model, tmp_path) -> None:
+    with model.trace(IDS) as t:
+        model.layers[0:2].resid_post.norm(dim=-1).save("norms")
+        model.layers[1].resid_post[:, -1].save("h")
+        model.layers[[2, 0]].mlp_out.save("pair")
+    results = t.results
+    assert torch.equal(load_file(results.to_safetensors(tmp_path / "r.safetensors"))["h"], t["h"])
+    arrays = results.numpy()
+    assert arrays["norms"].shape == (2, 1, 6)
+    frame = results.to_pandas("norms")
+    assert list(frame.columns) == ["layer", "row", "position", "value"]
+    assert frame.query("layer == 1 and position == 3")["value"].item() == t["norms"][1, 0, 3].item()
+    assert set(results.to_pandas("pair")["layer"]) == {0, 2}
+    first = results.to_pandas("pair").iloc[0]
+    assert first["layer"] == 2
+    assert first["value"] == t["pair"][0, 0, 0, 0].item()
+    summary = results.to_pandas()
+    assert list(summary.index) == ["norms", "h", "pair"]
+    for view in (repr(results), results._repr_html_()):
+        assert "layers[1].resid_post[:, -1]" in view
+        assert "layers[[2, 0]].mlp_out" in view
+
+
+def test_saves_are_compact_and_apart(model: tl.Model) -> None:
+    with model.trace(IDS):
+        h = model.layers[1].resid_post
+        one, two = h.save(), h.save()
+        small = h[:, -1, :2].save()
+        entering = model.layers[2].resid_pre.save()
+    for handle in (one, two, small, entering):
+        tensor = handle.value
+        assert tensor.untyped_storage().nbytes() == tensor.numel() * tensor.element_size()
+    one.value.zero_()
+    assert two.value.abs().max() > 0
+    assert torch.equal(entering.value, two.value)
+
+
+def test_bfloat16_reaches_numpy_as_float32() -> None:
+    model = tl.wrap(FAMILIES["gpt2"].build(dtype=torch.bfloat16))
+    with model.trace(IDS) as t:
+        model.layers[1].resid_post.save("h")
+    assert t["h"].dtype is torch.bfloat16
+    assert t.results.numpy()["h"].dtype == np.float32
