@@ -22,7 +22,7 @@ from tracelens.ir.abstract import (
 )
 from tracelens.ir.dims import Sizes, Sym
 from tracelens.ir.functions import FUNCTIONS, Kind
-from tracelens.ir.misfit import Refused, call_text, named_error, of_no_size
+from tracelens.ir.misfit import Refused, call_text, lacks_halves, named_error, of_no_size
 from tracelens.ir.probe import probed
 from tracelens.ir.types import DType, TensorType
 
@@ -61,7 +61,6 @@ _ANY_NUMBER = frozenset(
     for function in FUNCTIONS.values()
     if function.kind is Kind.POINTWISE and function.name not in _NUMBERS_COUNT
 )
-_HALVES = (DType.FLOAT16, DType.BFLOAT16)
 _FULL = 100_000
 _SMALL = {dims.BATCH: 2, dims.POSITION: 3, dims.KEY: 3}
 # Sizes to try where none are known: a call that fits none of them does not fit.
@@ -155,19 +154,18 @@ class Typing:
     def _ask(self, name: str, args: Args, kwargs: AbstractKwargs) -> tuple[TensorType, ...]:
         """torch's word on the dtypes of a tiny call.
 
-        Meta tensors let many dtypes pass for which no device has a kernel, so it is real numbers that are tried. Halves
-        are tried on meta tensors too: what a CPU lacks for them, a GPU may have.
+        Meta tensors let many dtypes pass for which no device has a kernel, so it is real numbers that are tried. Only
+        what a CPU lacks for halves is excused: a GPU may have it.
         """
         key = (self._default(), memo.key_of(name, args, kwargs, name in _ANY_NUMBER))
         found = self._asked.get(key)
         if found is None:
             if len(self._asked) > _FULL:
                 self._asked.clear()
-            values = tensors_in((*args, *(value for _, value in kwargs)))
             try:
                 found = self._run(name, args, kwargs, {}, Stuff.ONES)[0]
-            except Refused:
-                if not any(value.dtype in _HALVES for value in values):
+            except Refused as error:
+                if not lacks_halves(str(error)):
                     raise
                 found = self._run(name, args, kwargs, {}, Stuff.META)[0]
             self._asked[key] = found
@@ -204,8 +202,6 @@ class Typing:
         known = symbols <= (real or {}).keys()
         refusal: Refused | None = None
         for at in ({**_SMALL, **(real or {})},) if known else _TRIALS:
-            if any(value.dtype in _HALVES for value in values):
-                return
             if any(math.prod(value.sizes(at)) > _FEW for value in (*values, *types)):
                 if refusal is not None and of_no_size(str(refusal)):
                     raise refusal
@@ -213,7 +209,7 @@ class Typing:
             try:
                 said = self._on_numbers(name, args, kwargs, at)
             except Refused as error:
-                if error.of_numbers:
+                if error.of_numbers or lacks_halves(str(error)):
                     return
                 refusal = refusal or error
                 continue

@@ -34,6 +34,14 @@ def of_no_size(words: str) -> bool:
     return speaks_of_dtypes(words) or "Dimension out of range" in words
 
 
+_LACKS_HALVES = re.compile(r"not implemented for '(Half|BFloat16)'|[Uu]nsupported dtype (Half|BFloat16)")
+
+
+def lacks_halves(words: str) -> bool:
+    """Is it only that this device cannot compute with halves?"""
+    return _LACKS_HALVES.search(words) is not None
+
+
 class Refused(Misfit):
     """What torch said.  ``of_numbers``: it is the numbers in the tensors that it minds."""
 

@@ -64,12 +64,20 @@ def probed(run: Run, shapes: Sequence[tuple[Dim, ...]], extra: Iterable[Sym], si
                 if found.limited and sizes is not None and len(known) == len(symbols):
                     run(sizes)  # torch's own word on the real sizes
                 return found
-    if refusal is not None and "symbol" not in str(refusal):
+    if refusal is not None:
+        if not any(_fits(run, assignment) for assignment in _SMALL):
+            raise refusal
         names = " and ".join(symbols)
-        raise Unsettled(
-            f"it does not fit every {names}, and this recording has no prompt: {refusal}"
-        ) from refusal
+        raise Unsettled(f"it does not fit every {names}, and this recording has no prompt: {refusal}")
     raise Unsettled(f"the result's shape depends on {' and '.join(symbols)} in a way that has no name")
+
+
+def _fits(run: Run, sizes: Sizes) -> bool:
+    try:
+        run(sizes)
+    except Misfit:
+        return False
+    return True
 
 
 def _symbolic(run: Run, bases: list[Dim], fixed: dict[str, int]) -> Probed | None:

@@ -17,6 +17,7 @@ or adding padding changes nothing for the real tokens:
 
 from __future__ import annotations
 
+from tracelens.errors import DtypeError, ShapeError, UnsupportedFunctionError
 from tracelens.ir import dims as sizes
 from tracelens.ir import (
     rules_axis,
@@ -55,14 +56,17 @@ def masked_mean(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -
         case (TensorType() as value, TensorType() as mask) if not kwargs:
             pass
         case _:
-            raise Misfit
+            raise UnsupportedFunctionError("masked_mean takes a value and a mask, and nothing else")
+    problem = f"masked_mean({value}, {mask})"
     if not value.dtype.is_floating or mask.dtype is not DType.BOOL:
-        raise Misfit
-    if value.ndim < 2 or mask.ndim != 2 or value.shape[:2] != (sizes.B, sizes.P):
-        raise Misfit
-    for own, other in zip(value.shape[:2], mask.shape, strict=True):
-        if not sizing.equal(own, other):
-            raise Misfit
+        raise DtypeError(f"{problem}: the value must be floating and the mask bool")
+    if value.ndim < 2 or value.shape[:2] != (sizes.B, sizes.P):
+        raise ShapeError(
+            f"{problem}: the value's first axes must be B and P",
+            instead="value.transpose(...) so that they are",
+        )
+    if mask.ndim != 2 or not all(map(sizing.equal, value.shape[:2], mask.shape)):
+        raise ShapeError(f"{problem}: the mask must be [B,P], one truth for each position of each row")
     # A mask with numbers for axes was made for exactly these rows and positions.
     return sizing.done(TensorType(value.dtype, (value.shape[0], *value.shape[2:])), mask.shape[1] != sizes.P)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+from tracelens.ir import dims
 from tracelens.ir.abstract import (
     AbstractArg,
     AbstractKwargs,
@@ -13,6 +14,7 @@ from tracelens.ir.abstract import (
     Sizing,
     bind,
     broadcast,
+    carries,
     has_positions,
     is_float,
     is_integer,
@@ -20,6 +22,7 @@ from tracelens.ir.abstract import (
     result_dtype,
     tensors_in,
 )
+from tracelens.ir.dims import Sym
 from tracelens.ir.functions import FUNCTIONS
 from tracelens.ir.types import DType, TensorType
 
@@ -125,10 +128,15 @@ def pointwise(sizing: Sizing, name: str, args: tuple[AbstractArg, ...], kwargs: 
         return sizing.done(TensorType(dtype, shape), mixes)
     # Whether the dtypes fit does not depend on sizes: one element, or none of the axes, says it all.
     found = sizing.ask(
-        name, replace_tensors(args, _one), tuple((key, _one_in(value)) for key, value in kwargs)
+        name, tuple(_one_in(arg) for arg in args), tuple((key, _one_in(value)) for key, value in kwargs)
     )
     if any(type_.ndim > 1 for type_ in found):
         raise Defer
+    # How many positions there are is not the same for every row where rows differ in length.
+    mixes = mixes or any(
+        isinstance(arg, Sym) and (carries(arg, dims.POSITION) or carries(arg, dims.KEY))
+        for arg in (*args, *(value for _, value in kwargs))
+    )
     types = [TensorType(type_.dtype, shape) for type_ in found]
     return sizing.done(types, mixes, FUNCTIONS[name].results)
 
@@ -138,7 +146,8 @@ def _one(type_: TensorType) -> TensorType:
 
 
 def _one_in(arg: AbstractArg) -> AbstractArg:
-    return replace_tensors((arg,), _one)[0]
+    # A size as a number: which one has no influence on the dtype.
+    return 1 if isinstance(arg, Sym) else replace_tensors((arg,), _one)[0]
 
 
 def type_as(sizing: Sizing, name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs) -> Inferred:
