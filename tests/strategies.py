@@ -165,7 +165,7 @@ class _Builder:
             return
         ref, kind = Ref(value), self.types[value]
         width = kind.shape[-1] if kind.shape else None
-        match self.draw(st.integers(0, 13)):
+        match self.draw(st.integers(0, 14)):
             case 0:
                 self.call(self.one("torch.tanh", "torch.neg", "torch.nn.functional.gelu", "torch.abs"), ref)
             case 1:
@@ -202,8 +202,16 @@ class _Builder:
                 self.call("tracelens.masked_mean", ref, Ref(self.read(Site("token_mask"))))
             case 13 if self.sizes is not None and len(kind.shape) > 1:
                 self.call(self.one("torch.mean", "torch.cumsum"), ref, len(kind.shape) - 2)
+            case 14 if self.sizes is not None and kind.shape[:2] == (B, P):
+                self.by_number(value)
             case _:
                 self.call("torch.mul", ref, Ref(self.const(_numbers())))
+
+    def by_number(self, value: int) -> None:
+        """A tensor with the prompt's sizes as numbers, beside a value: right for this prompt only."""
+        rows, width = self.sizes["B"], self.sizes["P"]
+        shape = (rows, width, *(1 for _ in self.types[value].shape[2:]))
+        self.call("torch.mul", Ref(value), Ref(self.const(_numbers(*shape))))
 
     def index(self) -> tuple[int, tuple[IndexItem, ...]] | None:
         """A value and an index that fits it."""
@@ -326,16 +334,19 @@ def graphs(
     sizes: dict[str, int] | None = None,
     aligned: bool = True,
     steps: tuple[int, int] = (3, 16),
+    pinned: bool = False,
 ) -> Graph:
     """Graphs that verify, over the sites of a tiny model of the Llama kind, with at least one save.
 
     ``sizes``: those of the prompt that the graph is recorded for (else its sizes stay symbols); ``aligned=False``: no
-    operation mixes positions, so that rows may differ in length.
+    operation mixes positions, so that rows may differ in length; ``pinned``: some operation fits these sizes only.
     """
     builder = _Builder(draw, sizes, aligned)
     chosen = draw(st.lists(st.sampled_from(WRITABLE), min_size=1, max_size=4, unique=True))
     builder.sites = (*chosen, *chosen, *chosen, Site("token_mask"))
-    builder.read()
+    first = builder.read(chosen[0])
+    if pinned:
+        builder.by_number(first)
     choices = (
         [builder.read] * 4
         + [builder.compute] * 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, cast
@@ -26,7 +27,7 @@ from tracelens.errors import (
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import torch_dtype
 from tracelens.ir.ops import Const, Index, IndexPut, Keep, Param, Read, Ref, Save, Write
-from tracelens.ir.retype import mixing_operations
+from tracelens.ir.retype import mixing_operations, retype, sizes_of
 from tracelens.ir.text import op_text
 from tracelens.ir.types import TensorType
 from tracelens.ir.verify import verify
@@ -92,10 +93,11 @@ class Compiler:
     def compile(self, graph: Graph, *, generating: bool) -> Compiled:
         """The programs for a graph; verified when they are made, and then kept by the graph's structure."""
         anatomy = self.anatomy
-        key = (graph.ops, generating, anatomy.dtype, anatomy.device)
+        key = (graph.ops, graph.pins, generating, anatomy.dtype, anatomy.device)
         known = self._known.get(key)
         if known is not None:
-            self._known.move_to_end(key)
+            with suppress(KeyError):  # another thread may have dropped it just now
+                self._known.move_to_end(key)
             return known
         verify(graph)
         self._check_sites(graph)
@@ -125,6 +127,7 @@ class Compiler:
 
     def _check_sites(self, graph: Graph) -> None:
         """A graph from elsewhere may name layers, sites or types that this model does not have."""
+        sizes, pinned = sizes_of(graph), {pin.symbol for pin in graph.pins}
         for number, op in enumerate(graph.ops):
             try:
                 if isinstance(op, Read | Write):
@@ -137,6 +140,10 @@ class Compiler:
                         raise VerificationError(
                             f"{op.site} is {own} in this model; the graph was recorded for {op.type}"
                         )
+                    # The verifier knows the types of the sites that the graph reads, and only those.
+                    fits = retype(op, graph.types, sizes, {op.site: own})
+                    if fits is not None and not fits.pins <= pinned:
+                        raise VerificationError(f"what is written to {op.site} fits prompts of one size only")
                 elif isinstance(op, Param):
                     own = self.anatomy.parameter_type(op.path)
                     if op.type != own:

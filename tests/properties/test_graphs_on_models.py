@@ -1,0 +1,77 @@
+"""A random graph on a tiny model equals its reference evaluation over the same modules, bit for bit: promise 4."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+import tracelens as tl
+from tests.properties.drawn import traceable_sites
+from tests.properties.plain_language import unpadded
+from tests.strategies import graphs, plain_select
+from tests.support.batches import EVEN, RAGGED, batch, random_rows
+from tests.support.families import FAMILIES
+from tests.support.hand_forward import Intercept
+from tests.support.plain import edited, plain_logits, untouched
+from tracelens.ir.graph import Graph
+from tracelens.ir.sites import Site
+from tracelens.reference import evaluate
+
+# The graphs that are drawn name sites of the Llama kind, and three layers.
+ROTARY = ("llama", "mistral", "qwen2", "qwen3")
+HF = {name: FAMILIES[name].build(attn="eager") for name in ROTARY}
+MODELS = {name: tl.wrap(hf) for name, hf in HF.items()}
+EVEN_ROWS, RAGGED_ROWS = random_rows(EVEN), random_rows(RAGGED)
+SIZES = {"B": len(EVEN), "P": EVEN[0]}
+
+GRAPHS = st.one_of(
+    graphs().map(lambda graph: (graph, EVEN_ROWS)),
+    graphs(sizes=SIZES).map(lambda graph: (graph, EVEN_ROWS)),
+    graphs(aligned=False).map(lambda graph: (graph, RAGGED_ROWS)),
+)
+
+
+def reference(graph: Graph, name: str, rows: list[list[int]]) -> dict[str, Tensor]:
+    hf, prompt = HF[name], batch(rows)
+
+    def forward(intercept: Intercept) -> None:
+        """The model itself, with a hook of its own at every site, and blocks that add up the stream in the open."""
+        with ExitStack() as stack:
+            for site in traceable_sites(hf):
+                stack.enter_context(edited(hf, site, lambda tensor, site=site: intercept(site, tensor)))
+            intercept(Site("token_mask"), prompt.mask)
+            plain_logits(hf, prompt)
+
+    return evaluate(
+        graph,
+        forward,
+        constants=[constant.tensor for constant in graph.constants],
+        parameters=hf.get_parameter,
+        select=plain_select(prompt),
+    )
+
+
+@pytest.mark.parametrize("name", ROTARY)
+@settings(max_examples=settings().max_examples // 2)
+@given(found=GRAPHS)
+def test_a_random_graph_equals_its_reference_to_the_last_bit(name, found):
+    graph, rows = found
+    with untouched(HF[name]):
+        results = MODELS[name].compile(graph)(rows)
+    wanted = reference(graph, name, rows)
+    assert list(results) == list(wanted)
+    for save in graph.saves:
+        carries_positions = bool(graph.types[save.values[0]].position_axes)
+        expected = wanted[save.name]
+        if rows is RAGGED_ROWS and carries_positions:
+            parts = unpadded(expected, batch(rows))
+            assert isinstance(parts, list)
+            for actual, part in zip(results[save.name], parts, strict=True):
+                torch.testing.assert_close(actual, part, rtol=0, atol=0, equal_nan=True)
+        else:
+            torch.testing.assert_close(results[save.name], expected, rtol=0, atol=0, equal_nan=True)
