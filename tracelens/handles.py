@@ -5,7 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import Any, Protocol, cast, overload
 
-from tracelens.errors import LayerRangeError, NoTraceError, UnknownSiteError, WriteTargetError
+from tracelens.errors import (
+    LayerMappingError,
+    LayerRangeError,
+    NoTraceError,
+    TracelensError,
+    UnknownSiteError,
+    WriteTargetError,
+)
 from tracelens.ir.sites import CANONICAL, GLOBAL_KINDS, KIND, LAYER_KINDS, Scope, Site, near
 from tracelens.location import here
 from tracelens.mapped import MappedValue, each_layer
@@ -54,10 +61,10 @@ class LayerHandle:
     def __setattr__(self, name: str, new: Any) -> None:
         site = self._site(name)
         if isinstance(new, MappedValue):
-            raise WriteTargetError(
-                f"a value mapped over layers {new.layers} was assigned to one layer",
+            raise LayerMappingError(
+                f"a value mapped over layers {list(new.layers)} was assigned to one layer",
                 at=here(),
-                instead=f"model.layers[a:b].{name} = value, or value.stack() with an index",
+                instead=f"model.layers[{list(new.layers)}].{name} = value, or value.stack()[i] for one of them",
             )
         recorder_of(self._anatomy, f"model.layers[{self._index}].{name}").write(site, new)
 
@@ -117,9 +124,11 @@ class Layers:
     @overload
     def __getitem__(self, key: slice | Sequence[int]) -> LayersSlice: ...
     def __getitem__(self, key: Any) -> LayerHandle | LayersSlice:
-        if isinstance(key, int):
+        if isinstance(key, int) and not isinstance(key, bool):
             return self._handles[self._checked(key)]
-        if isinstance(key, slice):
+        if isinstance(key, slice) and all(
+            part is None or type(part) is int for part in (key.start, key.stop, key.step)
+        ):
             chosen = tuple(range(len(self._handles))[key])
         elif isinstance(key, list | tuple | range):
             chosen = tuple(self._checked(index) for index in cast("Sequence[int]", key))
@@ -131,13 +140,18 @@ class Layers:
             )
         if not chosen:
             raise LayerRangeError(
-                f"model.layers[{key}] chooses no layer: the model has {len(self)} layers", at=here()
+                f"model.layers[{_written(key)}] chooses no layer: the model has {len(self)} layers, "
+                f"0 to {len(self) - 1}",
+                at=here(),
+                instead="model.layers[:] is all layers",
             )
         return LayersSlice(tuple(self._handles[index] for index in chosen), chosen)
 
     def _checked(self, index: Any) -> int:
-        if isinstance(index, Operand) or not isinstance(index, int):
-            raise LayerRangeError(f"a layer is chosen with a number, not with {index!r}", at=here())
+        if isinstance(index, Operand | bool) or not isinstance(index, int):
+            raise LayerRangeError(
+                f"a layer is chosen with a number, not with {index!r}", at=here(), instead="model.layers[3]"
+            )
         count = len(self._handles)
         if not -count <= index < count:
             raise LayerRangeError(
@@ -147,6 +161,13 @@ class Layers:
             )
         return index % count
 
+    def __setitem__(self, key: Any, new: Any) -> None:
+        raise WriteTargetError(
+            "a layer is not a tensor, so nothing can be assigned to it",
+            at=here(),
+            instead=f"one of its sites: model.layers[{_written(key)}].resid_post = value",
+        )
+
     def __len__(self) -> int:
         return len(self._handles)
 
@@ -155,6 +176,14 @@ class Layers:
 
     def __repr__(self) -> str:
         return f"model.layers (0 to {len(self) - 1})"
+
+
+def _written(key: Any) -> str:
+    """A choice of layers as one writes it: ``2:10``."""
+    if not isinstance(key, slice):
+        return repr(key)
+    parts = ["" if part is None else str(part) for part in (key.start, key.stop, key.step)]
+    return ":".join(parts if parts[2] else parts[:2])
 
 
 def _present(anatomy: Described, layer: int) -> list[str]:
@@ -184,6 +213,17 @@ def _unknown(name: str, owner: str, names: tuple[str, ...]) -> UnknownSiteError:
             if candidates
             else "model.sites() lists all sites"
         ),
+    )
+
+
+def no_target(name: str, also: tuple[str, ...]) -> TracelensError:
+    """The error for assigning to ``model.<name>``, which is no site."""
+    if name not in also:
+        return unknown_global(name, also)
+    return WriteTargetError(
+        f"model.{name} is not a site, so nothing can be assigned to it",
+        at=here(),
+        instead="a site: model.layers[i].resid_post = value; model.sites() lists them",
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 
 from tracelens.errors import NoTraceError, PositionAxisError, UnsupportedFunctionError
+from tracelens.ir import dims
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 from tracelens.location import here
@@ -38,6 +39,12 @@ def masked_mean(value: Any) -> Any:
     if not isinstance(value, Value) or not value._is_recording():
         raise NoTraceError("tl.masked_mean is for values inside a block", at=here(), instead="tensor.mean(1)")
     recorder: Recorder = value._recorder
+    if value._type.shape[:2] != (dims.B, dims.P):
+        raise PositionAxisError(
+            f"tl.masked_mean averages over the position axis of [B, P, ...], and this value is {value._type}",
+            at=here(),
+            instead="tl.masked_mean(value) before positions are indexed or reduced",
+        )
     if recorder.generating:
         raise PositionAxisError(
             "tl.masked_mean needs all positions of a row, and in generation a step may hold one of them",

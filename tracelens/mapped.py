@@ -9,13 +9,12 @@ import numpy as np
 import torch
 
 from tracelens.errors import LayerMappingError, ShapeError, WriteTargetError
-from tracelens.ir.infer import dtype_of
 from tracelens.ir.types import TensorType
 from tracelens.location import here
 from tracelens.operand import apply_torch
 from tracelens.recorder import Recorder
 from tracelens.tokens import Tokens
-from tracelens.values import PerLayerOperand, Saved, Value, keep_of
+from tracelens.values import PerLayerOperand, Saved, Value, keep_of, save_dtype
 
 
 class MappedValue(PerLayerOperand):
@@ -99,6 +98,8 @@ class MappedValue(PerLayerOperand):
     ) -> Saved:
         """Lets the values leave the run, stacked on a new first axis in the order of the layers."""
         recorder = self._recorder
+        if not self._is_recording():
+            raise (self._saved_handle or self._members[0])._too_late()
         members = tuple(recorder.own(member) for member in self._members)
         kinds = {recorder.types[member] for member in members}
         if len(kinds) > 1:
@@ -109,7 +110,7 @@ class MappedValue(PerLayerOperand):
             name=name,
             stacked=True,
             keep=keep_of(device),
-            dtype=dtype_of(dtype) if dtype else None,
+            dtype=save_dtype(dtype),
             to=to,
         )
         handle = Saved(recorder, members[0])
@@ -193,10 +194,18 @@ class PerLayer:
 
     def _refuse(self, *_: Any) -> NoReturn:
         raise LayerMappingError(
-            "tl.per_layer(V) pairs with a mapped value, which must stand on the left",
+            "tl.per_layer(V) holds one row per layer, so it goes together with a value mapped over layers only",
             at=here(),
             instead="model.layers[2:10].resid_post + tl.per_layer(V)",
         )
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        if any(issubclass(kind, MappedValue) for kind in types):
+            return NotImplemented  # the mapped value knows what to do
+        return next(arg for arg in (*args, *(kwargs or {}).values()) if isinstance(arg, cls))._refuse()
 
     def _scaled(self, function: Callable[[Any], Any]) -> PerLayer:
         return PerLayer(function(self.rows))
@@ -235,6 +244,12 @@ def per_layer(rows: Any) -> PerLayer:
 
     ``rows`` is a tensor, array or value whose first axis has one entry per layer, or a list of such entries.
     """
+    if not isinstance(rows, list | tuple) and not getattr(rows, "ndim", 0):
+        raise LayerMappingError(
+            f"tl.per_layer takes one row per layer, not {rows!r}",
+            at=here(),
+            instead="a tensor, array or value whose first axis has one entry per layer, or a list of such entries",
+        )
     return PerLayer(rows)
 
 
@@ -285,7 +300,9 @@ def _pick(arg: Any, layers: tuple[int, ...], position: int) -> Any:
         count = len(arg.rows) if isinstance(arg.rows, list | tuple) else arg.rows.shape[0]
         if count != len(layers):
             raise LayerMappingError(
-                f"tl.per_layer was given {count} rows for {len(layers)} layers ({_span(layers)})", at=here()
+                f"tl.per_layer was given {count} rows for {len(layers)} layers ({_span(layers)})",
+                at=here(),
+                instead=f"{len(layers)} rows, one for each of the layers",
             )
         return arg.rows[position]
     if isinstance(arg, tuple):

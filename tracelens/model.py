@@ -9,8 +9,8 @@ from torch import nn
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.batch import prepare
 from tracelens.compiling import Compiler
-from tracelens.errors import TracelensError
-from tracelens.handles import Layers, global_site, recorder_of, unknown_global
+from tracelens.errors import OptionError, TracelensError
+from tracelens.handles import Layers, global_site, no_target, recorder_of, unknown_global
 from tracelens.ir.graph import Graph
 from tracelens.ir.sites import GLOBAL_KINDS, Site
 from tracelens.location import here
@@ -72,8 +72,12 @@ class Model:
         ``options`` go to transformers' ``generate`` (``do_sample``, ``temperature``, ``eos_token_id``, ...); the
         default is greedy. Afterwards ``t.text`` and ``t.tokens`` hold what is new. Nothing can be saved in it yet.
         """
-        if not isinstance(max_new_tokens, int) or max_new_tokens < 1:
-            raise TracelensError(f"max_new_tokens={max_new_tokens!r} is not a positive number", at=here())
+        if type(max_new_tokens) is not int or max_new_tokens < 1:
+            raise OptionError(
+                f"max_new_tokens={max_new_tokens!r} is not a positive whole number",
+                at=here(),
+                instead="max_new_tokens=20; or model.trace for the prompt alone",
+            )
         prepared = self.prepare(prompt, room=max_new_tokens)
         single = isinstance(prompt, str) or prepared.sizes["B"] == 1
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
@@ -171,7 +175,7 @@ class Model:
     def __setattr__(self, name: str, new: Any) -> None:
         site = global_site(name)
         if site is None:
-            raise unknown_global(name, _PUBLIC)
+            raise no_target(name, _PUBLIC)
         recorder_of(self.anatomy, f"model.{name}").write(site, new)
 
     def __dir__(self) -> list[str]:

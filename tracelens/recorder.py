@@ -19,6 +19,7 @@ from tracelens.errors import (
     DuplicateNameError,
     FailedRunError,
     ForeignValueError,
+    LayerMappingError,
     LostUpdateError,
     OptionError,
     PositionAxisError,
@@ -379,7 +380,18 @@ class Recorder:
             return Ref(self.constant(arg))
         if isinstance(arg, list | tuple) and not isinstance(arg, torch.Size):
             return tuple(self.argument(part) for part in arg)
-        return static_argument(arg)
+        try:
+            return static_argument(arg)
+        except TracelensError:
+            from tracelens.mapped import PerLayer  # mapped is a later row of this floor
+            from tracelens.values import PerLayerOperand
+
+            if not isinstance(arg, PerLayer | PerLayerOperand):
+                raise
+        raise LayerMappingError(
+            f"{arg!r} stands for one thing per layer, and was used where there is one layer or none",
+            instead="model.layers[a:b].resid_post on the other side too, or .stack()[i] for one of the layers",
+        )
 
     def own(self, value: Any) -> int:
         """The number of a value in this recording; a saved value of a finished trace becomes a constant."""

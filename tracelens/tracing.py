@@ -12,14 +12,17 @@ from tracelens.backends.local import Run, require_weights
 from tracelens.backends.transfer import inputs_on
 from tracelens.compiling import Compiled, Compiler, check_fits, owning, relocate
 from tracelens.errors import (
+    Blaming,
     NestedTraceError,
     NothingSavedError,
+    NoTokenizerError,
     NotRunYetError,
+    OptionError,
     TracelensError,
-    UnsavedValueError,
 )
 from tracelens.explain import explain
 from tracelens.ir.graph import Graph
+from tracelens.ir.retype import retype, site_types
 from tracelens.location import here
 from tracelens.open_recordings import enter, leave, open_recorder
 from tracelens.plan import Plan
@@ -55,7 +58,10 @@ class Recording:
             )
         if self._recorder is not None:
             raise NestedTraceError(
-                "this block has already been entered", at=here(), instead="model.trace(prompt) again"
+                "this block has been entered before, and a block runs once",
+                at=here(),
+                also=(("it was entered at", self._recorder.opened),),
+                instead="model.trace(prompt) for each block; model.compile for one graph on many prompts",
             )
         self._recorder = Recorder(anatomy, self._prompt, generating=self._generating, opened=here())
         enter(self._recorder)
@@ -76,6 +82,8 @@ class Recording:
             self._graph = recorder.finish()
             self._end(recorder, self._graph)
         except BaseException as failure:
+            if isinstance(failure, TracelensError) and failure.at is None:
+                failure.at = recorder.opened
             recorder.failure = failure
             raise
 
@@ -86,8 +94,17 @@ class Recording:
     def graph(self) -> Graph:
         """What the block does, as data."""
         if self._graph is None:
-            raise NotRunYetError("the graph is there after the block", at=here())
+            raise self._missing("graph", "the block has not ended yet")
         return self._graph
+
+    def _missing(self, what: str, why: str) -> TracelensError:
+        """The error for something that is there only after the block."""
+        recorder = self._recorder
+        if recorder is not None and recorder.failure is not None:
+            return recorder.failed(what)
+        return NotRunYetError(
+            f"there is no {what}: {why}", at=here(), instead=f"read the {what} after the block"
+        )
 
     def _compiled(self) -> Compiled:
         return self._compiler.compile(self.graph, generating=self._generating)
@@ -156,16 +173,7 @@ class Trace(Recording):
     def results(self) -> Results:
         """The saved tensors by name."""
         if self._results is None:
-            recorder = self._recorder
-            if recorder is None or recorder.is_open:
-                raise NotRunYetError(
-                    "the model has not run yet", at=here(), instead="read results after the block"
-                )
-            from tracelens.errors import FailedRunError
-
-            raise FailedRunError(
-                f"the run failed, so there are no results: {recorder.failure}", at=here()
-            ) from recorder.failure
+            raise self._missing("result", "the model has not run yet")
         return self._results
 
     def __getitem__(self, name: str) -> Any:
@@ -214,9 +222,7 @@ class Generation(Recording):
     def tokens(self) -> list[int] | list[list[int]]:
         """The new token ids, without padding after the end of a text; one list per prompt for a batch."""
         if self._new is None:
-            raise NotRunYetError(
-                "the model has not generated yet", at=here(), instead="read t.tokens after the block"
-            )
+            raise self._missing("new token", "the model has not generated yet")
         return self._new[0] if self._single else self._new
 
     @property
@@ -224,14 +230,12 @@ class Generation(Recording):
         """The new text; one per prompt for a batch."""
         tokenizer = self._model.tokenizer
         if self._new is None:
-            raise NotRunYetError(
-                "the model has not generated yet", at=here(), instead="read t.text after the block"
-            )
+            raise self._missing("new text", "the model has not generated yet")
         if tokenizer is None:
-            raise UnsavedValueError(
+            raise NoTokenizerError(
                 "there is no tokenizer to spell the tokens with",
                 at=here(),
-                instead="tl.wrap(model, tokenizer), or t.tokens",
+                instead="t.tokens, or a model with its tokenizer: tl.wrap(model, tokenizer)",
             )
         texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in self._new]
         return texts[0] if self._single else texts
@@ -299,6 +303,12 @@ class Program:
     """
 
     def __init__(self, model: Model, graph: Graph) -> None:
+        if not isinstance(graph, Graph):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
+            raise OptionError(
+                f"model.compile takes a graph or a recording, not a {type(graph).__name__}",
+                at=here(),
+                instead="model.compile(r), where r is from: with model.record() as r: ...",
+            )
         self._model = model
         self._compiler: Compiler = model._compiler
         self.graph = owning(graph)
@@ -308,15 +318,33 @@ class Program:
                 if graph.writes
                 else NothingSavedError(
                     "the graph saves nothing, so that running it has no result",
+                    at=here(),
                     instead="value.save() in the recording",
                 )
             )
-        self._compiled = self._compiler.compile(self.graph, generating=False)
+        with Blaming(here()):
+            self._compiled = self._compiler.compile(self.graph, generating=False)
+        self._fitting: set[tuple[tuple[str, int], ...]] = set()
 
     def __call__(self, prompt: Any) -> Results:
         """The results for one prompt (or one batch of prompts)."""
         prepared = self._model.prepare(prompt)
-        return self._compiled.results(self._compiler.run(self.graph, self._compiled, prepared))
+        self._require_fit(prepared)
+        with Blaming(here()):
+            return self._compiled.results(self._compiler.run(self.graph, self._compiled, prepared))
+
+    def _require_fit(self, prompt: Prompt) -> None:
+        """Raises what recording on a prompt of these sizes would have raised, before the model runs."""
+        key = tuple(sorted(prompt.sizes.items()))
+        if key in self._fitting or self.graph.pins:
+            return  # a graph with pins is held to its own sizes elsewhere
+        sites = site_types(self.graph)
+        for number, op in enumerate(self.graph.ops):
+            try:
+                retype(op, self.graph.types, prompt.sizes, sites)
+            except TracelensError as error:
+                raise self.graph.blame(error, number) from None
+        self._fitting.add(key)
 
     def explain(self) -> str:
         """The graph with its lines, the plan, and the program of each place."""
