@@ -164,8 +164,9 @@ def test_importing_changes_nothing_and_pulls_in_no_extras() -> None:
         import torch, einops
         before = {name: set(vars(module)) for name, module in (("torch", torch), ("builtins", builtins), ("sys", sys),
                   ("Tensor", torch.Tensor), ("Module", torch.nn.Module))}
-        settings = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(), sys.getrecursionlimit(),
-                    sys.excepthook, sys.displayhook, list(warnings.filters), sys.gettrace(), sys.getprofile())
+        settings = (torch.is_grad_enabled(), torch.get_default_dtype(), torch.get_num_threads(),
+                    sys.getrecursionlimit(), sys.excepthook, sys.displayhook,
+                    list(warnings.filters), sys.gettrace(), sys.getprofile())
         methods = dict(vars(torch.Tensor))
         import tracelens
         for name, module in (("torch", torch), ("builtins", builtins), ("sys", sys), ("Tensor", torch.Tensor),

@@ -14,7 +14,7 @@ import torch
 
 from benchmarks.bout import OWN, Bout, write_inputs
 from benchmarks.overhead import Measurement, Settings, Tiny, run
-from benchmarks.overhead_report import COLUMNS, markdown, table
+from benchmarks.overhead_report import COLUMNS, aims, markdown, table, write
 from benchmarks.peers import by_hooks
 from benchmarks.peers.client import PeerProcess
 from benchmarks.peers.subject import CASES, Subject, largest_error, load_subject
@@ -73,6 +73,35 @@ def test_tables_hold_every_row(report: dict[str, Any]) -> None:
     for case in CASES.values():
         assert shown.count(f"\n{case} ") == 1
     assert "aim, tracelens program" in shown
+
+
+@pytest.mark.parametrize(
+    ("clock", "work", "verdict"),
+    [
+        ((1.02, 1.04), (1.01, 1.05), "met"),
+        ((1.02, 1.04), (1.01, 1.06), "within the spread"),  # the work may be more than was aimed at
+        ((1.02, 1.04), (1.06, 1.08), "missed"),
+        ((1.06, 1.08), (1.02, 1.04), "missed"),
+    ],
+)
+def test_an_aim_is_met_only_by_clock_and_work(
+    clock: tuple[float, float], work: tuple[float, float], verdict: str
+) -> None:
+    row = {"model": "tiny", "case": "read-one", "contestant": "tracelens trace"}
+    row |= {
+        name: {"value": sum(ends) / 2, "low": ends[0], "high": ends[1]}
+        for name, ends in (("ratio", clock), ("work_ratio", work))
+    }
+    (line,) = aims({"rows": [row]}, {"name": "tiny"})
+    assert line.endswith(f": {verdict}")
+
+
+def test_files_hold_the_report_and_the_page(report: dict[str, Any], tmp_path: Path) -> None:
+    write(report, tmp_path / "results", tmp_path / "docs" / "overhead.md")
+    assert json.loads((tmp_path / "results" / "overhead.json").read_text(encoding="utf-8")) == report
+    rows = "\n".join(line for line in markdown(report).splitlines() if line.startswith("|"))
+    assert rows in (tmp_path / "results" / "overhead.md").read_text(encoding="utf-8")
+    assert rows in (tmp_path / "docs" / "overhead.md").read_text(encoding="utf-8")
 
 
 def test_a_peer_that_cannot_be_imported_is_absent() -> None:

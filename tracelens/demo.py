@@ -13,14 +13,11 @@ from tracelens.loading import load
 from tracelens.model import Model
 
 PROMPT = "The capital of France is"
-STORY = "I watched the new film last night, and I thought that it was"
-CONTRAST = (
-    "That was wonderful. I loved it, every minute of it",
-    "That was terrible. I hated it, every minute of it",
-)
+STORY = "I went to the new restaurant last night. The food was"
+CONTRAST = ("I feel so happy and joyful today", "I feel so sad and miserable today")
 LAYER = 12
-STRENGTH = {"post_ln": 6.0, "resid_post": 1.5}
-NEW_TOKENS = 24
+STRENGTH = {"post_ln": 2.0, "resid_post": 2.0}
+NEW_TOKENS = 20
 PENALTY = 1.1
 
 
@@ -100,8 +97,8 @@ def run(model: Model | None = None, say: Callable[[str], None] = print) -> None:
             text = steered(model, site, LAYER, sign * strength)
             say(f"     {'+' if sign > 0 else '-'}v  {_quoted(text)}")
     say(
-        "\n   post_ln is what the MLP reads: an edit there reaches one branch. resid_post is the residual stream: an"
-        "\n   edit there is seen by every later layer. The same vector recipe, two different interventions."
+        "\n   post_ln is what the MLP of that one layer reads: an edit there reaches the text through that branch only."
+        "\n   resid_post is the residual stream: every later layer sees an edit there."
     )
     say("\n3. What ran: explain() of a steering trace\n")
     say("\n".join("   " + line for line in explained(model).splitlines()))

@@ -26,6 +26,7 @@ class MappedValue(PerLayerOperand):
     """
 
     __slots__ = ("_layers", "_members", "_saved_handle")
+    is_per_layer = True
 
     def __init__(self, layers: tuple[int, ...], members: tuple[Any, ...]) -> None:
         self._layers = layers
@@ -188,6 +189,7 @@ class PerLayer:
     """``tl.per_layer(V)``: row i of ``V`` belongs to the i-th of the mapped layers."""
 
     __slots__ = ("rows",)
+    is_per_layer = True
 
     def __init__(self, rows: Any) -> None:
         self.rows = torch.from_numpy(rows) if isinstance(rows, np.ndarray) else rows

@@ -17,14 +17,11 @@ from tracelens.errors import (
     Blaming,
     BlockEndedError,
     DuplicateNameError,
-    FailedRunError,
     ForeignValueError,
-    LayerMappingError,
     LostUpdateError,
     OptionError,
     PositionAxisError,
     SaveInGenerationError,
-    TracelensError,
     WriteTargetError,
 )
 from tracelens.ir.dims import Sizes
@@ -59,6 +56,7 @@ from tracelens.ir.sites import Effect, Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location, here
 from tracelens.origins import Origin, latest_origin, refuse_backwards
+from tracelens.refusing import one_layer_only
 from tracelens.subject import PADS, Anatomy, Prompted, spelling
 
 
@@ -352,20 +350,6 @@ class Recorder:
                 instead="write it inside the block, or use a saved value in a block of its own",
             )
 
-    def failed(self, what: str) -> FailedRunError:
-        """The error for asking a block that failed for ``what``."""
-        failure = self.failure
-        known = isinstance(failure, TracelensError)
-        words = failure.problem if known else f"{type(failure).__name__}: {failure}"
-        error = FailedRunError(
-            f"the block failed, so there is no {what}: {words}",
-            at=here(),
-            also=(("it failed at", failure.at),) if known and failure.at is not None else (),
-            instead="a new block, once the cause is mended",
-        )
-        error.__cause__ = failure
-        return error
-
     # --- arguments ---------------------------------------------------------------------------------------------
 
     def argument(self, arg: object) -> Arg:
@@ -380,18 +364,9 @@ class Recorder:
             return Ref(self.constant(arg))
         if isinstance(arg, list | tuple) and not isinstance(arg, torch.Size):
             return tuple(self.argument(part) for part in arg)
-        try:
-            return static_argument(arg)
-        except TracelensError:
-            from tracelens.mapped import PerLayer  # mapped is a later row of this floor
-            from tracelens.values import PerLayerOperand
-
-            if not isinstance(arg, PerLayer | PerLayerOperand):
-                raise
-        raise LayerMappingError(
-            f"{arg!r} stands for one thing per layer, and was used where there is one layer or none",
-            instead="model.layers[a:b].resid_post on the other side too, or .stack()[i] for one of the layers",
-        )
+        if getattr(type(arg), "is_per_layer", False):
+            raise one_layer_only(arg)
+        return static_argument(arg)
 
     def own(self, value: Any) -> int:
         """The number of a value in this recording; a saved value of a finished trace becomes a constant."""

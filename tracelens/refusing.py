@@ -10,7 +10,9 @@ from torch import nn
 
 from tracelens.errors import (
     DynamicShapeError,
+    FailedRunError,
     InPlaceError,
+    LayerMappingError,
     RandomFunctionError,
     TracelensError,
     UnsupportedFunctionError,
@@ -97,3 +99,26 @@ def module_called() -> str | None:
     if isinstance(found, torch.jit.ScriptModule):
         return f"the scripted module {found.original_name}"
     return f"the module {type(found).__name__}"
+
+
+def one_layer_only(thing: object) -> LayerMappingError:
+    """The error for something with one part per layer where one value is needed."""
+    return LayerMappingError(
+        f"{thing!r} stands for one thing per layer, and was used where there is one layer or none",
+        at=here(),
+        instead="model.layers[a:b].resid_post on the other side too, or .stack()[i] for one of the layers",
+    )
+
+
+def failed_block(failure: BaseException | None, what: str) -> FailedRunError:
+    """The error for asking a block that ended in ``failure`` for something."""
+    known = isinstance(failure, TracelensError)
+    words = failure.problem if known else f"{type(failure).__name__}: {failure}"
+    error = FailedRunError(
+        f"the block failed, so there is no {what}: {words}",
+        at=here(),
+        also=(("it failed at", failure.at),) if known and failure.at is not None else (),
+        instead="a new block, once the cause is mended",
+    )
+    error.__cause__ = failure
+    return error

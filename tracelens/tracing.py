@@ -28,6 +28,7 @@ from tracelens.open_recordings import enter, leave, open_recorder
 from tracelens.plan import Plan
 from tracelens.prompted import Prompt
 from tracelens.recorder import Recorder
+from tracelens.refusing import failed_block
 from tracelens.results import Results
 
 if TYPE_CHECKING:
@@ -101,7 +102,7 @@ class Recording:
         """The error for something that is there only after the block."""
         recorder = self._recorder
         if recorder is not None and recorder.failure is not None:
-            return recorder.failed(what)
+            return failed_block(recorder.failure, what)
         return NotRunYetError(
             f"there is no {what}: {why}", at=here(), instead=f"read the {what} after the block"
         )

@@ -31,6 +31,7 @@ from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location, here
 from tracelens.operand import Operand, apply_torch
 from tracelens.recorder import Recorder
+from tracelens.refusing import failed_block
 from tracelens.shapes import Shape
 from tracelens.subject import spelling
 from tracelens.tokens import Tokens
@@ -280,7 +281,7 @@ class Value(Operand):
                 instead="read it after the block",
             )
         if recorder.failure is not None:
-            raise recorder.failed("value")
+            raise failed_block(recorder.failure, "value")
         if self._saved_as is not None:
             raise NotRunYetError(
                 "model.record only writes down what to do, so there are no numbers",
