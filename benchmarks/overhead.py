@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import json
 import os
 import platform
 import random
@@ -29,7 +28,7 @@ import torch
 import transformers
 
 from benchmarks.bout import Bout
-from benchmarks.overhead_report import markdown, table
+from benchmarks.overhead_report import table, write
 from benchmarks.peers.client import PeerProcess
 from benchmarks.peers.subject import TOLERANCE
 
@@ -225,13 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     settings = Settings(tuple(known[name] for name in options.models), pythons, options.threads, options.seed)
     report = run(settings, say=lambda text: print(text, file=sys.stderr, flush=True))
     print(table(report))
-    if options.out is not None:
-        options.out.mkdir(parents=True, exist_ok=True)
-        (options.out / "overhead.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (options.out / "overhead.md").write_text(markdown(report), encoding="utf-8")
-    if options.page is not None:
-        options.page.parent.mkdir(parents=True, exist_ok=True)
-        options.page.write_text(markdown(report, page=True), encoding="utf-8")
+    write(report, options.out, options.page)
 
 
 if __name__ == "__main__":

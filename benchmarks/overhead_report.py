@@ -1,8 +1,16 @@
-"""The report of the overhead benchmark, as a table for the terminal and as Markdown."""
+"""The report of the overhead benchmark, as a table for the terminal and as Markdown.
+
+    python -m benchmarks.overhead_report benchmarks/results docs/benchmarks/overhead.md
+
+writes both Markdown files anew from ``overhead.json``, without measuring.
+"""
 
 from __future__ import annotations
 
+import json
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.subject import CASES
@@ -135,6 +143,17 @@ def markdown(report: dict[str, Any], *, page: bool = False) -> str:
     return "\n".join(lines) + "\n"
 
 
+def write(report: dict[str, Any], folder: Path | None, page: Path | None) -> None:
+    """Writes ``overhead.json`` and ``overhead.md`` into ``folder``, and the documentation's page."""
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "overhead.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        (folder / "overhead.md").write_text(markdown(report), encoding="utf-8")
+    if page is not None:
+        page.parent.mkdir(parents=True, exist_ok=True)
+        page.write_text(markdown(report, page=True), encoding="utf-8")
+
+
 def rows_of(report: dict[str, Any], model: dict[str, Any]) -> list[dict[str, Any]]:
     return [row for row in report["rows"] if row["model"] == model["name"]]
 
@@ -147,17 +166,26 @@ def notes(report: dict[str, Any], model: dict[str, Any]) -> Iterator[str]:
 
 
 def aims(report: dict[str, Any], model: dict[str, Any]) -> Iterator[str]:
-    """What was aimed at, and whether the interval lies below it, above it, or around it."""
+    """What was aimed at, and whether it was met: by the clock and by the work, so that neither's noise decides."""
     rows = {(row["case"], row["contestant"]): row for row in rows_of(report, model)}
     for case, contestant, which, most in (*AIMS, *AIMS_OF_MODEL.get(model["name"], ())):
         row = rows.get((case, contestant))
         if row is None:
             continue
-        found = row[which]
-        verdict = "met" if found["high"] <= most else "missed" if found["low"] > most else "within the spread"
-        work = row["work_ratio" if which == "ratio" else "work_to_hooks"]
+        clock, work = row[which], row["work_ratio" if which == "ratio" else "work_to_hooks"]
+        if max(clock["high"], work["high"]) <= most:
+            verdict = "met"
+        elif max(clock["low"], work["low"]) > most:
+            verdict = "missed"
+        else:
+            verdict = "within the spread"
         beside = "the bare forward" if which == "ratio" else "hooks by hand"
         yield (
-            f"aim, {contestant}, {CASES[case]}: at most {most:.3g} of {beside}; {ratio_text(found)}, "
+            f"aim, {contestant}, {CASES[case]}: at most {most:.3g} of {beside}; {ratio_text(clock)}, "
             f"of work {ratio_text(work)}: {verdict}"
         )
+
+
+if __name__ == "__main__":
+    results = Path(sys.argv[1])
+    write(json.loads((results / "overhead.json").read_text(encoding="utf-8")), results, Path(sys.argv[2]))
