@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+import weakref
+
 import numpy as np
 import pytest
 import torch
@@ -132,3 +135,26 @@ def test_bfloat16_reaches_numpy_as_float32() -> None:
         model.layers[1].resid_post.save("h")
     assert t["h"].dtype is torch.bfloat16
     assert t.results.numpy()["h"].dtype == np.float32
+
+
+def test_a_mapped_handle_is_one_value_per_layer_in_the_block_and_the_stack_after_it(model: tl.Model) -> None:
+    with model.trace(IDS):
+        saved = model.layers[:].resid_post.save()
+        doubled = (2 * saved[:, -1]).save()
+    assert saved.value.shape == (3, 1, 6, 48)
+    assert torch.equal(doubled.value, 2 * saved.value[:, :, -1])
+    assert saved.shape == (3, 1, 6, 48)
+    assert saved.ndim == 4
+    assert torch.equal(saved[2], saved.value[2])
+    assert torch.equal(saved.mean(0), saved.value.mean(0))
+
+
+def test_a_dropped_handle_frees_its_memory(model: tl.Model) -> None:
+    with model.trace(IDS) as t:
+        kept = model.layers[0].resid_post.save()
+        dropped = model.layers[1].resid_post.save()
+    watch = weakref.ref(dropped.value)
+    del dropped, t
+    gc.collect()
+    assert watch() is None
+    assert kept.value.shape == (1, 6, 48)

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracelens.errors import EmptyPromptError, PromptError, PromptTooLongError
+from tracelens.errors import EmptyPromptError, NoTokenizerError, PromptError, PromptTooLongError
 from tracelens.spelling import Spelling, spell
 
 if TYPE_CHECKING:
@@ -90,6 +90,7 @@ def prepare(
     tokenizer: PreTrainedTokenizerBase | None = None,
     *,
     max_positions: int | None,
+    room: int = 0,
     pad_id: int | None = None,
     vocab_size: int | None = None,
 ) -> Batch:
@@ -98,7 +99,8 @@ def prepare(
     ``prompt`` is a text, a list of texts, a list of token ids, a list of such lists (of any lengths), an integer tensor
     or array of one or two dimensions, or a dict of ``input_ids`` and, if wanted, ``attention_mask`` (0/1 or bool) and
     ``position_ids``, padded on either side. Texts are tokenised as the tokenizer does it by itself, special tokens
-    included; padding is ours, and the tokenizer's own settings are neither used nor changed.
+    included; ``room`` is how many are to
+    be generated after them. Padding is ours, and the tokenizer's own settings are neither used nor changed.
 
     Raises ``EmptyPromptError``, ``PromptTooLongError`` (more than ``max_positions`` tokens) and ``PromptError``.
 
@@ -129,11 +131,13 @@ def prepare(
             instead="a prompt of at least one token; to start from nothing, give the model's first token, such as bos",
         )
     longest = max(lengths)
-    if max_positions is not None and longest > max_positions:
+    if max_positions is not None and longest + room > max_positions:
         raise PromptTooLongError(
-            f"{_row(lengths.index(longest), len(lengths))} has {longest} tokens, "
-            f"and the model has {max_positions} positions",
-            instead="a shorter prompt: tracelens does not cut it for you",
+            f"{_row(lengths.index(longest), len(lengths))} has {longest} tokens"
+            + (f", {room} more are to be generated," if room else ",")
+            + f" and the model has {max_positions} positions",
+            instead=("fewer new tokens, or " if room else "")
+            + "a shorter prompt: tracelens does not cut it for you",
         )
     if isinstance(ids, Tensor):
         input_ids = ids.clone()  # the caller may go on to change theirs
@@ -188,7 +192,7 @@ def _named(thing: object) -> str:
 
 def _tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> Rows:
     if tokenizer is None:
-        raise PromptError(
+        raise NoTokenizerError(
             "the prompt is text, and the model was given no tokenizer",
             instead="tl.wrap(model, tokenizer), or a prompt of token ids",
         )

@@ -23,10 +23,26 @@ from tracelens.errors import (
     SpecialisedGraphError,
     TracelensError,
     VerificationError,
+    WriteTargetError,
 )
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import torch_dtype
-from tracelens.ir.ops import Const, Index, IndexPut, Keep, Param, Read, Ref, Save, Write
+from tracelens.ir.ops import (
+    Const,
+    Index,
+    IndexPut,
+    Keep,
+    Param,
+    Read,
+    Ref,
+    Save,
+    TokenAt,
+    TokenList,
+    TokenSelector,
+    TokenSlice,
+    TokenText,
+    Write,
+)
 from tracelens.ir.retype import mixing_operations, retype, sizes_of
 from tracelens.ir.text import op_text
 from tracelens.ir.types import TensorType
@@ -62,6 +78,17 @@ class Compiled:
     def results(self, tensors: Mapping[str, Callable[[], Any]]) -> Results:
         """The results of a run."""
         return Results({saved.name: replace(saved, fetch=tensors[saved.name]) for saved in self.described})
+
+    @cached_property
+    def selectors(self) -> tuple[tuple[int, TokenSelector], ...]:
+        """The recorded operations that address tokens, with what they address."""
+        return tuple(
+            (number, item)
+            for number, op in enumerate(self.recorded.ops)
+            if isinstance(op, Index | IndexPut)
+            for item in op.index
+            if isinstance(item, TokenAt | TokenList | TokenSlice | TokenText)
+        )
 
     @cached_property
     def mixing(self) -> tuple[int, ...]:
@@ -243,6 +270,16 @@ def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
             ),
             max(pin.op, 0),
         )
+    for number, selector in compiled.selectors:
+        try:
+            selection = prompt.select(selector)
+            if selection.repeats and isinstance(graph.ops[number], IndexPut):
+                raise WriteTargetError(
+                    "a token is selected twice in a row, so that assigning to it has no one meaning",
+                    instead="each token once",
+                )
+        except TracelensError as error:
+            raise graph.blame(error, number) from None
     if prompt.ragged and compiled.mixing:
         number = compiled.mixing[0]
         raise graph.blame(

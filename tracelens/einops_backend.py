@@ -5,10 +5,12 @@ einops finds backends by looking at the subclasses of its ``AbstractBackend``; d
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from einops import EinopsError
 from einops._backends import AbstractBackend  # pyright: ignore[reportPrivateUsage]  # the documented way to add a backend
 
 from tracelens.errors import ShapeError
@@ -66,6 +68,22 @@ def _length(dim: Dim, sizes: Sizes | None) -> Any:
     return dim if isinstance(dim, int) else AxisLength(dim, sizes)
 
 
+class _EinopsShape(tuple[Any, ...]):
+    """A value's shape. einops shows it only when it reports a pattern that does not fit, and then we report that."""
+
+    __slots__ = ()
+
+    def __format__(self, spec: str) -> str:
+        error = sys.exception()
+        if isinstance(error, EinopsError):
+            raise ShapeError(
+                f"einops on a value with axes {tuple(self)}: {str(error).strip()}",
+                at=here(),
+                instead="a pattern that names each of these axes, with lengths that divide them",
+            ) from None
+        return super().__format__(spec)
+
+
 class ValueBackend(AbstractBackend):
     """einops on tracelens values."""
 
@@ -77,7 +95,7 @@ class ValueBackend(AbstractBackend):
     def shape(self, x: Any) -> tuple[Any, ...]:
         if not _recording(x):
             return tuple(_tensor(x).shape)
-        return tuple(_length(dim, x._recorder.sizes) for dim in _one(x)._type.shape)
+        return _EinopsShape(_length(dim, x._recorder.sizes) for dim in _one(x)._type.shape)
 
     def reshape(self, x: Any, shape: Sequence[Any]) -> Any:
         if not _recording(x):

@@ -51,11 +51,11 @@ class MappedValue(PerLayerOperand):
 
     @property
     def dtype(self) -> torch.dtype:
-        return self._members[0].dtype
+        return self._spokesman.dtype
 
     @property
     def ndim(self) -> int:
-        return self._members[0].ndim
+        return self._result().ndim if self._has_result() else self._members[0].ndim
 
     def dim(self) -> int:
         return self.ndim
@@ -65,11 +65,11 @@ class MappedValue(PerLayerOperand):
 
     @property
     def T(self) -> Any:  # torch's name
-        return self._each(lambda member: member.T)
+        return self._result().T if self._has_result() else self._each(lambda member: member.T)
 
     @property
     def mT(self) -> Any:  # torch's name
-        return self._each(lambda member: member.mT)
+        return self._result().mT if self._has_result() else self._each(lambda member: member.mT)
 
     @property
     def tok(self) -> MappedTokens:
@@ -96,11 +96,11 @@ class MappedValue(PerLayerOperand):
         device: str = "cpu",
         dtype: torch.dtype | None = None,
         to: str | None = None,
-    ) -> Saved:
+    ) -> MappedValue:
         """Lets the values leave the run, stacked on a new first axis in the order of the layers."""
         recorder = self._recorder
         if not self._is_recording():
-            raise (self._saved_handle or self._members[0])._too_late()
+            raise self._spokesman._too_late()
         members = tuple(recorder.own(member) for member in self._members)
         kinds = {recorder.types[member] for member in members}
         if len(kinds) > 1:
@@ -115,14 +115,22 @@ class MappedValue(PerLayerOperand):
             to=to,
         )
         handle = Saved(recorder, members[0])
-        handle._saved_as = saved
-        self._saved_handle = self._saved_handle or handle
-        return handle
+        handle._expect(saved)
+        self._saved_handle = handle if self._saved_handle is None else self._saved_handle
+        # In the block the handle is still one value per layer; afterwards it is the stacked tensor.
+        mapped = MappedValue(self._layers, self._members)
+        mapped._saved_handle = handle
+        return mapped
 
     @property
     def value(self) -> Any:
         """The saved tensor, stacked."""
         return self._result()
+
+    @property
+    def _spokesman(self) -> Value:
+        """The handle of the stack, if it was saved, else the value of the first layer."""
+        return self._members[0] if self._saved_handle is None else self._saved_handle
 
     # --- the two kinds of operands -------------------------------------------------------------------------------
 
@@ -135,7 +143,7 @@ class MappedValue(PerLayerOperand):
         )
 
     def _result(self) -> Any:
-        return (self._saved_handle or self._members[0])._result()
+        return self._spokesman._result()
 
     def _apply(self, name: str, args: Sequence[object], kwargs: Mapping[str, object] | None) -> Any:
         layers = _common_layers([*args, *(kwargs or {}).values()])

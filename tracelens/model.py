@@ -9,7 +9,7 @@ from torch import nn
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.batch import prepare
 from tracelens.compiling import Compiler
-from tracelens.errors import OptionError, TracelensError
+from tracelens.errors import Blaming, OptionError, TracelensError
 from tracelens.handles import Layers, global_site, no_target, recorder_of, unknown_global
 from tracelens.ir.graph import Graph
 from tracelens.ir.sites import GLOBAL_KINDS, Site
@@ -36,7 +36,8 @@ class Model:
     layers: Layers
 
     def __init__(self, hf_model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
-        anatomy = ModelAnatomy(hf_model)
+        with Blaming(here()):
+            anatomy = ModelAnatomy(hf_model)
         for name, value in zip(
             _OWN, (Compiler(anatomy), hf_model, tokenizer, anatomy, Layers(anatomy)), strict=True
         ):
@@ -97,7 +98,8 @@ class Model:
             batch = prepare(
                 prompt,
                 self._tokenizer,
-                max_positions=None if limit is None else limit - room,
+                max_positions=limit,
+                room=room,
                 vocab_size=self.anatomy.widths["V"],
                 pad_id=self._pad_id(),
             )

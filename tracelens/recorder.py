@@ -6,7 +6,8 @@ lost updates, stale values, shapes, dtypes, the position axis. It knows types an
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -81,7 +82,7 @@ class Recorder:
         self.constants: list[Captured] = []
         self.functions: list[object] = []
         self.saves: dict[str, Location] = {}
-        self.saved_tensors: dict[str, Any] = {}
+        self.awaiting: list[tuple[str, weakref.ref[Any]]] = []
         self._versions: dict[Site, int] = {}
         self._site_types: dict[str, TensorType] = {}
         self._reads: dict[tuple[Site, int], int] = {}
@@ -320,6 +321,14 @@ class Recorder:
             del self._pending[value]
 
     # --- the end -----------------------------------------------------------------------------------------------
+
+    def deliver(self, tensors: Mapping[str, Callable[[], Any]]) -> None:
+        """Gives every handle its tensor. The recording itself keeps none, so that a dropped handle frees its memory."""
+        for name, reference in self.awaiting:
+            handle = reference()
+            if handle is not None:
+                handle._fetch = tensors[name]
+        self.awaiting.clear()
 
     def finish(self) -> Graph:
         """Closes the recording; raises :class:`LostUpdateError` if an update was dropped on the way."""

@@ -11,12 +11,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
+from tracelens.errors import UnknownSaveError
 from tracelens.ir import dims
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Index, Read, Save
 from tracelens.ir.sites import Site
 from tracelens.ir.text import index_text
 from tracelens.ir.types import TensorType
+from tracelens.location import here
 
 if TYPE_CHECKING:
     import pandas
@@ -68,7 +70,11 @@ class Results(Mapping[str, Any]):
             return self.entries[name].tensor
         except KeyError:
             known = ", ".join(map(repr, self.entries)) or "nothing"
-            raise KeyError(f"nothing was saved as {name!r}; saved: {known}") from None
+            raise UnknownSaveError(
+                f"nothing was saved as {name!r}; saved: {known}",
+                at=here(),
+                instead="value.save(name) in the block, and the same name here",
+            ) from None
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.entries)

@@ -17,11 +17,14 @@ from torch import Tensor
 from tracelens.batch import Batch
 from tracelens.errors import (
     DtypeError,
+    IndexingError,
+    NoTokenizerError,
     PositionAxisError,
     RaggedSelectionError,
     ShapeError,
     SpecialisedGraphError,
     TokenMatchError,
+    TokenRangeError,
 )
 from tracelens.ir.ops import TokenAt, TokenList, TokenSelector, TokenSlice, TokenText
 from tracelens.spelling import Spelling
@@ -81,7 +84,7 @@ def resolve(
 ) -> Selection:
     """Find the tokens that a selector means in each row of a batch.
 
-    Raises ``RaggedSelectionError`` where rows would select different numbers of tokens, ``PositionAxisError`` where no
+    Raises ``RaggedSelectionError`` where rows would select different numbers of tokens, ``TokenRangeError`` where no
     row has such tokens, ``TokenMatchError`` where a text is not spelt exactly once, and ``SpecialisedGraphError`` where
     the selector was recorded with another number of tokens.
 
@@ -161,7 +164,7 @@ def _counts(counts: Sequence[int], verb: str) -> str:
 
 def _listed(indices: Sequence[int], batch: Batch, what: str) -> list[tuple[int, ...]]:
     if not indices:
-        raise PositionAxisError(f"{what} selects no tokens", instead="at least one index")
+        raise TokenRangeError(f"{what} selects no tokens", instead="at least one index")
     for index in indices:
         outside = [row for row, length in enumerate(batch.lengths) if not -length <= index < length]
         if not outside:
@@ -169,7 +172,7 @@ def _listed(indices: Sequence[int], batch: Batch, what: str) -> list[tuple[int, 
         if len(outside) == len(batch.lengths):
             only_row = len(batch.lengths) == 1
             counts = f"it has {_tokens(batch.lengths[0])}" if only_row else _counts(batch.lengths, "has")
-            raise PositionAxisError(
+            raise TokenRangeError(
                 f"{what} is outside the prompt: there is no token {index}, {counts}",
                 instead="an index that counts the real tokens, from 0, or from -1 at the end",
             )
@@ -183,7 +186,7 @@ def _listed(indices: Sequence[int], batch: Batch, what: str) -> list[tuple[int, 
 
 def _sliced(selector: TokenSlice, batch: Batch) -> list[range]:
     if selector.step == 0:
-        raise PositionAxisError(f"{written(selector)} has a step of zero")
+        raise IndexingError(f"{written(selector)} has a step of zero", instead=".tok[1:4]")
     slice_ = slice(selector.start, selector.stop, selector.step)
     real = [range(length)[slice_] for length in batch.lengths]
     _check_widths([len(row) for row in real], written(selector))
@@ -197,7 +200,7 @@ def _check_widths(widths: Sequence[int], what: str) -> None:
             instead="a selector that takes equally many of each row, such as [-3:], or one trace per prompt",
         )
     if not widths[0]:
-        raise PositionAxisError(
+        raise TokenRangeError(
             f"{what} selects no tokens", instead="a selector that takes at least one token of each row"
         )
 
@@ -207,12 +210,14 @@ def _check_widths(widths: Sequence[int], what: str) -> None:
 
 def _spelt(selector: TokenText, batch: Batch, tokenizer: PreTrainedTokenizerBase | None) -> list[range]:
     if tokenizer is None:
-        raise TokenMatchError(
+        raise NoTokenizerError(
             f"{written(selector)} needs a tokenizer to know what the tokens spell, and the model was given none",
             instead="tl.wrap(model, tokenizer), or a selector that counts tokens",
         )
     if not selector.text:
-        raise TokenMatchError(f"{written(selector)} names no text")
+        raise TokenMatchError(
+            f"{written(selector)} names no text", instead="a text that stands in the prompt once"
+        )
     spans = [_span(selector, row, spelling) for row, spelling in enumerate(batch.spellings(tokenizer))]
     if selector.pick is None:
         _check_widths([len(span) for span in spans], written(selector))
@@ -270,7 +275,7 @@ def mask_indices(mask: Tensor | np.ndarray, batch: Batch) -> tuple[Tensor, Tenso
     """The places where a bool mask [B, P] is true, as int64 ``(rows, columns)`` in row-major order, on the CPU.
 
     The mask is in the padded coordinates of the batch. Raises ``DtypeError`` (not bool), ``ShapeError`` (not [B, P])
-    and ``PositionAxisError`` (true at padding, or nowhere).
+    ``PositionAxisError`` (true at padding) and ``TokenRangeError`` (true nowhere).
     """
     if isinstance(mask, np.ndarray) and mask.dtype == np.bool_:
         mask = torch.from_numpy(mask.copy())
@@ -295,7 +300,9 @@ def mask_indices(mask: Tensor | np.ndarray, batch: Batch) -> tuple[Tensor, Tenso
         )
     rows, columns = mask.nonzero(as_tuple=True)
     if not len(rows):
-        raise PositionAxisError("the mask is true nowhere, so it selects no tokens")
+        raise TokenRangeError(
+            "the mask is true nowhere, so it selects no tokens", instead="a mask that is true somewhere"
+        )
     return rows, columns
 
 

@@ -167,7 +167,7 @@ class Trace(Recording):
             return
         compiled = self._compiled()
         tensors = self._compiler.run(graph, compiled, self._prompt)
-        recorder.saved_tensors.update(tensors)
+        recorder.deliver(tensors)
         self._results = compiled.results(tensors)
 
     @property

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import weakref
 from collections import namedtuple
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -49,7 +50,17 @@ class Value(Operand):
     indexing and any pure torch function give new values.
     """
 
-    __slots__ = ("_id", "_index", "_parent", "_recorder", "_saved_as", "_site", "_stale", "_version")
+    __slots__ = (
+        "_fetch",
+        "_id",
+        "_index",
+        "_parent",
+        "_recorder",
+        "_saved_as",
+        "_site",
+        "_stale",
+        "_version",
+    )
 
     def __init__(self, recorder: Recorder, id: int) -> None:
         self._recorder = recorder
@@ -60,6 +71,7 @@ class Value(Operand):
         self._index: tuple[IndexItem, ...] | None = None
         self._stale: Any = None
         self._saved_as: str | None = None
+        self._fetch: Callable[[], Any] | None = None
 
     @classmethod
     def of_site(cls, recorder: Recorder, site: Site) -> Value:
@@ -249,9 +261,15 @@ class Value(Operand):
             self._parent,
             self._index,
         )
-        handle._saved_as = saved
-        self._saved_as = self._saved_as or saved
+        handle._expect(saved)
+        if self._saved_as is None:
+            self._expect(saved)
         return handle
+
+    def _expect(self, name: str) -> None:
+        """Waits for the tensor that the run will save under ``name``."""
+        self._saved_as = name
+        self._recorder.awaiting.append((name, weakref.ref(self)))
 
     @property
     def value(self) -> Any:
@@ -268,12 +286,12 @@ class Value(Operand):
         )
 
     def _has_result(self) -> bool:
-        return self._saved_as is not None and self._saved_as in self._recorder.saved_tensors
+        return self._fetch is not None
 
     def _result(self) -> Any:
         recorder = self._recorder
-        if self._saved_as is not None and self._saved_as in recorder.saved_tensors:
-            return recorder.saved_tensors[self._saved_as]()
+        if self._fetch is not None:
+            return self._fetch()
         if recorder.is_open:
             raise NotRunYetError(
                 "the model has not run yet: values have numbers only after the block",

@@ -36,7 +36,12 @@ class ModelAnatomy:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        config: Any = model.config
+        config: Any = getattr(model, "config", None)
+        if not isinstance(model, nn.Module) or config is None:  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise UnknownArchitectureError(
+                f"a {type(model).__name__} is not a model of transformers",
+                instead="tl.wrap(model) with a loaded model, or tl.load(name) with the name of one",
+            )
         self.config = config
         self.family = family_of(config)
         self.n_layers: int = config.num_hidden_layers

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tracelens.backends.selecting import put_tokens, take_tokens
-from tracelens.errors import MutatedActivationError, SiteMismatchError
+from tracelens.errors import ApplyResultError, MutatedActivationError, SiteMismatchError
 from tracelens.ir import dims
 from tracelens.ir.infer import resolve, torch_dtype
 from tracelens.ir.ops import (
@@ -217,21 +217,32 @@ def _apply(op: Apply) -> Action:
                 "the applied function changed one of its arguments in place",
                 instead="a function that returns new tensors",
             )
-        parts = (result,) if isinstance(result, torch.Tensor) else tuple(result)
+        parts: tuple[Any, ...] = tuple(result) if isinstance(result, tuple | list) else (result,)
         if len(parts) != len(outs):
-            raise SiteMismatchError(
-                f"the applied function gave {len(parts)} results, {len(outs)} were declared"
+            raise ApplyResultError(
+                f"the applied function gave {_counted(len(parts))}, where like= declares {len(outs)}",
+                instead="like=(a, b) with one value or tensor for each result",
             )
         for out, part, type_, dtype in zip(outs, parts, types, dtypes, strict=True):
+            if not isinstance(part, torch.Tensor):
+                raise ApplyResultError(
+                    f"the applied function gave {part!r}, where like= declares a tensor",
+                    instead="a function that returns tensors",
+                )
             if part.shape != type_.sizes(state.sizes) or part.dtype is not dtype:
-                raise SiteMismatchError(
+                raise ApplyResultError(
                     f"the applied function gave {part.dtype} {tuple(part.shape)}, "
-                    f"where {dtype} {type_.sizes(state.sizes)} was declared by like=",
+                    f"where like= declares {dtype} {type_.sizes(state.sizes)}",
+                    instead="like= a value or tensor of the shape and dtype that the function returns",
                 )
             state.foreign.add(part.untyped_storage().data_ptr())
             state.values[out] = part
 
     return apply
+
+
+def _counted(results: int) -> str:
+    return "1 result" if results == 1 else f"{results} results"
 
 
 def _getter(arg: Arg) -> Callable[[State], Any]:

@@ -25,6 +25,7 @@ from tracelens.errors import (
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Call, IndexPut, results
 from tracelens.ir.sites import Site
+from tracelens.location import here
 from tracelens.program import Block, Program
 
 
@@ -232,7 +233,9 @@ class Run:
         """
         if _running.model is self.model:
             raise NestedTraceError(
-                "a trace of this model was run from inside a run of it (by an applied function)"
+                "a trace of this model was run from inside a run of it, by an applied function",
+                at=here(),
+                instead="save the value, and open the second trace after the first block",
             )
         lock = lock_of(self.model)
         with lock:

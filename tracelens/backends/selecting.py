@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tracelens.errors import WriteTargetError
 from tracelens.selection import Selection
 
 
@@ -29,6 +30,11 @@ def put_tokens(
     tensor: torch.Tensor, selection: Selection, batch_axis: int | None, axis: int, value: Any
 ) -> None:
     """Assigns to the selected positions of ``axis``, in place."""
+    if selection.repeats:
+        raise WriteTargetError(
+            "a token is selected twice in a row, so that assigning to it has no one meaning",
+            instead="each token once",
+        )
     uniform = selection.uniform
     if uniform is not None:
         tensor[(slice(None),) * axis + (uniform,)] = value

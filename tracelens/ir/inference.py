@@ -68,7 +68,7 @@ _TRIALS = (
     _SMALL,
     {dims.BATCH: 1, dims.POSITION: 1, dims.KEY: 1},
     {dims.BATCH: 6, dims.POSITION: 12, dims.KEY: 12},
-    {dims.BATCH: 8, dims.POSITION: 256, dims.KEY: 256},
+    {dims.BATCH: 2, dims.POSITION: 64, dims.KEY: 64},
 )
 _FEW = 1 << 18
 

@@ -129,8 +129,10 @@ def reorder(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> In
         if len(shifts) != len(integers(given)) or value.ndim == 0:
             raise Defer
         axes = tuple(axis_of(part, value.ndim) for part in integers(given))
-    else:
+    elif isinstance(given, tuple):
         axes = axes_of(given, value.ndim)
+    else:
+        raise Defer
     return sizing.done(value, touching(value.shape, axes))
 
 

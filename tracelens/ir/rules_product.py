@@ -36,22 +36,21 @@ def contract(
     sizes: dict[Label, Dim] = {}
     mixes = False
     for value, labels in operands:
-        seen: set[Label] = set()
+        own: dict[Label, Dim] = {}
         for label, dim in zip(labels, value.shape, strict=True):
-            known = sizes.get(label)
-            if known is None:
+            if label in own:
+                # A diagonal: the sizes must be the same, and over positions it mixes.
+                own[label], _ = _same(sizing, own[label], dim)
+                mixes = mixes or _positional(dim)
+            else:
+                own[label] = dim
+        for label, dim in own.items():
+            if label not in sizes:
                 sizes[label] = dim
-            elif label in stretchable and label not in seen:
-                sizes[label], by_number = merge(sizing, known, dim)
+            else:
+                common = merge if label in stretchable else _same
+                sizes[label], by_number = common(sizing, sizes[label], dim)
                 mixes = mixes or by_number
-            elif not sizing.equal(known, dim):
-                raise Misfit
-            elif known != dim:
-                mixes = mixes or _positional(known) or _positional(dim)
-                sizes[label] = known if not isinstance(known, int) else dim
-            if label in seen and _positional(dim):
-                mixes = True  # a diagonal over positions
-            seen.add(label)
     if any(label not in sizes for label in out):
         raise Misfit
     gone = [dim for label, dim in sizes.items() if label not in out]
@@ -60,6 +59,15 @@ def contract(
         if carries(dim, dims.POSITION) or (carries(dim, dims.BATCH) and positions_stay):
             mixes = True
     return tuple(sizes[label] for label in out), mixes or rows_differ(operands)
+
+
+def _same(sizing: Sizing, left: Dim, right: Dim) -> tuple[Dim, bool]:
+    """The size of two axes that must be equal, and whether positions had to be taken by number for it."""
+    if left == right:
+        return left, False
+    if not sizing.equal(left, right):
+        raise Misfit
+    return (right if isinstance(left, int) else left), _positional(left) or _positional(right)
 
 
 def _positional(dim: Dim) -> bool:
@@ -128,12 +136,9 @@ def added(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Infe
 
 def _plus(sizing: Sizing, result: TensorType, bias: TensorType, mixes: bool) -> Inferred:
     shape, by_number = broadcast(sizing, [result, bias])
-    if len(shape) != result.ndim or any(
-        now == 1 != was for now, was in zip(shape, result.shape, strict=True)
-    ):
+    # The addend may be stretched, the product may not.
+    if len(shape) != result.ndim or not all(map(sizing.equal, shape, result.shape)):
         raise Misfit
-    if any(was == 1 != now for now, was in zip(shape, result.shape, strict=True)):
-        raise Misfit  # the addend may be stretched, the product may not
     return sizing.done(TensorType(result.dtype, shape), mixes or by_number)
 
 

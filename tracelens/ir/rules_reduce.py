@@ -119,6 +119,8 @@ def reduction(sizing: Sizing, name: str, args: tuple[AbstractArg, ...], kwargs: 
         prefix = _quantiles(bound, value)
     elif "norm" in name:
         _order(bound)
+        if name == "torch.norm" and bound.get("dim") is not None and len(axes) > 2:
+            raise Defer  # which of the norms takes so many axes is torch's to say
     shape = (*prefix, *_reduced(value.shape, axes, keep))
     mixes = touching(value.shape, axes, name in _KEYS_ADD_UP)
     fields = FUNCTIONS[name].results
