@@ -15,7 +15,7 @@ from transformers import GenerationMixin
 from tests.support.families import EVERY
 from tests.support.tokenizers import SENTENCES, byte_level_bpe, sentencepiece_like
 from tracelens.batch import Batch, prepare
-from tracelens.errors import EmptyPromptError, PromptError, PromptTooLongError
+from tracelens.errors import EmptyPromptError, NoTokenizerError, PromptError, PromptTooLongError
 
 ROWS = st.lists(st.lists(st.integers(0, 96), min_size=1, max_size=9), min_size=1, max_size=5)
 
@@ -407,7 +407,7 @@ def test_prompts_that_are_too_long():
 def test_prompts_that_cannot_be_run(prompt, says):
     with pytest.raises(PromptError, match=says) as caught:
         batch(prompt, vocab_size=97)
-    assert type(caught.value) is PromptError
+    assert type(caught.value) is (NoTokenizerError if says == "no tokenizer" else PromptError)
     assert caught.value.at is None
 
 

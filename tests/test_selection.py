@@ -17,6 +17,7 @@ from tracelens.batch import Batch, prepare
 from tracelens.errors import (
     DtypeError,
     IndexingError,
+    NoTokenizerError,
     PositionAxisError,
     RaggedSelectionError,
     ShapeError,

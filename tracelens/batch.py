@@ -99,8 +99,8 @@ def prepare(
     ``prompt`` is a text, a list of texts, a list of token ids, a list of such lists (of any lengths), an integer tensor
     or array of one or two dimensions, or a dict of ``input_ids`` and, if wanted, ``attention_mask`` (0/1 or bool) and
     ``position_ids``, padded on either side. Texts are tokenised as the tokenizer does it by itself, special tokens
-    included; ``room`` is how many are to
-    be generated after them. Padding is ours, and the tokenizer's own settings are neither used nor changed.
+    included; ``room`` is how many are to be generated after them. Padding is ours, and the tokenizer's own settings are
+    neither used nor changed.
 
     Raises ``EmptyPromptError``, ``PromptTooLongError`` (more than ``max_positions`` tokens) and ``PromptError``.
 
