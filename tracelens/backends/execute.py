@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from tracelens.backends.selecting import put_tokens, take_tokens
-from tracelens.errors import ApplyResultError, MutatedActivationError, SiteMismatchError
+from tracelens.errors import ApplyResultError, MutatedActivationError, SiteMismatchError, VerificationError
 from tracelens.ir import dims
 from tracelens.ir.infer import resolve, torch_dtype
 from tracelens.ir.ops import (
+    WHOLE,
     Apply,
     Arg,
     Call,
@@ -285,15 +286,10 @@ def _index(op: Index, types: Mapping[int, TensorType]) -> Action:
     if place is not None:
         selector: Any = op.index[place]
         batch = types[base].batch_axis
-        rest = [_item_getter(item) for item in op.index[place + 1 :]]
-        before = place - sum(item is None for item in op.index[:place])
 
         def take(state: State) -> None:
-            taken = take_tokens(state.values[base], state.select(selector), batch, before)
-            state.values[out] = taken
+            state.values[out] = take_tokens(state.values[base], state.select(selector), batch, place)
 
-        if rest or any(item != Slice() for item in op.index[:place]):
-            raise SiteMismatchError("a token selector stands alone in its index")
         return take
     if all(not isinstance(item, Ref) for item in op.index):
         plain = tuple(_item_getter(item)(None) for item in op.index)  # pyright: ignore[reportArgumentType]  # plain items need no state
@@ -335,7 +331,13 @@ def _put(op: IndexPut, types: Mapping[int, TensorType]) -> Action:
 
 
 def _selector_place(index: tuple[IndexItem, ...]) -> int | None:
-    return next((place for place, item in enumerate(index) if isinstance(item, _SELECTORS)), None)
+    """The axis that a token selector stands at, if there is one; it stands alone, as ``.tok[...]`` makes it."""
+    place = next((place for place, item in enumerate(index) if isinstance(item, _SELECTORS)), None)
+    if place is not None and index != (*([WHOLE] * place), index[place]):
+        raise VerificationError(
+            "a token selector cannot be mixed with other indices", instead="index in two steps"
+        )
+    return place
 
 
 def _write(op: Write, fresh: frozenset[int]) -> Action:

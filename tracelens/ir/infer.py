@@ -9,6 +9,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import math
+import threading
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache, lru_cache
 from types import EllipsisType
@@ -263,6 +265,8 @@ def _concrete(arg: AbstractArg, sizes: Sizes, stuff: Stuff) -> Any:
     return arg
 
 
+# The filters of warnings belong to all threads, so that only one may change them at a time.
+_ONE_AT_A_TIME = threading.Lock()
 _LINALG_ERROR = cast("type[Exception]", cast("Any", torch.linalg).LinAlgError)
 _STUFF: Mapping[Stuff, tuple[Callable[..., torch.Tensor], str]] = {
     Stuff.META: (torch.empty, "meta"),
@@ -278,7 +282,10 @@ def _run(
     plain = [_concrete(arg, sizes, stuff) for arg in args]
     named = {key: _concrete(value, sizes, stuff) for key, value in kwargs}
     try:
-        with torch.no_grad():
+        with torch.no_grad(), _ONE_AT_A_TIME, warnings.catch_warnings():
+            warnings.simplefilter(
+                "ignore"
+            )  # about sizes that may be ours alone; the real run says what there is to say
             result = function(*plain, **named)
     except (
         RuntimeError, LookupError, ValueError, TypeError, AttributeError, AssertionError, ArithmeticError,
