@@ -14,6 +14,7 @@ from tracelens.errors import (
 )
 from tracelens.ir.abstract import AbstractArg, AbstractKwargs, Misfit, Unsettled, replace_tensors, tensors_in
 from tracelens.ir.dims import Sizes
+from tracelens.ir.probe import by_name
 from tracelens.ir.types import DType, TensorType
 
 Trial = Callable[[tuple[AbstractArg, ...], AbstractKwargs], object]
@@ -73,7 +74,7 @@ def named_error(
 ) -> TracelensError:
     """The error for a call that torch refuses.  ``trial`` says whether another call would fit, by raising or not."""
     error = said.error if isinstance(said, Refused) else None
-    words = str(said).strip() or "these arguments do not fit"
+    words = by_name(str(said).strip()) or "these arguments do not fit"
     values = tensors_in((*args, *(value for _, value in kwargs)))
     symbols = sorted(frozenset[str]().union(*(value.symbols for value in values)))
     where = ", ".join(
@@ -90,7 +91,7 @@ def named_error(
     if any(_fits_as(dtype, args, kwargs, trial) for dtype in (DType.FLOAT32, DType.INT64)):
         return DtypeError(problem)
     if isinstance(error, IndexError) or not speaks_of_dtypes(words):
-        return ShapeError(problem)
+        return ShapeError(problem, instead="shapes that fit: value.shape is known inside the block")
     return DtypeError(problem)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import combinations
@@ -68,8 +69,17 @@ def probed(run: Run, shapes: Sequence[tuple[Dim, ...]], extra: Iterable[Sym], si
         if not any(_fits(run, assignment) for assignment in _SMALL):
             raise refusal
         names = " and ".join(symbols)
-        raise Unsettled(f"it does not fit every {names}, and this recording has no prompt: {refusal}")
+        raise Unsettled(
+            f"it does not fit every {names}, and this recording has no prompt: {by_name(str(refusal))}"
+        )
     raise Unsettled(f"the result's shape depends on {' and '.join(symbols)} in a way that has no name")
+
+
+def by_name(words: str) -> str:
+    """torch's words with the sizes' names in place of the numbers that stood for them."""
+    for name, number in _LARGE[0].items():
+        words = re.sub(rf"\b{number}\b", name, words)
+    return words
 
 
 def _fits(run: Run, sizes: Sizes) -> bool:

@@ -22,6 +22,8 @@ from tracelens.ir.dims import Dim, Sizes
 from tracelens.ir.ops import Scalar, Slice, TokenAt, TokenList, TokenSelector, TokenSlice, TokenText
 from tracelens.ir.types import DType, TensorType
 
+_STRETCHED = "a value of that shape; axes of size one, and axes missing in front, are stretched"
+
 AbstractIndex = tuple[int | Slice | TensorType | TokenSelector | None, ...]
 
 
@@ -46,7 +48,8 @@ def index_text(index: AbstractIndex) -> str:
 
 
 def _fail(base: TensorType, index: AbstractIndex, problem: str, instead: str | None = None) -> ShapeError:
-    return ShapeError(f"{base}{index_text(index)}: {problem}", instead=instead)
+    where = f"{base}{index_text(index)}: " if index else ""
+    return ShapeError(f"{where}{problem}", instead=instead)
 
 
 def _axes(sizing: Sizing, base: TensorType, index: AbstractIndex) -> tuple[list[_Axis], bool, bool]:
@@ -164,7 +167,7 @@ def _index_put(sizing: Sizing, base: TensorType, item: AbstractIndex, value: Ten
         own = own[1:]
     problem = f"{value} does not broadcast to {TensorType(base.dtype, shape)}"
     if len(own) > len(shape):
-        raise _fail(base, item, problem)
+        raise _fail(base, item, problem, _STRETCHED)
     mixes = positions
     start = len(shape) - len(own)
     for axis, dim in enumerate(own):
@@ -172,10 +175,10 @@ def _index_put(sizing: Sizing, base: TensorType, item: AbstractIndex, value: Ten
         try:
             common, by_number = merge(sizing, target, dim)
         except Misfit:
-            raise _fail(base, item, problem) from None
+            raise _fail(base, item, problem, _STRETCHED) from None
         # The value may be stretched, the place it goes to may not.
         if common != target and sizing.number(target) != sizing.number(dim):
-            raise _fail(base, item, problem)
+            raise _fail(base, item, problem, _STRETCHED)
         mixes = mixes or by_number
     fitted = TensorType(value.dtype, own)
     target_type = TensorType(base.dtype, shape)
