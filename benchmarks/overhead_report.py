@@ -134,7 +134,7 @@ def table(report: dict[str, Any]) -> str:
 
 def markdown(report: dict[str, Any], *, page: bool = False) -> str:
     """The report as Markdown; ``page``: with the text that the documentation needs around it."""
-    lines = [PAGE if page else "# Overhead", "", *(f"* {line}" for line in header(report))]
+    lines = [PAGE.rstrip() if page else "# Overhead", "", *(f"* {line}" for line in header(report))]
     for model in report["models"]:
         lines += ["", f"## {model['name']}", "", model_line(model) + ".", ""]
         lines += ["| " + " | ".join(COLUMNS) + " |", "| --- | --- | --- | ---: | ---: | ---: | ---: |"]
