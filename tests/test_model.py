@@ -252,3 +252,10 @@ def test_a_constant_mask_selects_in_row_major_order(model: tl.Model) -> None:
     second[0, 1] = second[0, 3] = 0
     assert torch.equal(after.value[0], first)
     assert torch.equal(after.value[1], second)
+
+
+def test_a_model_on_several_devices_is_refused_by_name() -> None:
+    hf = FAMILIES["llama"].build()
+    hf.model.layers[2].to("meta")
+    with pytest.raises(tl.errors.SeveralDevicesError, match="cpu, meta"):
+        tl.wrap(hf)

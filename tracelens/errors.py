@@ -119,6 +119,10 @@ class UnknownParameterError(TracelensError, KeyError):
         return TracelensError.__str__(self)
 
 
+class SeveralDevicesError(TracelensError):
+    """The model is spread over several devices or ranks, which is not supported yet."""
+
+
 class UnknownArchitectureError(TracelensError):
     """There is no table for this family of models."""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import weakref
 from typing import Any
 
@@ -10,7 +11,12 @@ from torch import nn
 
 from tracelens.backends.architectures import FAMILIES, FAMILY_OF
 from tracelens.backends.base import Family, Side, Tap
-from tracelens.errors import AbsentSiteError, UnknownArchitectureError, UnknownParameterError
+from tracelens.errors import (
+    AbsentSiteError,
+    SeveralDevicesError,
+    UnknownArchitectureError,
+    UnknownParameterError,
+)
 from tracelens.ir.infer import dtype_of
 from tracelens.ir.sites import KIND, KINDS, Scope, Site, near
 from tracelens.ir.types import DType, TensorType
@@ -56,6 +62,7 @@ class ModelAnatomy:
         self._types: dict[str, tuple[torch.dtype, TensorType]] = {}
         self._paths: dict[int, tuple[weakref.ref[torch.Tensor], str | None]] = {}
         self._check_layout()
+        self._check_one_device()
 
     def _check_layout(self) -> None:
         for kind in KINDS:
@@ -71,6 +78,19 @@ class ModelAnatomy:
                     f"expects the site {kind.name!r}",
                     instead="a model with a language-model head, as AutoModelForCausalLM loads it",
                 ) from None
+
+    def _check_one_device(self) -> None:
+        """Programs run on one device so far; on several, a hook would meet tensors that it cannot combine."""
+        devices = sorted({str(tensor.device) for tensor in self.model.parameters()})
+        # A model that holds DTensors has imported their module; importing it here would cost a second.
+        mesh: Any = sys.modules.get("torch.distributed.tensor")
+        if mesh is not None and any(isinstance(tensor, mesh.DTensor) for tensor in self.model.parameters()):
+            devices.append("ranks of a device mesh")
+        if len(devices) > 1:
+            raise SeveralDevicesError(
+                f"the model is spread over {', '.join(devices)}, and so far tracelens runs on one device only",
+                instead="load the model on one device: tl.load(name), then model.hf.to(device)",
+            )
 
     # --- sites -------------------------------------------------------------------------------------------------
 
