@@ -5,6 +5,7 @@ from __future__ import annotations
 import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -68,11 +69,11 @@ class Batch:
         (20 against 40 microseconds), and some families warn. It is int64, which is what tokenizers give: families that
         compute with the mask, such as those with ALiBi, expect numbers.
         """
-        return {
-            "input_ids": self.input_ids.to(device, non_blocking=non_blocking),
-            "attention_mask": self.mask.to(device, torch.long, non_blocking=non_blocking),
-            "position_ids": self.position_ids.to(device, non_blocking=non_blocking),
-        }
+        mask = _ones(*self.mask.shape)[1] if not self.ragged else self.mask.long()
+        inputs = {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
+        if str(device) == "cpu":
+            return inputs
+        return {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in inputs.items()}
 
     def spellings(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Spelling, ...]:
         """What the real tokens of each row spell, under this tokenizer."""
@@ -141,12 +142,22 @@ def prepare(
         )
     if isinstance(ids, Tensor):
         input_ids = ids.clone()  # the caller may go on to change theirs
-        mask = torch.ones_like(input_ids, dtype=torch.bool)
-        position_ids = torch.arange(longest).expand(len(lengths), -1)
+        mask, _, position_ids = _ones(len(lengths), longest)
     else:
         input_ids, mask, position_ids = _padded(ids, lengths, _padding(tokenizer, pad_id, vocab_size))
     _check_vocabulary(input_ids, mask, vocab_size)
     return Batch(input_ids, mask, position_ids, lengths, texts)
+
+
+@lru_cache(maxsize=512)
+def _ones(rows: int, positions: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Mask (bool, int64) and positions of a batch without padding: made once for each size, and never written to."""
+    counts = torch.arange(positions).expand(rows, -1)
+    return (
+        torch.ones(rows, positions, dtype=torch.bool),
+        torch.ones(rows, positions, dtype=torch.long),
+        counts,
+    )
 
 
 def _row(index: int, rows: int) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -124,11 +124,18 @@ class ModelAnatomy:
     @property
     def dtype(self) -> torch.dtype:
         """The dtype of the residual stream."""
-        return self.module(self.family.taps["embed"].module).weight.dtype  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]  # an embedding has a weight
+        return self._embedding.dtype
 
     @property
     def device(self) -> torch.device:
-        return self.module(self.family.taps["embed"].module).weight.device  # pyright: ignore[reportReturnType, reportAttributeAccessIssue]
+        return self._embedding.device
+
+    @property
+    def _embedding(self) -> torch.Tensor:
+        # Looked up in the module's own table: attribute access goes through all tables, and this is asked in every run.
+        module = self.module(self.family.taps["embed"].module)
+        found = module._parameters.get("weight")
+        return found if found is not None else cast(torch.Tensor, module.weight)
 
     def tap(self, site: Site) -> tuple[nn.Module, Tap, str]:
         """The module that shows a site, how it does, and the module's path."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -34,23 +34,21 @@ class ForwardStopped(Exception):
 
 
 @dataclass(frozen=True, slots=True)
-class BlockCode:
-    """A block of a program, as Python functions."""
+class Code:
+    """Steps of a program as Python functions, with their numbers in the planned graph."""
 
-    site: Site | None
     actions: tuple[Action, ...]
     numbers: tuple[int, ...]
-    writes: bool
-    stops: bool
 
     def run(self, state: State) -> None:
-        for position, do in enumerate(self.actions):
-            try:
+        position = 0
+        try:
+            for position, do in enumerate(self.actions):  # noqa: B007  # the handlers say which one failed
                 do(state)
-            except TracelensError as error:
-                raise _Blamed(error, self.numbers[position]) from None
-            except Exception as error:
-                raise _Blamed(error, self.numbers[position]) from error
+        except TracelensError as error:
+            raise _Blamed(error, self.numbers[position]) from None
+        except Exception as error:
+            raise _Blamed(error, self.numbers[position]) from error
 
 
 class _Blamed(Exception):
@@ -64,12 +62,15 @@ class _Blamed(Exception):
 
 @dataclass(frozen=True, slots=True)
 class HookCode:
-    """All blocks of one hook point, in order."""
+    """All that is done at one hook point."""
 
     module: nn.Module
     path: str
     tap: Tap
-    blocks: tuple[BlockCode, ...]
+    site: Site
+    code: Code
+    writes: bool
+    stops: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ class LocalCode:
 
     graph: Graph
     program: Program
-    before: BlockCode | None
+    before: Code | None
     hooks: tuple[HookCode, ...]
     count: int
 
@@ -91,24 +92,28 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
         if isinstance(op, IndexPut) or (isinstance(op, Call) and _computes(op))
         for value, _ in results(op)
     )
-    before: BlockCode | None = None
-    points: dict[tuple[str, Side], list[tuple[Site, BlockCode]]] = {}
+    before: Code | None = None
+    points: dict[tuple[str, Tap], list[Block]] = {}
     for block in program.blocks:
-        code = _code(block, graph, fresh, stops=block.site is not None and block.site == program.stop)
         if block.site is None:
-            before = code
-            continue
-        _, tap, path = anatomy.tap(block.site)
-        points.setdefault((path, tap.side), []).append((block.site, code))
-    hooks: list[HookCode] = []
-    for (path, side), found in points.items():
-        # Sites of one hook point may differ in where the tensor lies in the output; one hook each, in order.
-        groups: dict[Tap, list[BlockCode]] = {}
-        for site, code in found:
-            _, tap, _ = anatomy.tap(site)
-            groups.setdefault(Tap(path, side, tap.key), []).append(code)
-        hooks += [HookCode(anatomy.module(path), path, tap, tuple(codes)) for tap, codes in groups.items()]
-    return LocalCode(graph, program, before, tuple(hooks), graph.next_value)
+            before = _code([block], graph, fresh)
+        else:
+            # Sites of one hook point may differ in where the tensor lies in the output: one hook each, in order.
+            _, tap, path = anatomy.tap(block.site)
+            points.setdefault((path, Tap("", tap.side, tap.key)), []).append(block)
+    hooks = tuple(
+        HookCode(
+            anatomy.module(path),
+            path,
+            tap,
+            cast(Site, blocks[0].site),
+            _code(blocks, graph, fresh),
+            any(block.writes for block in blocks),
+            program.stop is not None and program.stop in {block.site for block in blocks},
+        )
+        for (path, tap), blocks in points.items()
+    )
+    return LocalCode(graph, program, before, hooks, graph.next_value)
 
 
 def _computes(op: Call) -> bool:
@@ -124,50 +129,44 @@ def _computes(op: Call) -> bool:
     }
 
 
-def _code(block: Block, graph: Graph, fresh: frozenset[int], *, stops: bool) -> BlockCode:
-    return BlockCode(
-        block.site,
-        tuple(action(step, graph.types, fresh) for step in block.steps),
-        tuple(step.number for step in block.steps),
-        block.writes,
-        stops,
+def _code(blocks: list[Block], graph: Graph, fresh: frozenset[int]) -> Code:
+    steps = [step for block in blocks for step in block.steps]
+    return Code(
+        tuple(action(step, graph.types, fresh) for step in steps), tuple(step.number for step in steps)
     )
 
 
 class _Hook:
-    """The base of the two kinds of hooks: finds the tensor, runs the blocks, puts the tensor back."""
+    """The base of the two kinds of hooks: takes the tensor, runs the steps, gives the tensor back."""
 
     __slots__ = ("code", "fired", "run", "state", "thread")
 
-    def __init__(self, code: HookCode, state: State, run: Run) -> None:
+    def __init__(self, code: HookCode, state: State, run: Run, thread: int) -> None:
         self.code = code
         self.state = state
         self.run = run
-        self.thread = threading.get_ident()
-        self.fired = -1
+        self.thread = thread
+        self.fired = 0
 
-    def blocks(self, tensor: Any) -> tuple[Any, bool]:
-        """The tensor after the blocks, and whether one of them wrote it."""
+    def passed(self, tensor: Any) -> Any:
+        """The tensor after the steps."""
+        code, state = self.code, self.state
         if self.fired == self.run.forwards:
             raise SiteMismatchError(
-                f"module {self.code.path!r} was called twice in one forward pass, so its sites are not unique"
+                f"module {code.path!r} was called twice in one forward pass, so its sites are not unique"
             )
         self.fired = self.run.forwards
         if not isinstance(tensor, torch.Tensor):
             raise SiteMismatchError(
-                f"module {self.code.path!r} has no tensor at its {self.code.tap.side.value}, "
-                f"where {self.code.blocks[0].site} was expected; it has a {type(tensor).__name__}"
+                f"module {code.path!r} has no tensor at its {code.tap.side.value}, where {code.site} was expected; "
+                f"it has a {type(tensor).__name__}"
             )
-        state = self.state
         state.current = tensor
-        written = False
-        for block in self.code.blocks:
-            block.run(state)
-            written = written or block.writes
-            if block.stops:
-                raise ForwardStopped
+        code.code.run(state)
+        if code.stops:
+            raise ForwardStopped
         found, state.current = state.current, None
-        return found, written
+        return found
 
 
 class _Before(_Hook):
@@ -177,13 +176,11 @@ class _Before(_Hook):
         if threading.get_ident() != self.thread:
             return None
         name = self.code.tap.key
-        by_keyword = isinstance(name, str) and name in kwargs
-        tensor, written = self.blocks(kwargs[name] if by_keyword else args[0] if args else None)  # pyright: ignore[reportArgumentType]  # by_keyword says that it is a str
-        if not written:
-            return None
-        if by_keyword:
-            return args, {**kwargs, cast(str, name): tensor}
-        return (tensor, *args[1:]), kwargs
+        if isinstance(name, str) and name in kwargs:
+            tensor = self.passed(kwargs[name])
+            return (args, {**kwargs, name: tensor}) if self.code.writes else None
+        tensor = self.passed(args[0] if args else None)
+        return ((tensor, *args[1:]), kwargs) if self.code.writes else None
 
 
 class _After(_Hook):
@@ -194,17 +191,17 @@ class _After(_Hook):
             return None
         key = self.code.tap.key
         if isinstance(key, str):
-            tensor, written = self.blocks(getattr(output, key, None))
-            if written:
+            tensor = self.passed(getattr(output, key, None))
+            if self.code.writes:
                 output[key] = tensor
-            return output if written else None
-        position = key or 0
+            return None
         if isinstance(output, tuple):
+            position = key or 0
             parts = cast("tuple[Any, ...]", output)
-            tensor, written = self.blocks(parts[position])
-            return (*parts[:position], tensor, *parts[position + 1 :]) if written else None
-        tensor, written = self.blocks(output)
-        return tensor if written else None
+            tensor = self.passed(parts[position])
+            return (*parts[:position], tensor, *parts[position + 1 :]) if self.code.writes else None
+        tensor = self.passed(output)
+        return tensor if self.code.writes else None
 
 
 class Run:
@@ -241,9 +238,9 @@ class Run:
         with lock:
             _running.model = self.model
             session = HookSession(self.model)
+            thread = threading.get_ident()
             try:
                 if each_forward is not None:
-                    thread = threading.get_ident()
 
                     def starting(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
                         if threading.get_ident() == thread:
@@ -252,9 +249,9 @@ class Run:
                     session.before(self.model, starting)
                 for hook in self.code.hooks:
                     if hook.tap.side is Side.IN:
-                        session.before(hook.module, _Before(hook, self.state, self))
+                        session.before(hook.module, _Before(hook, self.state, self, thread))
                     else:
-                        session.after(hook.module, _After(hook, self.state, self))
+                        session.after(hook.module, _After(hook, self.state, self, thread))
                 with plain_mode():
                     return forward()
             except ForwardStopped:
@@ -281,9 +278,13 @@ class Run:
         return self.code.graph.blame(error, blamed.number)
 
 
-@contextmanager
-def plain_mode() -> Iterator[None]:
+def plain_mode() -> AbstractContextManager[object]:
     """Without autograd, and without inference mode even inside the user's: saved tensors are fit for training on."""
+    return _outside_inference() if torch.is_inference_mode_enabled() else torch.no_grad()
+
+
+@contextmanager
+def _outside_inference() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
 

@@ -100,7 +100,8 @@ _TABLES: dict[Kind, dict[str, str]] = {
     },
     Kind.PRODUCT: {
         "torch": """
-            addbmm addmm addmv addr baddbmm bmm chain_matmul dot inner kron matmul mm mv outer tensordot vdot""",
+            addbmm addmm addmv addr baddbmm bmm chain_matmul corrcoef cov
+            dot inner kron matmul mm mv outer tensordot vdot""",
         "torch.linalg": "matmul multi_dot",
         "torch.nn.functional": "bilinear scaled_dot_product_attention",
     },
@@ -111,11 +112,11 @@ _TABLES: dict[Kind, dict[str, str]] = {
     Kind.GENERAL: {
         "torch": """
             affine_grid_generator batch_norm binary_cross_entropy_with_logits block_diag cartesian_prod
-            column_stack combinations constant_pad_nd conv1d conv2d conv3d conv_tbc conv_transpose1d
-            conv_transpose2d conv_transpose3d corrcoef cosine_embedding_loss cov diag diag_embed
+            column_stack constant_pad_nd conv1d conv2d conv3d conv_tbc conv_transpose1d
+            conv_transpose2d conv_transpose3d cosine_embedding_loss diag diag_embed
             diagflat diagonal diagonal_scatter dist dsplit dstack frobenius_norm gradient grid_sampler group_norm
             hinge_embedding_loss histc hsplit hstack index_put instance_norm kl_div margin_ranking_loss masked_scatter
-            meshgrid norm_except_dim nuclear_norm poisson_nll_loss put repeat_interleave rot90 stft istft
+            meshgrid norm_except_dim nuclear_norm poisson_nll_loss put repeat_interleave rot90 stft
             take trace triangular_solve triplet_margin_loss unravel_index vsplit vstack""",
         "torch.Tensor": "new_full new_ones new_zeros sum_to_size",
         "torch.linalg": "diagonal norm tensorinv tensorsolve vander",
@@ -124,7 +125,7 @@ _TABLES: dict[Kind, dict[str, str]] = {
             adaptive_avg_pool1d adaptive_avg_pool2d adaptive_avg_pool3d adaptive_max_pool1d adaptive_max_pool2d
             adaptive_max_pool3d affine_grid avg_pool1d avg_pool2d avg_pool3d batch_norm binary_cross_entropy
             binary_cross_entropy_with_logits channel_shuffle conv1d conv2d conv3d conv_tbc conv_transpose1d
-            conv_transpose2d conv_transpose3d cosine_embedding_loss cross_entropy fold gaussian_nll_loss
+            conv_transpose2d conv_transpose3d cosine_embedding_loss cross_entropy fold
             grid_sample group_norm hinge_embedding_loss huber_loss instance_norm interpolate kl_div l1_loss
             local_response_norm lp_pool1d lp_pool2d lp_pool3d margin_ranking_loss max_pool1d max_pool2d max_pool3d
             mse_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss nll_loss pdist

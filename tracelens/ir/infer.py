@@ -248,6 +248,14 @@ def static_argument(arg: object) -> Arg:
 # --- torch on meta tensors ---------------------------------------------------------------------------------------
 
 
+def _regular(shape: tuple[int, ...], *, dtype: torch.dtype, device: str) -> torch.Tensor:
+    """Ones, and twos on the diagonal of square matrices, so that they have an inverse."""
+    value = torch.ones(shape, dtype=dtype, device=device)
+    *_, rows, columns = (0, 0, *shape)
+    square = len(shape) >= 2 and rows == columns > 1
+    return value + torch.eye(rows, dtype=dtype) if square and dtype.is_floating_point else value
+
+
 def _concrete(arg: AbstractArg, sizes: Sizes, stuff: Stuff) -> Any:
     if isinstance(arg, TensorType):
         fill, device = _STUFF[stuff]
@@ -270,7 +278,7 @@ _ONE_AT_A_TIME = threading.Lock()
 _LINALG_ERROR = cast("type[Exception]", cast("Any", torch.linalg).LinAlgError)
 _STUFF: Mapping[Stuff, tuple[Callable[..., torch.Tensor], str]] = {
     Stuff.META: (torch.empty, "meta"),
-    Stuff.ONES: (torch.ones, "cpu"),
+    Stuff.ONES: (_regular, "cpu"),
     Stuff.ZEROS: (torch.zeros, "cpu"),
 }
 

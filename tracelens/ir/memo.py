@@ -10,7 +10,9 @@ from tracelens.ir.types import TensorType
 
 Key = tuple[object, ...]
 
-_LIMIT = 200_000
+# How many type objects are known by identity. Indexing and capturing make new ones in every trace, so they must not
+# pile up; forgetting them costs one look-up by content each.
+_LIMIT = 2048
 
 
 class _Token:

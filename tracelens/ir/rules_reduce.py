@@ -110,6 +110,10 @@ def reduction(sizing: Sizing, name: str, args: tuple[AbstractArg, ...], kwargs: 
         raise Defer  # which some functions allow and others do not
     axes = _axes(name, bound, value)
     keep = flag(bound, "keepdim")
+    if not isinstance(bound.get("correction"), bool | int | float | None) or not isinstance(
+        bound.get("unbiased"), bool | None
+    ):
+        raise Defer
     # An empty axis has no largest element; which functions mind is torch's to say. (A size is never below one.)
     if any(value.shape[axis] == 0 for axis in axes):
         raise Defer
