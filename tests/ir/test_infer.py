@@ -543,3 +543,11 @@ def test_the_default_dtype_counts() -> None:
     finally:
         torch.set_default_dtype(torch.float32)
     assert texts(call("torch.div", whole, 2)) == ["f32[B,P]"]
+
+
+def test_trials_warn_nobody() -> None:
+    memo_clear()
+    value = T("f32[4,5]")
+    with pytest.warns(UserWarning, match="batchmean"):
+        F.kl_div(torch.rand(4, 5), torch.rand(4, 5))
+    assert texts(call("torch.nn.functional.kl_div", value, value)) == ["f32[]"]

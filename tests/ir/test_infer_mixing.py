@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -195,7 +197,9 @@ def run(call: CALL, sizes: dict[str, int], tensors: list[torch.Tensor]) -> list[
 
     name, args, kwargs = call
     plain = [concrete(arg) for arg in args]
-    result = resolve(name)(*plain, **{key: concrete(value) for key, value in kwargs})
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        result = resolve(name)(*plain, **{key: concrete(value) for key, value in kwargs})
     return [result] if isinstance(result, torch.Tensor) else list(result)
 
 
@@ -221,7 +225,7 @@ def check_by_force(call: CALL, sizes: dict[str, int]) -> bool:
     )
     for one, other, type_ in zip(before, after, inferred.types, strict=True):
         torch.testing.assert_close(
-            reorder(one, type_.shape, orders), other, rtol=1e-6, atol=1e-9, msg=str(call)
+            reorder(one, type_.shape, orders), other, rtol=1e-6, atol=1e-9, equal_nan=True, msg=str(call)
         )
     return True
 
@@ -262,7 +266,7 @@ def calls(draw: st.DrawFn) -> CALL:
             [
                 *((f"torch.{name}", (value, dim)) for name in
                   ("sum", "mean", "amax", "argmax", "max", "softmax", "cumsum", "sort", "argsort", "unbind", "squeeze",
-                   "unsqueeze", "logsumexp", "std", "median", "cummax", "norm", "diff", "select", "flip")),
+                   "unsqueeze", "logsumexp", "std", "median", "cummax", "norm", "diff", "select")),
                 ("torch.add", (value, other)),
                 ("torch.add", (value, second)),
                 ("torch.where", (TensorType(DType.BOOL, other.shape), value, second)),

@@ -485,6 +485,8 @@ def test_products(data: st.DataObject, sizes: dict[str, int]) -> None:
         ("torch.outer", (vector, TensorType(dtype, (i,))), ()),
         ("torch.inner", (left, TensorType(other, (k, j2))), ()),
         ("torch.tensordot", (left, right, data.draw(st.integers(0, 2))), ()),
+        ("torch.cov", (left,), ()),
+        ("torch.corrcoef", (left,), ()),
         ("torch.addmm", (added, left, right), ()),
         ("torch.baddbmm", (added, left, right), ()),
         ("torch.addbmm", (added, left, right), ()),
