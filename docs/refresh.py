@@ -1,0 +1,43 @@
+"""Brings everything generated in the documentation up to date: ``.venv/bin/python -m docs.refresh``.
+
+Outputs of code blocks, the tables of sites, and the pictures. The tests refuse pages that are not up to date.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from pathlib import Path
+
+from docs import pages, pictures, site_tables
+
+GENERATED: dict[str, Callable[[], str]] = {
+    "vocabulary": site_tables.vocabulary,
+    "families": site_tables.families,
+}
+_SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
+
+
+def with_sections(text: str) -> str:
+    """A page with its generated sections made anew."""
+    return _SECTION.sub(lambda match: f"{match[1]}\n{GENERATED[match[2]]()}\n\n{match[3]}", text)
+
+
+def main() -> None:
+    """Rewrites the pages and pictures in place."""
+    for page in sorted((pages.ROOT / "docs").rglob("*.md")):
+        _replace(page, with_sections(page.read_text(encoding="utf-8")))
+    for page in pages.pages():
+        _replace(page, pages.refreshed(page))
+    for picture, content in pictures.make():
+        _replace(picture, content)
+
+
+def _replace(file: Path, content: str) -> None:
+    if not file.exists() or file.read_text(encoding="utf-8") != content:
+        file.write_text(content, encoding="utf-8")
+        print(f"rewrote {file.relative_to(pages.ROOT)}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,84 @@
+"""Writes the tables of ``docs/sites.md`` from the vocabulary and the families' tables, so that they cannot drift."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from tracelens.backends.architectures import FAMILIES
+from tracelens.backends.base import Family, Side, Tap
+from tracelens.ir.sites import KINDS, Effect, Kind, Scope
+
+_WIDTHS = {"D": "d_model", "M": "neurons", "V": "vocabulary"}
+_REACH = {
+    Effect.STREAM: "**stream**",
+    Effect.BRANCH: "branch",
+    Effect.OUTPUT: "output",
+    Effect.NONE: "read only",
+}
+
+
+def vocabulary() -> str:
+    """Every site, in the order of the forward pass."""
+    return _table(
+        ("site", "also called", "shape", "a write changes", "meaning"),
+        (
+            (
+                _written(kind),
+                ", ".join(f"`{alias}`" for alias in kind.aliases),
+                ", ".join(_WIDTHS.get(str(dim), str(dim)) for dim in kind.shape),
+                _REACH[kind.effect],
+                kind.meaning,
+            )
+            for kind in _shown()
+        ),
+    )
+
+
+def families() -> str:
+    """One section per family: where each site is found, or why the family lacks it."""
+    return "\n\n".join(_family(family) for family in FAMILIES)
+
+
+def _family(family: Family) -> str:
+    types = ", ".join(f"`{kind}`" for kind in family.model_types)
+    found = [
+        (_written(kind), _hook_point(family, kind, family.taps[kind.name]), _REACH[kind.effect])
+        for kind in _shown()
+        if kind.name in family.taps
+    ]
+    missing = [kind for kind in _shown() if kind.name not in family.taps]
+    parts = [
+        f"### {family.name}",
+        f"`model_type` {types}; layers are `{family.layers.format('i')}`.",
+        _table(("site", "where it is in the transformers model", "a write changes"), found),
+    ]
+    if missing:
+        reasons = (f"* `{kind.name}`: {family.absent.get(kind.name, 'not in the table')}" for kind in missing)
+        parts.append("Absent, and reading or writing it raises `AbsentSiteError`:\n\n" + "\n".join(reasons))
+    if family.refusals:
+        refused = (f"* `{option}`: {reason}" for option, reason in family.refusals.items())
+        parts.append("Configurations that are refused when the model is loaded:\n\n" + "\n".join(refused))
+    return "\n\n".join(parts)
+
+
+def _shown() -> tuple[Kind, ...]:
+    return tuple(kind for kind in KINDS if kind.scope is not Scope.INPUT)
+
+
+def _written(kind: Kind) -> str:
+    return f"`layers[i].{kind.name}`" if kind.scope is Scope.LAYER else f"`{kind.name}`"
+
+
+def _hook_point(family: Family, kind: Kind, tap: Tap) -> str:
+    module = tap.module
+    if kind.scope is Scope.LAYER:
+        layer = family.layers.format("i")
+        module = f"{layer}.{tap.module}" if tap.module else layer
+    side = "input" if tap.side is Side.IN else "output"
+    field = f" (field `{tap.key}`)" if tap.side is Side.OUT and isinstance(tap.key, str) else ""
+    return f"{side} of {f'`{module}`' if module else 'the model'}{field}"
+
+
+def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:
+    lines = [heads, tuple("---" for _ in heads), *rows]
+    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines)

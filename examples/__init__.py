@@ -1,0 +1,1 @@
+"""Small scripts, each with a ``main()``: ``python -m examples.logit_lens``."""

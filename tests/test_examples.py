@@ -1,0 +1,93 @@
+"""Every example runs, and what it finds is what it must find."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+
+import pytest
+import torch
+
+import tracelens as tl
+
+pytestmark = pytest.mark.smollm2
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(scope="module")
+def model() -> tl.Model:
+    return tl.load("smollm2-135m")
+
+
+def example(name: str):
+    return importlib.import_module(f"examples.{name}")
+
+
+def test_logit_lens(model: tl.Model) -> None:
+    words = example("logit_lens").main(model)
+    assert len(words) == 30
+    assert words[-1][0] == " Paris"
+    assert words[0][0] != " Paris"
+
+
+def test_the_last_layer_of_the_lens_is_the_model(model: tl.Model) -> None:
+    ids, probabilities = example("logit_lens").lens(model, "The capital of France is")
+    with model.trace("The capital of France is"):
+        best = model.logits[0, -1].softmax(-1).topk(3)
+        values, indices = best.values.save(), best.indices.save()
+    assert torch.equal(ids[-1], indices.value)
+    torch.testing.assert_close(probabilities[-1], values.value, rtol=1e-4, atol=1e-6)
+
+
+def test_activation_patching(model: tl.Model) -> None:
+    grid = example("activation_patching").main(model)
+    assert grid.shape == (30, 5)
+    # After the last layer only the last position matters, and patching it restores everything.
+    torch.testing.assert_close(grid[-1], torch.tensor([0.0, 0, 0, 0, 1]), rtol=0, atol=1e-3)
+    # Before attention has moved anything, all of the difference is at the word that differs.
+    torch.testing.assert_close(grid[0, :3], torch.zeros(3), rtol=0, atol=1e-3)
+    assert grid[0, 3] > 0.9
+
+
+def test_steering(model: tl.Model) -> None:
+    found = example("steering").main(model, new_tokens=4)
+    assert found[-1] > found[2] > found[0]
+
+
+def test_neuron_ablation(model: tl.Model) -> None:
+    changes = example("neuron_ablation").main(model)
+    assert changes.shape == (30, 4)
+    assert changes.min() < -0.1
+    assert changes.isfinite().all()
+
+
+def test_one_group_of_all_neurons_is_the_mlp_without_output(model: tl.Model) -> None:
+    sweep = example("neuron_ablation").ablation_sweep
+    (change,) = sweep(model, "The capital of France is", " Paris", range(4, 5), 1).flatten().tolist()
+    token = model.tokenizer.encode(" Paris")[0]
+    found = []
+    for zero in (False, True):
+        with model.trace("The capital of France is"):
+            if zero:
+                model.layers[4].mlp_out = 0.0
+            found.append(model.logits[0, -1].log_softmax(-1)[token].save())
+    assert change == pytest.approx(float(found[1].value - found[0].value), abs=1e-4)
+
+
+def test_sae_with_error_term(model: tl.Model) -> None:
+    unchanged, moved = example("sae_with_error_term").main(model)
+    assert unchanged < 1e-2
+    assert moved > 10 * unchanged
+
+
+def test_save_and_share(model: tl.Model, tmp_path: Path) -> None:
+    assert example("save_and_share").main(model, folder=tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["ablation.json", "ablation.safetensors"]
+
+
+def test_every_example_is_tested() -> None:
+    names = {file.stem for file in EXAMPLES.glob("*.py")} - {"__init__"}
+    text = Path(__file__).read_text(encoding="utf-8")
+    assert names
+    assert {name for name in names if f'example("{name}").main(' in text} == names
