@@ -208,7 +208,7 @@ class Compiler:
         state = self.state(graph, compiled, prompt.select)
         run = Run(self.anatomy.model, compiled.code, state)
         device = self.anatomy.device
-        state.current = prompt.batch.mask.to(device)
+        state.current = prompt.batch.mask if device.type == "cpu" else prompt.batch.mask.to(device)
         try:
             if compiled.plan.stop is None:
                 run.before_only(prompt.sizes)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any, Protocol, cast, overload
 
 from tracelens.errors import (
@@ -44,6 +45,12 @@ def recorder_of(anatomy: Anatomy, what: str) -> Recorder:
     return recorder
 
 
+@lru_cache(maxsize=65536)
+def _layer_site(name: str, layer: int) -> Site:
+    """One object for each site, which look-ups find by identity."""
+    return Site(name, layer)
+
+
 class LayerHandle:
     """One layer of the model; its attributes are its sites."""
 
@@ -71,7 +78,7 @@ class LayerHandle:
     def _site(self, name: str) -> Site:
         if name not in _LAYER_NAMES:
             raise _unknown(name, f"model.layers[{self._index}]", tuple(_LAYER_NAMES))
-        return Site(CANONICAL[name], self._index)
+        return _layer_site(CANONICAL[name], self._index)
 
     def __dir__(self) -> list[str]:
         return _present(self._anatomy, self._index)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -88,7 +89,7 @@ class Model:
             # Sampling settings of the model's own generation_config do not belong to a greedy run (and warn).
             for name in ("temperature", "top_p", "top_k"):
                 settings.setdefault(name, None)
-        settings.setdefault("pad_token_id", self._pad_id())
+        settings.setdefault("pad_token_id", self._pad_id)
         return Generation(self, prepared, settings, single)
 
     def prepare(self, prompt: Any, *, room: int = 0) -> Prompt:
@@ -101,14 +102,16 @@ class Model:
                 max_positions=limit,
                 room=room,
                 vocab_size=self.anatomy.widths["V"],
-                pad_id=self._pad_id(),
+                pad_id=self._pad_id,
             )
         except TracelensError as error:
             error.at = error.at or here()
             raise
         return Prompt(batch, self._tokenizer)
 
+    @cached_property
     def _pad_id(self) -> int:
+        """What stands at padding: any token will do."""
         tokenizer = self._tokenizer
         for candidate in (
             getattr(tokenizer, "pad_token_id", None),

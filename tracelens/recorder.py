@@ -56,6 +56,7 @@ from tracelens.ir.ops import (
 from tracelens.ir.sites import Effect, Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location, here
+from tracelens.operand import Operand
 from tracelens.origins import Origin, latest_origin, refuse_backwards
 from tracelens.refusing import one_layer_only
 from tracelens.subject import PADS, Anatomy, Prompted, spelling
@@ -363,9 +364,7 @@ class Recorder:
 
     def argument(self, arg: object) -> Arg:
         """A Python argument as the graph holds it: values and tensors by reference, everything else as data."""
-        from tracelens.values import Value  # values is the next row of this floor
-
-        if isinstance(arg, Value):
+        if isinstance(arg, Operand) and not getattr(type(arg), "is_per_layer", False):
             return Ref(self.own(arg))
         if isinstance(arg, torch.Tensor | np.ndarray | np.generic):
             if isinstance(arg, np.generic) and arg.dtype.kind in "biuf":

@@ -39,6 +39,8 @@ def leave(tensor: torch.Tensor, *, to_cpu: bool) -> torch.Tensor:
 
 def inputs_on(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     """The model's inputs on its device."""
+    if device.type == "cpu":
+        return inputs
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
     }
