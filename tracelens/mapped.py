@@ -266,7 +266,7 @@ def per_layer(rows: Any) -> PerLayer:
 def mapped_among(args: Sequence[object], kwargs: Mapping[str, object]) -> MappedValue | None:
     """A mapped value among nested arguments."""
     for arg in [*args, *kwargs.values()]:
-        if isinstance(arg, MappedValue):
+        if isinstance(arg, MappedValue) and arg._is_recording():
             return arg
         if isinstance(arg, list | tuple):
             found = mapped_among(cast("Sequence[object]", arg), {})
@@ -282,7 +282,7 @@ def _common_layers(args: Sequence[object]) -> tuple[int, ...]:
             parts = cast("Sequence[object]", arg)
             layers = _common_layers(parts) if mapped_among(parts, {}) is not None else None
         else:
-            layers = arg._layers if isinstance(arg, MappedValue) else None
+            layers = arg._layers if isinstance(arg, MappedValue) and arg._is_recording() else None
         if layers is None:
             continue
         if found is not None:
@@ -304,6 +304,12 @@ def _same_layers(left: tuple[int, ...], right: tuple[int, ...]) -> None:
 def _pick(arg: Any, layers: tuple[int, ...], position: int) -> Any:
     """What ``arg`` is in the layer at ``position``."""
     if isinstance(arg, MappedValue):
+        if arg._has_result():
+            raise LayerMappingError(
+                f"what was saved over layers {_span(arg._layers)} is one tensor, [L, ...], and this is once per layer",
+                at=here(),
+                instead="tl.per_layer(saved) for row i in the i-th layer, or saved[i] for the same row in each",
+            )
         _same_layers(layers, arg._layers)
         return arg._members[position]
     if isinstance(arg, PerLayer):

@@ -373,6 +373,8 @@ class Recorder:
         if isinstance(arg, list | tuple) and not isinstance(arg, torch.Size):
             return tuple(self.argument(part) for part in arg)
         if getattr(type(arg), "is_per_layer", False):
+            if isinstance(arg, Operand) and not arg._is_recording():
+                return Ref(self.own(arg))
             raise one_layer_only(arg)
         return static_argument(arg)
 

@@ -144,7 +144,7 @@ class Value(Operand):
 
     def _apply(self, name: str, args: Sequence[object], kwargs: Mapping[str, object] | None) -> Any:
         for arg in args:
-            if isinstance(arg, PerLayerOperand):
+            if isinstance(arg, PerLayerOperand) and arg._is_recording():
                 return arg._apply(name, args, kwargs)
         if any(isinstance(arg, list | tuple) for arg in args) or kwargs:
             from tracelens.mapped import mapped_among
