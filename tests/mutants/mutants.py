@@ -1,0 +1,168 @@
+"""Deliberate mistakes: each one is a line of the library made wrong, and the tests that must notice."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Mutant:
+    """In ``file`` the text ``right`` (which stands there once) becomes ``wrong``; one of ``tests`` has to fail."""
+
+    name: str
+    file: str
+    right: str
+    wrong: str
+    tests: tuple[str, ...]
+
+
+PASSES = ("tests/properties/test_pass_meaning.py",)
+GRAPHS = ("tests/properties/test_mutated_graphs.py",)
+MODEL = ("tests/test_model.py",)
+BITS = ("tests/conformance/test_writes.py", "-k", "bit_for_bit and bf16 and eager and llama")
+RESULTS = ("tests/test_results.py",)
+BLAME = ("tests/properties/test_blame.py",)
+GENERATION = ("tests/test_generation.py",)
+
+MUTANTS = (
+    Mutant(
+        "a write is dead although a later version of its site is read",
+        "ir/passes/drop_dead.py",
+        "return read.version >= write.version",
+        "return read.version == write.version - 1",
+        PASSES,
+    ),
+    Mutant(
+        "a write is dead although a later site is read",
+        "ir/passes/drop_dead.py",
+        "return write.site.precedes(read.site)",
+        "return False",
+        PASSES,
+    ),
+    Mutant(
+        "a written value is forwarded although the write casts or broadcasts it",
+        "ir/passes/fold_writes.py",
+        "graph.types[value] == op.type",
+        "graph.types[value] is not None",
+        PASSES,
+    ),
+    Mutant(
+        "reads of different versions are shared",
+        "ir/passes/share_values.py",
+        "return (type(op), op_text(replace(op, out=0)))",
+        'return (type(op), op_text(replace(op, out=0)).replace("@1", "@0"))',
+        PASSES,
+    ),
+    Mutant(
+        "an operation is done at the first of its operands' sites",
+        "ir/passes/forward_order.py",
+        "default=BEFORE_ALL)",
+        "default=BEFORE_ALL) and min((known[value] for value in operands(op)), default=BEFORE_ALL)",
+        PASSES,
+    ),
+    Mutant(
+        "the verifier does not count the writes",
+        "ir/verify.py",
+        "if op.version != written[op.site]:",
+        "if False:",
+        GRAPHS,
+    ),
+    Mutant(
+        "the verifier believes any type",
+        "ir/verify.py",
+        "if not isinstance(op, Write) and inferred.types != declared:",
+        "if False:",
+        GRAPHS,
+    ),
+    Mutant(
+        "a read does not see the writes before it",
+        "recorder.py",
+        "        version = self._versions.get(site, 0)\n        known = self._reads",
+        "        version = 0\n        known = self._reads",
+        ("tests/conformance/test_writes.py", "-k", "seen_by_the_reads and llama"),
+    ),
+    Mutant(
+        "a write in the middle of a block is not carried to its output",
+        "plan.py",
+        "    if not after and not to_the_end:",
+        "    if not to_the_end or after:",
+        BITS,
+    ),
+    Mutant(
+        "the carried sum is the wrong way round",
+        "plan.py",
+        '"torch.add", (Ref(first), Ref(first + 1))',
+        '"torch.sub", (Ref(first), Ref(first + 1))',
+        BITS,
+    ),
+    Mutant(
+        "a write is not cast to the site's dtype",
+        "backends/execute.py",
+        "new = new.to(site.dtype)",
+        "new = new * 1",
+        BITS,
+    ),
+    Mutant(
+        "positions may be mixed where rows differ in length",
+        "recorder.py",
+        "if inferred.mixes and not self._aligned:",
+        "if False:",
+        GENERATION,
+    ),
+    Mutant(
+        "a program mixes positions of rows that differ in length",
+        "compiling.py",
+        "if prompt.ragged and compiled.mixing:",
+        "if False:",
+        ("tests/test_language.py", "tests/test_compiling.py", "-k", "ragged or lengths"),
+    ),
+    Mutant(
+        "positions count the padding",
+        "batch.py",
+        "places >= 0, places.clamp_(min=0)",
+        "places >= 0, torch.arange(longest).expand(len(rows), -1)",
+        (*RESULTS, "-k", "ragged"),
+    ),
+    Mutant(
+        "token selectors forget the padding",
+        "selection.py",
+        "tuple(pad + token for token in row)",
+        "tuple(token for token in row)",
+        ("tests/test_selection.py",),
+    ),
+    Mutant(
+        "a changed constant is not noticed",
+        "constants.py",
+        "        if changed:\n",
+        "        if False:\n",
+        BLAME,
+    ),
+    Mutant(
+        "a lost update is not noticed",
+        "recorder.py",
+        "        if self._pending:\n",
+        "        if False:\n",
+        BLAME,
+    ),
+    Mutant(
+        "values travel backwards",
+        "origins.py",
+        "if not (origin.order < site.order or",
+        "if False and not (origin.order < site.order or",
+        (*GENERATION, "-k", "refuses"),
+    ),
+    Mutant(
+        "saves share their memory",
+        "compiling.py",
+        "if not whole or storage.data_ptr() in taken:",
+        "if not whole:",
+        RESULTS,
+    ),
+    Mutant(
+        "the forward pass is left one site too early",
+        "plan.py",
+        "op.site.sequence > moment",
+        "op.site.sequence < moment",
+        RESULTS,
+    ),
+)
