@@ -16,7 +16,6 @@ MIXING: dict[str, Callable[[Any], Any]] = {
     "mean": lambda h: h.mean(1),
     "first": lambda h: h[:, 0],
     "flatten": lambda h: h.flatten(1),
-    "attention": lambda h: h @ h.mT,
     "cumsum": lambda h: h.cumsum(1),
     "row": lambda h: h[0],
     "rows": lambda h: h.mean(0),
@@ -25,9 +24,10 @@ PLAIN: dict[str, Callable[[Any], Any]] = {
     "last": lambda h: h[:, -1],
     "pointwise": lambda h: torch.tanh(h) * 2,
     "norm": lambda h: h.norm(dim=-1),
-    "token": lambda h: h.tok[1],
+    "early token": lambda h: h.tok[1],
     "masked mean": tl.masked_mean,
     "softmax": lambda h: h.softmax(-1),
+    "token": lambda h: h.tok[-2] * 1,
 }
 
 
