@@ -61,9 +61,8 @@ class LayerHandle:
         object.__setattr__(self, "_index", index)
 
     def __getattr__(self, name: str) -> Value:
-        return Value.of_site(
-            recorder_of(self._anatomy, f"model.layers[{self._index}].{name}"), self._site(name)
-        )
+        site = self._site(name)
+        return Value.of_site(recorder_of(self._anatomy, f"model.layers[{self._index}].{name}"), site)
 
     def __setattr__(self, name: str, new: Any) -> None:
         site = self._site(name)

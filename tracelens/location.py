@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import linecache
+import re
 import sys
+import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
 
 _PACKAGE = str(Path(__file__).resolve().parent) + "/"
-# A recorded line may run through torch or einops before it reaches us: those frames are not the user's either.
-_FOREIGN_PARTS = ("/site-packages/torch/", "/site-packages/einops/")
+# A recorded line may run through libraries before it reaches us (a tokenizer, copy.deepcopy): not the user's either.
+_LIBRARIES = re.compile(r"/(site|dist)-packages/(torch|einops|numpy|transformers)/")
+_PACKAGES = re.compile(r"/(site|dist)-packages/")
+_STANDARD = sysconfig.get_path("stdlib") + "/"
 # The demo is user code that happens to be shipped: its lines are worth showing.
 _is_internal: dict[str, bool] = {_PACKAGE + "demo.py": False}
 
@@ -47,7 +51,11 @@ NOWHERE = Location("<unknown>", 0)
 def _internal(filename: str) -> bool:
     known = _is_internal.get(filename)
     if known is None:
-        known = filename.startswith(_PACKAGE) or any(part in filename for part in _FOREIGN_PARTS)
+        known = (
+            filename.startswith((_PACKAGE, "<frozen "))
+            or _LIBRARIES.search(filename) is not None
+            or (filename.startswith(_STANDARD) and _PACKAGES.search(filename) is None)
+        )
         _is_internal[filename] = known
     return known
 
@@ -61,7 +69,7 @@ def frames_inside() -> Iterator[FrameType]:
 
 
 def here() -> Location:
-    """The innermost line on the stack that belongs to neither tracelens nor torch."""
+    """The innermost line on the stack that belongs neither to tracelens nor to a library that it works with."""
     frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # the only cheap way to the caller
     while frame is not None:
         code = frame.f_code

@@ -144,14 +144,18 @@ class Operand:
 
     def __array_ufunc__(self, ufunc: np.ufunc, method: str, *inputs: Any, **options: Any) -> Any:
         """``array + value``, ``array += value`` and ``np.exp(value)`` arrive here, the arrays in one piece."""
-        if not any(operand._is_recording() for operand in operands_in(inputs, options)):
-            return getattr(ufunc, method)(*(_finished(part) for part in inputs), **options)
+        recording = any(operand._is_recording() for operand in operands_in(inputs, options))
         word = _UFUNCS.get(ufunc.__name__)
-        if word is not None and method == "__call__" and not options:
-            left, right = inputs
+        if word is not None and method == "__call__" and not options and (recording or _has_number(inputs)):
+            left, right = (
+                part.item() if isinstance(part, np.generic) and not recording else part for part in inputs
+            )
             if isinstance(left, Operand):
                 return getattr(left, f"__{word}__")(right)
             return getattr(right, f"__{_MIRRORED.get(word, 'r' + word)}__")(left)
+        if not recording:
+            arrays = (np.asarray(part) if isinstance(part, Operand) else part for part in inputs)
+            return getattr(ufunc, method)(*arrays, **options)
         name = f"numpy.{ufunc.__name__}"
         if options.get("out") is not None:
             raise InPlaceError(
@@ -346,6 +350,10 @@ def _attributes() -> tuple[str, ...]:
     methods = (key for key in dir(torch.Tensor) if not key.startswith("_") and not key.endswith("_"))
     known = (key for key in methods if callable(found := getattr(torch.Tensor, key)) and name_of(found))
     return (*known, "shape", "dtype", "ndim", "save", "tok", "value")
+
+
+def _has_number(inputs: Sequence[object]) -> bool:
+    return any(isinstance(part, np.generic) for part in inputs)
 
 
 class _Method:
