@@ -14,11 +14,12 @@ import torch
 from tracelens.errors import UnknownSaveError
 from tracelens.ir import dims
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Index, Read, Save
+from tracelens.ir.ops import Index, IndexItem, Read, Ref, Save, TokenSelector
 from tracelens.ir.sites import Site
 from tracelens.ir.text import index_text
 from tracelens.ir.types import TensorType
 from tracelens.location import here
+from tracelens.selection import written
 
 if TYPE_CHECKING:
     import pandas
@@ -30,9 +31,9 @@ Fetch = Callable[[], Any]
 class SavedTensor:
     """One saved tensor and what it is.
 
-    ``site``, ``layers`` and ``tokens`` say where it was read, if it is a site or an indexed part of one; ``axes`` names
-    its axes (``layer``, ``row``, ``position``, or the axis' number); ``fetch()`` gives the tensor, or for prompts of
-    different lengths a list of one tensor per prompt.
+    ``site``, ``layers`` and ``part`` (``[:, -1]``, ``.tok["Paris"]``) say where it was read, if it is a site or an
+    indexed part of one; ``axes`` names its axes (``layer``, ``row``, ``position``, or the axis' number); ``fetch()``
+    gives the tensor, or for prompts of different lengths a list of one tensor per prompt.
     """
 
     name: str
@@ -53,7 +54,7 @@ class SavedTensor:
         if self.site is None:
             return "computed"
         where = f"layers[{_span(self.layers)}].{self.site.name}" if self.layers else self.site.name
-        return where + (f"[{self.part}]" if self.part else "")
+        return where + self.part
 
 
 class Results(Mapping[str, Any]):
@@ -213,11 +214,19 @@ def _site(graph: Graph, value: int) -> tuple[Site | None, str]:
     while True:
         op = graph.ops[graph.producer[value]]
         if isinstance(op, Read):
-            return op.site, "][".join(reversed(parts))
+            return op.site, "".join(reversed(parts))
         if not isinstance(op, Index):
             return None, ""
-        parts.append(index_text(op.index))
+        parts.append(_part(op.index))
         value = op.base
+
+
+def _part(index: tuple[IndexItem, ...]) -> str:
+    """An index as one writes it in a block. Tensors among it have no words of their own."""
+    selector = next((item for item in index if isinstance(item, TokenSelector)), None)
+    if selector is not None:
+        return written(selector)
+    return "[" + ", ".join("tensor" if isinstance(item, Ref) else index_text((item,)) for item in index) + "]"
 
 
 def _span(layers: tuple[int, ...]) -> str:

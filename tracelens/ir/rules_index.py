@@ -40,11 +40,19 @@ def index_text(index: AbstractIndex) -> str:
     parts: list[str] = []
     for item in index:
         if isinstance(item, Slice):
-            bounds = ["" if part is None else str(part) for part in (item.start, item.stop, item.step)]
-            parts.append(":".join(bounds if item.step is not None else bounds[:2]))
+            parts.append(_bounds(item))
+        elif isinstance(item, TokenSlice):
+            parts.append(f"tok({_bounds(item)})")
+        elif isinstance(item, TokenText):
+            parts.append(f'tok("{item.text}")')
         else:
             parts.append(str(item))
     return f"[{', '.join(parts)}]"
+
+
+def _bounds(item: Slice | TokenSlice) -> str:
+    bounds = ["" if part is None else str(part) for part in (item.start, item.stop, item.step)]
+    return ":".join(bounds if item.step is not None else bounds[:2])
 
 
 def _fail(base: TensorType, index: AbstractIndex, problem: str, instead: str | None = None) -> ShapeError:
@@ -114,7 +122,11 @@ def _width(base: TensorType, index: AbstractIndex, item: TokenSlice | TokenList 
     if width is None:
         raise SymbolicSizeError(
             f"{base}{index_text(index)}: how many tokens that selects is not known without a prompt",
-            instead="a list of tokens, .tok[[0, 1, 2]]; or record with a prompt",
+            instead=(
+                f'one token of it, .tok["{item.text}", -1]; or record with a prompt'
+                if isinstance(item, TokenText)
+                else "a list of tokens, .tok[[0, 1, 2]]; or record with a prompt"
+            ),
         )
     return width
 
