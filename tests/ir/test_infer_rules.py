@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 
@@ -63,26 +64,27 @@ def concrete(arg: AbstractArg, sizes: dict[str, int], make: Callable[[TensorType
     return arg
 
 
-def torch_says(call: CALL, sizes: dict[str, int]) -> tuple[list[TensorType], bool] | None:
+LACKS_HALVES = re.compile(r"not implemented for '(Half|BFloat16)'")
+Answer = tuple[list[TensorType], bool]
+
+
+def torch_says(call: CALL, sizes: dict[str, int]) -> Answer | None:
     """The types with numbers for sizes, and whether it is one tensor; ``None`` if torch refuses.
 
     Real tensors are asked, of ones and of zeros (no divisor may be zero, no index too large); meta tensors only where a
-    CPU has no kernel for halves, since they let dtypes pass that no device can compute with.
+    CPU has no kernel for halves, since they let much pass that no device can compute.
     """
-    types = [arg for arg in flat(call[1]) + flat(tuple(v for _, v in call[2])) if isinstance(arg, TensorType)]
-    found = answer(call, sizes, torch.ones, "cpu") or answer(call, sizes, torch.zeros, "cpu")
-    if found is None and any(type_.dtype in (DType.BFLOAT16, DType.FLOAT16) for type_ in types):
-        return answer(call, sizes, torch.ones, "meta")
-    return found
-
-
-def flat(args: tuple[AbstractArg, ...]) -> list[AbstractArg]:
-    return [part for arg in args for part in (flat(arg) if isinstance(arg, tuple) else [arg])]
+    found = answer(call, sizes, torch.ones, "cpu")
+    if isinstance(found, Exception):
+        found = answer(call, sizes, torch.zeros, "cpu")
+    if isinstance(found, Exception) and LACKS_HALVES.search(str(found)):
+        found = answer(call, sizes, torch.ones, "meta")
+    return None if isinstance(found, Exception) else found
 
 
 def answer(
     call: CALL, sizes: dict[str, int], fill: Callable[..., torch.Tensor], device: str
-) -> tuple[list[TensorType], bool] | None:
+) -> Answer | Exception:
     name, args, kwargs = call
 
     def make(type_: TensorType) -> torch.Tensor:
@@ -95,13 +97,10 @@ def answer(
                 *(concrete(arg, sizes, make) for arg in args),
                 **{key: concrete(value, sizes, make) for key, value in kwargs},
             )
-    except Exception:
-        return None
-    several = [result] if isinstance(result, torch.Tensor) else list(result)
-    try:
+        several = [result] if isinstance(result, torch.Tensor) else list(result)
         types = [TensorType(dtype_of(part.dtype), tuple(part.shape)) for part in several]
-    except TracelensError:
-        return None  # a complex half, which no graph can hold
+    except Exception as error:  # also for a complex half, which no graph can hold
+        return error
     return types, isinstance(result, torch.Tensor)
 
 
@@ -151,7 +150,7 @@ def rule_alone(call: CALL, sizes: dict[str, int]) -> None:
 
 
 SETTINGS = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 
 
@@ -252,7 +251,7 @@ REDUCTIONS = [name for name in FUNCTIONS if FUNCTIONS[name].kind is Kind.REDUCTI
 
 
 @pytest.mark.parametrize("name", REDUCTIONS)
-@settings(SETTINGS, max_examples=60)
+@settings(SETTINGS, max_examples=30)
 @given(data=st.data(), sizes=sizes_strategy)
 def test_reductions(name: str, data: st.DataObject, sizes: dict[str, int]) -> None:
     value = data.draw(tensors(dtype=dtypes))
@@ -394,14 +393,14 @@ def targets(draw: st.DrawFn, shape: tuple[Dim, ...], sizes: dict[str, int]) -> t
     return tuple(result)
 
 
-@settings(SETTINGS, max_examples=400)
+@settings(SETTINGS, max_examples=250)
 @given(st.data(), sizes_strategy)
 def test_reshape(data: st.DataObject, sizes: dict[str, int]) -> None:
     value = data.draw(tensors())
     rule_alone(("torch.reshape", (value, data.draw(targets(value.shape, sizes))), ()), sizes)
 
 
-@settings(SETTINGS, max_examples=400)
+@settings(SETTINGS, max_examples=250)
 @given(st.data(), sizes_strategy)
 def test_moving(data: st.DataObject, sizes: dict[str, int]) -> None:
     value = data.draw(tensors())
@@ -461,7 +460,7 @@ def test_moving(data: st.DataObject, sizes: dict[str, int]) -> None:
 PRODUCTS = [name for name in FUNCTIONS if FUNCTIONS[name].kind is Kind.PRODUCT and rule_for(FUNCTIONS[name])]
 
 
-@settings(SETTINGS, max_examples=400)
+@settings(SETTINGS, max_examples=250)
 @given(st.data(), sizes_strategy)
 def test_products(data: st.DataObject, sizes: dict[str, int]) -> None:
     dtype = data.draw(dtypes)
@@ -485,8 +484,6 @@ def test_products(data: st.DataObject, sizes: dict[str, int]) -> None:
         ("torch.outer", (vector, TensorType(dtype, (i,))), ()),
         ("torch.inner", (left, TensorType(other, (k, j2))), ()),
         ("torch.tensordot", (left, right, data.draw(st.integers(0, 2))), ()),
-        ("torch.cov", (left,), ()),
-        ("torch.corrcoef", (left,), ()),
         ("torch.addmm", (added, left, right), ()),
         ("torch.baddbmm", (added, left, right), ()),
         ("torch.addbmm", (added, left, right), ()),
@@ -498,7 +495,7 @@ def test_products(data: st.DataObject, sizes: dict[str, int]) -> None:
     rule_alone(data.draw(st.sampled_from(calls)), sizes)
 
 
-@settings(SETTINGS, max_examples=300)
+@settings(SETTINGS, max_examples=200)
 @given(st.data(), sizes_strategy)
 def test_einsum(data: st.DataObject, sizes: dict[str, int]) -> None:
     letters = {letter: data.draw(one_dim) for letter in "abcd"}

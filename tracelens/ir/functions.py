@@ -100,8 +100,7 @@ _TABLES: dict[Kind, dict[str, str]] = {
     },
     Kind.PRODUCT: {
         "torch": """
-            addbmm addmm addmv addr baddbmm bmm chain_matmul corrcoef cov
-            dot inner kron matmul mm mv outer tensordot vdot""",
+            addbmm addmm addmv addr baddbmm bmm chain_matmul dot inner kron matmul mm mv outer tensordot vdot""",
         "torch.linalg": "matmul multi_dot",
         "torch.nn.functional": "bilinear scaled_dot_product_attention",
     },

@@ -98,7 +98,7 @@ _TABLES: dict[Reason, dict[str, str]] = {
             torch.nn.functional.triplet_margin_with_distance_loss""",
     },
     Reason.NO_SHAPE_RULE: {
-        APPLY: """combinations istft torch.nn.functional.gaussian_nll_loss
+        APPLY: """combinations corrcoef cov istft torch.nn.functional.gaussian_nll_loss
             lu geqrf orgqr ormqr histogram torch.histogramdd torch.linalg.lstsq torch.ctc_loss
             torch.nn.functional.ctc_loss torch.hash_tensor torch.Tensor.hash_tensor
             torch.nn.functional.linear_cross_entropy

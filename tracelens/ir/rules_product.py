@@ -202,18 +202,6 @@ def tensordot(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> 
     return sizing.done(TensorType(_dtype(sizing, name, (one, two), (one, two)), shape), mixes)
 
 
-def covariance(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Inferred:
-    """``cov`` and ``corrcoef``: rows are variables, columns are observations."""
-    value = tensor(bind("input", args, kwargs))
-    if value.ndim > 2 or not value.dtype.is_floating:
-        raise Defer
-    rows, columns = value.shape[:-1], value.shape[-1:]
-    mixes = any(_positional(dim) for dim in columns) or (
-        any(_positional(dim) for dim in rows) and any(carries(dim, dims.BATCH) for dim in columns)
-    )
-    return sizing.done(TensorType(value.dtype, (*rows, *rows)), mixes)
-
-
 # --- einsum ------------------------------------------------------------------------------------------------------
 
 
@@ -268,6 +256,5 @@ RULES: dict[str, Rule] = {
     "torch.nn.functional.linear": linear,
     "torch.inner": inner,
     "torch.tensordot": tensordot,
-    **dict.fromkeys(("torch.cov", "torch.corrcoef"), covariance),
     "torch.einsum": einsum,
 }
