@@ -225,18 +225,16 @@ def test_a_model_without_weights() -> None:
     with empty.record() as r:
         empty.layers[0].resid_post.save("h")
     program = empty.compile(r)
-    with (
-        refused(ModelClosedError, "without weights", instead="without weights=False"),
-        empty.trace(IDS),
-    ):  # <-
+    block = empty.trace(IDS)
+    with refused(ModelClosedError, "without weights", instead="weights=False"), block:  # <-
         empty.layers[0].resid_post.save()
     block = empty.trace(IDS)
-    with refused(ModelClosedError, "without weights", instead="without weights=False"), block:  # <-
+    with refused(ModelClosedError, "without weights", instead="weights=False"), block:  # <-
         empty.layers[0].resid_post.save()
     with refused(ModelClosedError, "without weights", instead="without weights=False"):
         program(IDS)  # <-
     block = empty.generate(IDS, max_new_tokens=1)
-    with refused(ModelClosedError, "without weights", instead="without weights=False"), block:  # <-
+    with refused(ModelClosedError, "without weights", instead="weights=False"), block:  # <-
         empty.layers[0].resid_post *= 1
     # What was recorded without weights runs on the model that has them.
     assert model.compile(r)(IDS)["h"].shape == (1, 4, D)
