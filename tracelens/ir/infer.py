@@ -309,7 +309,7 @@ def _run(
     return types, isinstance(result, torch.Tensor)
 
 
-_typing = Typing(_run, lambda: dtype_of(torch.get_default_dtype()))
+_typing = Typing(_run, torch.get_default_dtype, lambda: dtype_of(torch.get_default_dtype()))
 
 
 def infer_call(

@@ -74,10 +74,15 @@ _FEW = 1 << 18
 
 
 class Typing:
-    """Infers the types of calls, given torch (``run``) and the dtype that Python floats become (``default``)."""
+    """Infers the types of calls, given torch (``run``) and the dtype that Python floats become.
 
-    def __init__(self, run: Run, default: Callable[[], DType]) -> None:
+    That dtype is a setting of torch, so it is part of every key: as ``setting`` gives it, which is cheap. ``default``
+    gives it in our words.
+    """
+
+    def __init__(self, run: Run, setting: Callable[[], object], default: Callable[[], DType]) -> None:
         self._run = run
+        self._setting = setting
         self._default = default
         # First by the abstract call alone; ``None`` where sizes are needed, and then by the sizes too.
         self._memo: dict[object, _Entry | None] = {}
@@ -93,11 +98,11 @@ class Typing:
     def infer(self, name: str, args: Args, kwargs: AbstractKwargs, sizes: Sizes | None) -> Inferred:
         if name not in FUNCTIONS:
             raise calls.refused(name)
-        key = (self._default(), memo.key_of(name, args, kwargs, name in _ANY_NUMBER))
+        key = (self._setting(), memo.key_of(name, args, kwargs, name in _ANY_NUMBER))
         entry = self._memo.get(key, ...)
         if isinstance(entry, _Entry) and (sizes is None or not (entry.least or entry.limited)):
             return entry.inferred
-        sized = None if sizes is None else (key, tuple(sorted(sizes.items())))
+        sized = None if sizes is None else (key, *map(sizes.get, dims.SYMBOLS))
         if sized in self._sized:
             return self._sized[sized]
         if len(self._memo) + len(self._sized) > _FULL:
@@ -157,7 +162,7 @@ class Typing:
         Meta tensors let many dtypes pass for which no device has a kernel, so it is real numbers that are tried. Only
         what a CPU lacks for halves is excused: a GPU may have it.
         """
-        key = (self._default(), memo.key_of(name, args, kwargs, name in _ANY_NUMBER))
+        key = (self._setting(), memo.key_of(name, args, kwargs, name in _ANY_NUMBER))
         found = self._asked.get(key)
         if found is None:
             if len(self._asked) > _FULL:
