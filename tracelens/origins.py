@@ -41,7 +41,7 @@ def latest_origin(origins: Sequence[Origin | None], args: Sequence[Arg]) -> Orig
 
 def refuse_backwards(site: Site, origin: Origin, location: Location) -> None:
     """Raises :class:`CausalityError` if a value of this origin cannot have reached ``site`` yet."""
-    if origin is not None and not (origin.order < site.order or origin.sites == frozenset((site,))):
+    if not (origin.order < site.order or origin.sites == frozenset((site,))):
         late = ", ".join(sorted(str(source) for source in origin.sites))
         raise CausalityError(
             f"{site} would need {late}, which the forward pass reaches "

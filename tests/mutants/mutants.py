@@ -121,13 +121,13 @@ MUTANTS = (
         "batch.py",
         "places >= 0, places.clamp_(min=0)",
         "places >= 0, torch.arange(longest).expand(len(rows), -1)",
-        (*RESULTS, "-k", "ragged"),
+        ("tests/test_batch.py", "-k", "padded or positions"),
     ),
     Mutant(
         "token selectors forget the padding",
         "selection.py",
-        "tuple(pad + token for token in row)",
-        "tuple(token for token in row)",
+        "_shifted(row, pad) for row, pad",
+        "_shifted(row, 0) for row, pad",
         ("tests/test_selection.py",),
     ),
     Mutant(
