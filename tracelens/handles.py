@@ -61,6 +61,8 @@ class LayerHandle:
         object.__setattr__(self, "_index", index)
 
     def __getattr__(self, name: str) -> Value:
+        if name.startswith("_"):
+            raise AttributeError(name)  # Python asks for such names while it copies an object
         site = self._site(name)
         return Value.of_site(recorder_of(self._anatomy, f"model.layers[{self._index}].{name}"), site)
 

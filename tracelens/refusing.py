@@ -54,6 +54,9 @@ def refuse(function: object, name: str, args: Sequence[object] = ()) -> NoReturn
             + "tl.apply(function, value, like=value) runs any Python function on the real tensors",
         )
     reason, problem, hint = refusal
+    namesakes = [known for known in nearest(name) if known.rpartition(".")[2] == name.rpartition(".")[2]]
+    if reason is Reason.NO_SHAPE_RULE and namesakes:
+        hint = f"{', '.join(namesakes)}; or {hint}"
     raise _ERRORS.get(reason, UnsupportedFunctionError)(f"{name}: {problem}", at=here(), instead=hint)
 
 
