@@ -47,9 +47,9 @@ from tracelens.location import Location
 
 
 def as_held(number: float) -> float | Special:
-    """A float as a graph holds it: minus zero is a special number, and nan is one object."""
+    """A float as a graph holds it: minus zero and nan are special."""
     if math.isnan(number):
-        return math.nan
+        return Special.NAN
     return Special.NEGATIVE_ZERO if number == 0.0 and math.copysign(1, number) < 0 else number
 
 

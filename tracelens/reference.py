@@ -173,7 +173,7 @@ class _Evaluator:
             case Slice():
                 return slice(arg.start, arg.stop, arg.step)
             case Special():
-                return -0.0
+                return arg.number
             case _:
                 return arg
 

@@ -260,7 +260,8 @@ def _getter(arg: Arg) -> Callable[[State], Any]:
             dtype = torch_dtype(arg)
             return lambda state: dtype
         case Special():
-            return lambda state: -0.0
+            number = arg.number
+            return lambda state: number
         case Slice():
             plain = slice(arg.start, arg.stop, arg.step)
             return lambda state: plain

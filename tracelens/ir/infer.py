@@ -227,6 +227,8 @@ def static_argument(arg: object) -> Arg:
     if isinstance(arg, int):
         return int(arg)
     if isinstance(arg, float):
+        if math.isnan(arg):
+            return Special.NAN
         return Special.NEGATIVE_ZERO if arg == 0.0 and math.copysign(1, arg) < 0 else float(arg)
     if isinstance(arg, torch.dtype):
         return dtype_of(arg)
@@ -265,7 +267,7 @@ def _concrete(arg: AbstractArg, sizes: Sizes, stuff: Stuff) -> Any:
     if isinstance(arg, DType):
         return _TORCH[arg]
     if isinstance(arg, Special):
-        return -0.0
+        return arg.number
     if isinstance(arg, tuple):
         return tuple(_concrete(part, sizes, stuff) for part in arg)
     if isinstance(arg, Slice):

@@ -36,9 +36,14 @@ WHOLE = Slice()
 
 
 class Special(Enum):
-    """Arguments that compare equal to others as Python objects although they are not the same argument."""
+    """Floats that Python compares wrongly for us: minus zero equals zero, and nan does not equal itself."""
 
     NEGATIVE_ZERO = "-0.0"
+    NAN = "nan"
+
+    @property
+    def number(self) -> float:
+        return float(self.value)
 
 
 Scalar = bool | int | float | complex | Special

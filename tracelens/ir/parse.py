@@ -347,15 +347,15 @@ def _scalar(line: _Line) -> Scalar:
         return int(token)
     if token == Special.NEGATIVE_ZERO.value:
         return Special.NEGATIVE_ZERO
-    return _float(line, token)
+    number = _float(line, token)
+    return Special.NAN if math.isnan(number) else number
 
 
 def _float(line: _Line, token: str) -> float:
     try:
-        found = float(token)
+        return float(token)
     except ValueError:
         raise line.error(f"unreadable argument {token!r}") from None
-    return math.nan if math.isnan(found) else found
 
 
 def _index(line: _Line) -> tuple[IndexItem, ...]:
