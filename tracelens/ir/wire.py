@@ -128,6 +128,8 @@ def from_json(source: str, constants: bytes | None = None, *, trusted: bool = Fa
     try:
         graph = parse("\n".join(_list_of(body, "graph", str)))
         lines = _list_of(body, "lines", list)
+        if lines and len(lines) != len(graph.ops):
+            raise ValueError(f"it has {len(graph.ops)} operations and {len(lines)} lines of source")
         graph = replace(graph, locations=tuple(Location(str(name), int(line)) for name, line in lines))
         entries = _list_of(body, "constants", dict)
         names = _list_of(body, "functions", str)
@@ -141,11 +143,13 @@ def from_json(source: str, constants: bytes | None = None, *, trusted: bool = Fa
                 ),
                 number,
             )
-    if not trusted and (names or any(save.to is not None for save in graph.saves)):
+    if not trusted and (names or graph.applies or any(save.to is not None for save in graph.saves)):
         raise UntrustedApplyError(
             "running this graph would run Python functions or write files that the graph file names",
             instead="from_json(..., trusted=True), if you trust where the file comes from",
         )
+    if any(op.index >= len(names) for op in graph.applies):
+        raise GraphFileError("the graph applies functions that the file does not list")
     graph = replace(
         graph,
         constants=_constants(graph, cast("list[dict[str, Any]]", entries), constants),
@@ -279,7 +283,13 @@ def _function_name(function: object) -> str:
 
 def _function(name: str) -> object:
     module, _, path = name.partition(":")
-    found: object = importlib.import_module(module)
-    for part in path.split("."):
-        found = getattr(found, part)
+    try:
+        found: object = importlib.import_module(module)
+        for part in path.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise GraphFileError(
+            f"the file names the function {name!r}, which cannot be found here: {error}",
+            instead="make the module that defines it importable",
+        ) from error
     return found
