@@ -259,3 +259,16 @@ def test_a_model_on_several_devices_is_refused_by_name() -> None:
     hf.model.layers[2].to("meta")
     with pytest.raises(tl.errors.SeveralDevicesError, match="cpu, meta"):
         tl.wrap(hf)
+
+
+def test_a_prepared_prompt_is_used_as_it_is(model: tl.Model) -> None:
+    prepared = model.prepare([IDS, IDS[:3]])
+    with model.record() as r:
+        model.layers[1].resid_post.tok[-1].save("h")
+    program = model.compile(r)
+    assert torch.equal(program(prepared)["h"], program([IDS, IDS[:3]])["h"])
+    with model.trace(prepared):
+        h = model.layers[1].resid_post.tok[-1].save()
+    assert torch.equal(h.value, program(prepared)["h"])
+    with pytest.raises(tl.errors.PromptError):
+        tl.wrap(FAMILIES["gpt2"].build()).trace(prepared)

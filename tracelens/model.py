@@ -10,7 +10,7 @@ from torch import nn
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.batch import prepare
 from tracelens.compiling import Compiler
-from tracelens.errors import Blaming, OptionError, TracelensError
+from tracelens.errors import Blaming, OptionError, PromptError, TracelensError
 from tracelens.handles import Layers, global_site, no_target, recorder_of, unknown_global
 from tracelens.ir.graph import Graph
 from tracelens.ir.sites import GLOBAL_KINDS, Site
@@ -93,7 +93,18 @@ class Model:
         return Generation(self, prepared, settings, single)
 
     def prepare(self, prompt: Any, *, room: int = 0) -> Prompt:
-        """The prompt as the model will see it: token ids, padded on the left, with a mask and positions."""
+        """The prompt as the model will see it: token ids, padded on the left, with a mask and positions.
+
+        ``trace`` and programs take what this returns in place of a prompt, which saves preparing it again.
+        """
+        if isinstance(prompt, Prompt) and not room:
+            if prompt.owner is not self.anatomy:
+                raise PromptError(
+                    "this prompt was prepared for another model",
+                    at=here(),
+                    instead="model.prepare(...) of this model",
+                )
+            return prompt
         limit = self.anatomy.max_positions
         try:
             batch = prepare(
@@ -107,7 +118,7 @@ class Model:
         except TracelensError as error:
             error.at = error.at or here()
             raise
-        return Prompt(batch, self._tokenizer)
+        return Prompt(batch, self._tokenizer, self.anatomy)
 
     @cached_property
     def _pad_id(self) -> int:

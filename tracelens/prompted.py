@@ -18,7 +18,8 @@ if TYPE_CHECKING:
 class Prompt:
     """A batch, with its token selectors resolved at most once."""
 
-    def __init__(self, batch: Batch, tokenizer: PreTrainedTokenizerBase | None) -> None:
+    def __init__(self, batch: Batch, tokenizer: PreTrainedTokenizerBase | None, owner: object = None) -> None:
+        self.owner = owner
         self.batch = batch
         self.tokenizer = tokenizer
         self.sizes = batch.sizes
