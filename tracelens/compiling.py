@@ -28,6 +28,7 @@ from tracelens.errors import (
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import torch_dtype
 from tracelens.ir.ops import (
+    Apply,
     Const,
     Index,
     IndexPut,
@@ -228,6 +229,15 @@ class Compiler:
 
 def owning(graph: Graph) -> Graph:
     """The graph with constants of its own: copies of captured tensors, tensors made of those from files."""
+    for number, op in enumerate(graph.ops):
+        there = graph.constants if isinstance(op, Const) else graph.functions
+        if isinstance(op, Const | Apply) and op.index >= len(there):
+            what = "constants" if isinstance(op, Const) else "functions"
+            error = VerificationError(
+                f"the graph has lost its {what}, which its text form does not hold",
+                instead="graph.to_json(path) and tl.Graph.from_json(path), which keep them",
+            )
+            raise graph.blame(error, number)
     constants: list[Captured] = []
     for index, constant in enumerate(graph.constants):
         if not isinstance(constant, Captured):
