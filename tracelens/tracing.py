@@ -312,7 +312,8 @@ class Program:
             )
         self._model = model
         self._compiler: Compiler = model._compiler
-        self.graph = owning(graph)
+        with Blaming(here()):
+            self.graph = owning(graph)
         if not graph.saves and not graph.applies:
             raise (
                 nothing_saved(graph)

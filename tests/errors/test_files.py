@@ -216,12 +216,20 @@ def test_a_function_outside_the_allow_list(name: str, monkeypatch: pytest.Monkey
 def test_a_forbidden_function_does_not_run_without_a_file_either(monkeypatch: pytest.MonkeyPatch) -> None:
     ran: list[str] = []
     monkeypatch.setattr(os, "system", lambda *args: ran.append("system"))
-    text = GRAPH.text().replace("torch.relu", "os.system")
-    with pytest.raises(TracelensError) as caught:
-        model.compile(tl.parse(text))
-    assert type(caught.value) in (VerificationError, GraphSyntaxError, ForbiddenFunctionError)
-    assert "os.system" in str(caught.value)
+    text = """graph {
+      %0 = read layers.1.resid_post@0 : f32[B,P,48]
+      %1 = call torch.relu(%0) : f32[B,P,48]
+      save "h" <- %1
+    }"""
+    assert model.compile(tl.parse(text))(IDS)["h"].min() == 0
+    with refused(VerificationError, "os.system", "-->", instead=None):
+        model.compile(tl.parse(text.replace("torch.relu", "os.system")))  # <-
     assert ran == []
+
+
+def test_a_text_that_has_lost_its_constants() -> None:
+    with refused(VerificationError, "lost its constants", instead="graph.to_json(path)"):
+        model.compile(tl.parse(GRAPH.text()))  # <-
 
 
 # --- trust -----------------------------------------------------------------------------------------------------------
