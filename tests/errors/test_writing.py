@@ -372,6 +372,11 @@ def test_writing_what_a_graph_cannot_hold(thing: Any) -> None:
         ((0, "mlp_out"), (0, "resid_post")),
         ((1, "resid_pre"), (1, "resid_mid")),
         ((1, "mlp_act"), (1, "mlp_out")),
+        # Names for one tensor, or nearly: a write at the earlier is seen at the later, never the reverse.
+        ((1, "attn_out"), (1, "attn_add")),
+        ((1, "mlp_norm"), (1, "mlp_in")),
+        ((0, "resid_post"), (1, "resid_pre")),
+        ((None, "lm_head"), (None, "logits")),
     ],
 )
 def test_a_value_from_the_future(early, late) -> None:
