@@ -107,32 +107,40 @@ class Value(Operand):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype that the numbers have in the run."""
         if not self._is_recording() and self._has_result():
             return self._result().dtype
         return torch_dtype(self._type.dtype)
 
     @property
     def ndim(self) -> int:
+        """The number of axes."""
         return self._type.ndim
 
     def dim(self) -> int:
+        """The number of axes; the same as :attr:`ndim`."""
         return self._type.ndim
 
     def size(self, dim: int | None = None) -> Any:
+        """The global shape, or the size of the axis ``dim``."""
         return self.shape if dim is None else self.shape[dim]
 
     def numel(self) -> int:
+        """The number of elements; asking for it ties the recording to the prompt's sizes that are in the shape."""
         return self.shape.numel()
 
     def is_floating_point(self) -> bool:
+        """Whether the dtype is one of the floating-point dtypes."""
         return self._type.dtype.is_floating
 
     @property
     def T(self) -> Any:  # torch's name
+        """The value with its last two axes exchanged (a value of one axis as it is)."""
         return apply_torch(torch.t, (self,), {}) if self.ndim <= 2 else self.mT
 
     @property
     def mT(self) -> Any:  # torch's name
+        """The value with its last two axes exchanged; :class:`ShapeError` for fewer than two."""
         return apply_torch(torch.transpose, (self, -2, -1), {})
 
     @property
