@@ -69,9 +69,8 @@ def test_a_document_holds_the_text_the_lines_and_digests():
     assert (document["format"], document["version"]) == ("tracelens-graph", "1.0")
     body = document["body"]
     assert body["graph"] == graph.text().splitlines()
-    assert [(Path(name).name, line) for name, line in body["lines"]] == [
-        (Path(__file__).name, location.line) for location in graph.locations
-    ]
+    assert body["lines"] == [[Path(__file__).name, location.line] for location in graph.locations]
+    assert str(Path(__file__).parent) not in graph.to_json()
     assert body["functions"] == []
     digest = hashlib.sha256(v.numpy().tobytes()).hexdigest()
     assert body["constants"] == [{"type": "f32[48]", "name": None, "sha256": digest}]
@@ -306,4 +305,34 @@ def test_lines_come_back_even_from_files_that_are_gone():
     graph = parse('graph {\n  %0 = read logits@0 : f32[B,P,97]\n  save "l" <- %0\n}')
     graph = replace(graph, locations=(Location("/home/me/ä\udc80.py", 3), Location("<cell 4>", 1)))
     found = Graph.from_json(graph.to_json())
-    assert [location.short for location in found.locations] == ["ä\udc80.py:3", "<cell 4>:1"]
+    assert [str(location) for location in found.locations] == ["ä\udc80.py:3", "<cell 4>:1"]
+
+
+@pytest.mark.parametrize(
+    ("filename", "own"),
+    [
+        ("/home/ann/work/steer.py", "steer.py"),
+        ("C:\\Users\\ann\\steer.py", "steer.py"),
+        ("steer.py", "steer.py"),
+        ("/tmp/ipykernel_71/3029.py", "3029.py"),
+        ("<ipython-input-7-abc>", "<ipython-input-7-abc>"),
+        ("<doctest /home/ann/work/page.md[3]>", "<page.md[3]>"),
+        ("<unknown>", "<unknown>"),
+    ],
+)
+def test_a_file_does_not_say_in_which_folder_its_author_works(filename, own):
+    graph = parse('graph {\n  %0 = read logits@0 : f32[B,P,97]\n  save "l" <- %0\n}')
+    document = replace(graph, locations=(Location(filename, 3), Location(filename, 4))).to_json()
+    assert json.loads(document)["body"]["lines"] == [[own, 3], [own, 4]]
+    assert Graph.from_json(document).to_json() == document
+
+
+def test_a_line_out_of_a_file_does_not_quote_a_file_of_the_same_name_here(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "steer.py").write_text("quite another file\n")
+    graph = parse('graph {\n  %0 = read logits@0 : f32[B,P,97]\n  save "l" <- %0\n}')
+    written = replace(graph, locations=(Location("steer.py", 1), Location("steer.py", 1)))
+    found = Graph.from_json(written.to_json())
+    assert written.locations[0].text == "quite another file"  # what a line of this process quotes
+    assert (str(found.locations[0]), found.locations[0].text) == ("steer.py:1", "")

@@ -1,7 +1,8 @@
 """Graphs as files: versioned JSON, with the captured tensors beside it as safetensors. Never pickle, never code.
 
 The JSON holds a header (format, version, sha256 of the body) and a body: the operations in their text form, the lines
-where the user wrote them, and a digest of each constant. Anything that was cut off or changed is refused by name.
+where the user wrote them (a file by its own name, without its folders, so that the same script makes the same file on
+every machine), and a digest of each constant. Anything that was cut off or changed is refused by name.
 """
 
 from __future__ import annotations
@@ -69,6 +70,15 @@ class StoredConstant:
         return self.data
 
 
+@dataclass(frozen=True, slots=True)
+class StoredLocation(Location):
+    """A line that came out of a file. Its source is elsewhere: a file of that name here may be quite another one."""
+
+    @property
+    def text(self) -> str:
+        return ""
+
+
 def to_json(graph: Graph, *, trusted: bool = False) -> str:
     """The graph as JSON text; the constants are :func:`constants_bytes`.
 
@@ -82,7 +92,7 @@ def to_json(graph: Graph, *, trusted: bool = False) -> str:
         )
     body = {
         "graph": text(graph).splitlines(),
-        "lines": [[location.filename, location.line] for location in graph.locations],
+        "lines": [[_own_name(location.filename), location.line] for location in graph.locations],
         "constants": [
             {"type": str(constant.type), "name": constant.name, "sha256": _digest(constant.payload())}
             for constant in graph.constants
@@ -130,7 +140,7 @@ def from_json(source: str, constants: bytes | None = None, *, trusted: bool = Fa
         lines = _list_of(body, "lines", list)
         if lines and len(lines) != len(graph.ops):
             raise ValueError(f"it has {len(graph.ops)} operations and {len(lines)} lines of source")
-        graph = replace(graph, locations=tuple(Location(str(name), int(line)) for name, line in lines))
+        graph = replace(graph, locations=tuple(StoredLocation(str(name), int(line)) for name, line in lines))
         entries = _list_of(body, "constants", dict)
         names = _list_of(body, "functions", str)
     except (GraphSyntaxError, KeyError, TypeError, ValueError) as error:
@@ -269,6 +279,13 @@ def _seal(version: str, body: object) -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _own_name(filename: str) -> str:
+    """The name without its folders, which would tell who wrote the graph and differ from machine to machine."""
+    own = re.split(r"[/\\]", filename)[-1]
+    # A name like <cell 4> stands for what is no file.
+    return "<" + own if filename.startswith("<") and not own.startswith("<") else own
 
 
 def _function_name(function: object) -> str:
