@@ -6,6 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, cast, overload
 
+from tracelens.coming import ON_LAYERS, ON_THE_MODEL
 from tracelens.errors import (
     LayerMappingError,
     LayerRangeError,
@@ -16,10 +17,11 @@ from tracelens.errors import (
 )
 from tracelens.ir.sites import CANONICAL, GLOBAL_KINDS, KIND, LAYER_KINDS, Scope, Site, near
 from tracelens.location import here
-from tracelens.mapped import MappedValue, each_layer
+from tracelens.mapped import MappedValue, each_layer, slice_text
 from tracelens.open_recordings import open_recorder
 from tracelens.operand import Operand
 from tracelens.recorder import Recorder
+from tracelens.refusing import parameter_target
 from tracelens.subject import Anatomy
 from tracelens.values import Value
 
@@ -72,7 +74,7 @@ class LayerHandle:
             raise LayerMappingError(
                 f"a value mapped over layers {list(new.layers)} was assigned to one layer",
                 at=here(),
-                instead=f"model.layers[{list(new.layers)}].{name} = value, or value.stack()[i] for one of them",
+                instead=f"{slice_text(new.layers)}.{name} = value, or value.stack()[i] for one of them",
             )
         recorder_of(self._anatomy, f"model.layers[{self._index}].{name}").write(site, new)
 
@@ -100,11 +102,17 @@ class LayersSlice:
     def __getattr__(self, name: str) -> MappedValue:
         if name.startswith("_"):
             raise AttributeError(name)
+        self._require_site(name)
         return MappedValue(self._layers, tuple(getattr(handle, name) for handle in self._handles))
 
     def __setattr__(self, name: str, new: Any) -> None:
+        self._require_site(name)
         for handle, part in zip(self._handles, each_layer(new, self._layers), strict=True):
             setattr(handle, name, part)
+
+    def _require_site(self, name: str) -> None:
+        if name not in _LAYER_NAMES:
+            raise _unknown(name, repr(self), tuple(_LAYER_NAMES))
 
     def __len__(self) -> int:
         return len(self._layers)
@@ -116,7 +124,7 @@ class LayersSlice:
         return dir(self._handles[0])
 
     def __repr__(self) -> str:
-        return f"model.layers[{list(self._layers)}]"
+        return slice_text(self._layers)
 
 
 class Layers:
@@ -137,7 +145,7 @@ class Layers:
         if isinstance(key, slice) and all(
             part is None or type(part) is int for part in (key.start, key.stop, key.step)
         ):
-            chosen = tuple(range(len(self._handles))[key])
+            chosen = self._span(key)
         elif isinstance(key, list | tuple | range):
             chosen = tuple(self._checked(index) for index in cast("Sequence[int]", key))
         else:
@@ -154,6 +162,28 @@ class Layers:
                 instead="model.layers[:] is all layers",
             )
         return LayersSlice(tuple(self._handles[index] for index in chosen), chosen)
+
+    def _span(self, key: slice) -> tuple[int, ...]:
+        """The layers of a slice. Python would clip it: who writes 1:9 may believe that there is a layer 8."""
+        count = len(self._handles)
+        if key.step == 0:
+            raise LayerRangeError(
+                f"model.layers[{_written(key)}] has a step of 0",
+                at=here(),
+                instead="model.layers[::2], or no step",
+            )
+        top = count if key.step is None or key.step > 0 else count - 1
+        start, stop = (
+            bound if bound is None or -count <= bound <= top else ... for bound in (key.start, key.stop)
+        )
+        if start is ... or stop is ...:
+            open_ended = slice(None if start is ... else start, None if stop is ... else stop, key.step)
+            raise LayerRangeError(
+                f"model.layers[{_written(key)}] goes beyond the model, which has {count} layers, 0 to {count - 1}",
+                at=here(),
+                instead=f"model.layers[{_written(open_ended)}]: an open end is the model's own",
+            )
+        return tuple(range(count)[key])
 
     def _checked(self, index: Any) -> int:
         if isinstance(index, Operand | bool) or not isinstance(index, int):
@@ -209,6 +239,8 @@ def global_site(name: str) -> Site | None:
 
 
 def _unknown(name: str, owner: str, names: tuple[str, ...]) -> UnknownSiteError:
+    if name in ON_LAYERS:
+        return _not_yet(f"{owner}.{name}", ON_LAYERS[name])
     candidates = near(name, names)
     elsewhere = "model." + name if name in _GLOBAL_NAMES else None
     return UnknownSiteError(
@@ -224,10 +256,18 @@ def _unknown(name: str, owner: str, names: tuple[str, ...]) -> UnknownSiteError:
     )
 
 
+def _not_yet(what: str, meanwhile: str) -> UnknownSiteError:
+    return UnknownSiteError(
+        f"{what} is planned but not there yet", at=here(), instead=f"meanwhile, {meanwhile}"
+    )
+
+
 def no_target(name: str, also: tuple[str, ...]) -> TracelensError:
     """The error for assigning to ``model.<name>``, which is no site."""
     if name not in also:
         return unknown_global(name, also)
+    if name == "unembed":
+        return parameter_target("model.unembed")
     return WriteTargetError(
         f"model.{name} is not a site, so nothing can be assigned to it",
         at=here(),
@@ -241,4 +281,8 @@ def unknown_global(name: str, also: tuple[str, ...]) -> UnknownSiteError:
         return UnknownSiteError(
             f"{name!r} is a site of a layer, not of the model", at=here(), instead=f"model.layers[i].{name}"
         )
+    if name in ON_THE_MODEL or name in ON_LAYERS:
+        on_layers = name in ON_LAYERS
+        what = f"model.layers[i].{name}" if on_layers else f"model.{name}"
+        return _not_yet(what, ON_LAYERS[name] if on_layers else ON_THE_MODEL[name])
     return _unknown(name, "the model", (*sorted(_GLOBAL_NAMES), *also))

@@ -51,24 +51,38 @@ class MappedValue(PerLayerOperand):
 
     @property
     def dtype(self) -> torch.dtype:
+        """The dtype that the numbers have in the run."""
         return self._spokesman.dtype
 
     @property
     def ndim(self) -> int:
+        """The number of axes in one layer."""
         return self._result().ndim if self._has_result() else self._members[0].ndim
 
     def dim(self) -> int:
+        """The number of axes in one layer; the same as :attr:`ndim`."""
         return self.ndim
 
     def size(self, dim: int | None = None) -> Any:
+        """The shape in one layer, or the size of its axis ``dim``."""
         return self.shape if dim is None else self.shape[dim]
+
+    def numel(self) -> int:
+        """The number of elements in one layer; asking for it ties the recording to the prompt's sizes in the shape."""
+        return self.shape.numel()
+
+    def is_floating_point(self) -> bool:
+        """Whether the dtype is one of the floating-point dtypes."""
+        return self._spokesman.is_floating_point()
 
     @property
     def T(self) -> Any:  # torch's name
+        """The value with its last two axes exchanged, in each layer."""
         return self._result().T if self._has_result() else self._each(lambda member: member.T)
 
     @property
     def mT(self) -> Any:  # torch's name
+        """The value with its last two axes exchanged, in each layer; :class:`ShapeError` for fewer than two."""
         return self._result().mT if self._has_result() else self._each(lambda member: member.mT)
 
     @property
@@ -131,6 +145,16 @@ class MappedValue(PerLayerOperand):
     def _spokesman(self) -> Value:
         """The handle of the stack, if it was saved, else the value of the first layer."""
         return self._members[0] if self._saved_handle is None else self._saved_handle
+
+    def __iter__(self) -> Any:
+        if not self._is_recording():
+            return iter(self._result())
+        site = self._members[0]._root()._site
+        name = "<site>" if site is None else site.name
+        return self._branch(
+            "iterating over",
+            f"for layer in {slice_text(self._layers)}: layer.{name}; .stack() for one value over the layers",
+        )
 
     # --- the two kinds of operands -------------------------------------------------------------------------------
 
@@ -346,6 +370,13 @@ def _span(layers: tuple[int, ...]) -> str:
     if len(layers) > 2 and layers == tuple(range(layers[0], layers[0] + len(layers))):
         return f"{layers[0]}..{layers[-1]}"
     return "[" + ", ".join(map(str, layers)) + "]"
+
+
+def slice_text(layers: tuple[int, ...]) -> str:
+    """Several layers as one writes them: ``model.layers[2:5]``, ``model.layers[[0, 4]]``."""
+    if layers == tuple(range(layers[0], layers[0] + len(layers))):
+        return f"model.layers[{layers[0]}:{layers[-1] + 1}]"
+    return f"model.layers[{list(layers)}]"
 
 
 def each_layer(new: Any, layers: tuple[int, ...]) -> list[Any]:

@@ -51,6 +51,7 @@ class Plan:
 
     @cached_property
     def moments(self) -> tuple[Sequence, ...]:
+        """For every operation, the moment of the forward pass at which it can be done."""
         return moments_of(self.graph)
 
     def layers_run(self, n_layers: int) -> int:

@@ -17,6 +17,7 @@ from tracelens.errors import (
     TracelensError,
     UnsupportedFunctionError,
     ValueBranchError,
+    WriteTargetError,
 )
 from tracelens.ir.functions import nearest
 from tracelens.ir.infer import refusal_of
@@ -102,6 +103,18 @@ def module_called() -> str | None:
     if isinstance(found, torch.jit.ScriptModule):
         return f"the scripted module {found.original_name}"
     return f"the module {type(found).__name__}"
+
+
+def parameter_target(what: str) -> WriteTargetError:
+    """The error for assigning to a parameter, or into one."""
+    return WriteTargetError(
+        f"{what} is a parameter, and parameters cannot be written: a block changes activations",
+        at=here(),
+        instead=(
+            "the site that follows: model.lm_head[..., token] = value after the unembedding, "
+            "model.layers[i].mlp_out = value after an MLP; model.sites() lists them"
+        ),
+    )
 
 
 def one_layer_only(thing: object) -> LayerMappingError:

@@ -25,6 +25,7 @@ class SiteRow:
 
     @property
     def writable(self) -> bool:
+        """Whether this model has the site and one can assign to it."""
         return self.absent is None and self.effect is not Effect.NONE
 
 

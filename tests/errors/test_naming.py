@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import tracelens as tl
 from tests.errors import GPT2, IDS, LLAMA, D, refused
+from tracelens.coming import ON_LAYERS, ON_THE_MODEL
 from tracelens.errors import (
     AbsentSiteError,
     LayerRangeError,
@@ -23,6 +28,7 @@ from tracelens.errors import (
     UnknownSiteError,
     WriteTargetError,
 )
+from tracelens.ir.sites import CANONICAL
 
 model, gpt2 = LLAMA.model, GPT2.model
 
@@ -44,10 +50,57 @@ def test_an_unknown_site_of_a_layer(name: str, near: str) -> None:
         getattr(model.layers[1], name)  # <-
     with refused(UnknownSiteError, "model.layers[1]", repr(name), instead=near), model.trace(IDS):
         setattr(model.layers[1], name, 0)  # <-
-    with refused(UnknownSiteError, repr(name), instead=near), model.trace(IDS):
+    with refused(UnknownSiteError, "model.layers[0:2] has", repr(name), instead=near), model.trace(IDS):
         getattr(model.layers[0:2], name)  # <-
-    with refused(UnknownSiteError, repr(name), instead=near), model.trace(IDS):
-        setattr(model.layers[0:2], name, 0)  # <-
+    with refused(UnknownSiteError, "model.layers[[0, 2]] has", repr(name), instead=near), model.trace(IDS):
+        setattr(model.layers[[0, 2]], name, 0)  # <-
+
+
+@pytest.mark.parametrize(("name", "meanwhile"), ON_LAYERS.items())
+def test_a_site_of_layers_that_is_to_come(name: str, meanwhile: str) -> None:
+    assert name not in CANONICAL, "it has come: its entry in coming.py can go"
+    with refused(UnknownSiteError, f"model.layers[1].{name} is planned", instead=meanwhile), model.trace(IDS):
+        getattr(model.layers[1], name)  # <-
+    with refused(UnknownSiteError, f"model.layers[1].{name} is planned", instead=meanwhile), model.trace(IDS):
+        setattr(model.layers[1], name, 0)  # <-
+    with (
+        refused(UnknownSiteError, f"model.layers[0:2].{name} is planned", instead=meanwhile),
+        model.trace(IDS),
+    ):
+        getattr(model.layers[0:2], name)  # <-
+    # On the model itself it is in the wrong place, too.
+    with refused(UnknownSiteError, f"model.layers[i].{name} is planned", instead=meanwhile), model.trace(IDS):
+        getattr(model, name)  # <-
+    assert not hasattr(model.layers[1], name)
+
+
+@pytest.mark.parametrize(("name", "meanwhile"), ON_THE_MODEL.items())
+def test_a_name_of_the_model_that_is_to_come(name: str, meanwhile: str) -> None:
+    assert name not in dir(model), "it has come: its entry in coming.py can go"
+    with refused(UnknownSiteError, f"model.{name} is planned", instead=meanwhile), model.trace(IDS):
+        getattr(model, name)  # <-
+    with refused(UnknownSiteError, f"model.{name} is planned", instead=meanwhile), model.trace(IDS):
+        setattr(model, name, 0)  # <-
+    assert not hasattr(model, name)
+
+
+def test_what_to_write_meanwhile() -> None:
+    layer, projection = model.layers[1], "model.layers.1.self_attn.q_proj.weight"
+    with model.trace(IDS):
+        q = (layer.attn_in @ model.param(projection).T).save()
+        x = layer.attn_in.save()
+        lens = (LLAMA.hf.model.norm(model.layers[-1].resid_post) @ model.unembed.T).save()
+        logits = model.logits.save()
+    assert_close(q.value, LLAMA.hf.model.layers[1].self_attn.q_proj(x.value).detach(), atol=1e-6, rtol=1e-5)
+    assert_close(lens.value, logits.value, atol=1e-5, rtol=1e-5)
+    with model.trace(IDS):
+        model.layers[1].resid_post = model.layers[1].resid_pre
+        before, after = layer.resid_pre.save(), model.layers[2].resid_pre.save()
+    assert torch.equal(before.value, after.value)
+    config = copy.deepcopy(LLAMA.hf.config)
+    eager = tl.wrap(AutoModelForCausalLM.from_config(config, attn_implementation="eager").eval())
+    pattern = eager.hf(torch.tensor([IDS]), output_attentions=True).attentions[1]
+    assert_close(pattern.sum(-1), torch.ones(1, LLAMA.hf.config.num_attention_heads, 4))
 
 
 def test_an_unknown_site_of_the_model() -> None:
@@ -110,11 +163,51 @@ def test_a_layer_out_of_range(index: int) -> None:
 
 
 def test_a_slice_of_no_layers() -> None:
-    with refused(LayerRangeError, "model.layers[5:9]", "3 layers, 0 to 2", instead="model.layers[:]"):
-        model.layers[5:9]  # <-
+    with refused(LayerRangeError, "model.layers[3:]", "3 layers, 0 to 2", instead="model.layers[:]"):
+        model.layers[3:]  # <-
+    with refused(LayerRangeError, "model.layers[2:1]", "chooses no layer", instead="model.layers[:]"):
+        model.layers[2:1]  # <-
     with refused(LayerRangeError, "model.layers\\[\\[\\]\\]", instead="model.layers[:]"):
         model.layers[[]]  # <-
     assert len(model.layers[:]) == 3
+
+
+@pytest.mark.parametrize(
+    ("key", "written", "instead"),
+    [
+        (slice(1, 9), "1:9", "1:"),
+        (slice(5, 9), "5:9", ":"),
+        (slice(0, 4), "0:4", "0:"),
+        (slice(None, 4), ":4", ":"),
+        (slice(-4, None), "-4:", ":"),
+        (slice(-9, 2), "-9:2", ":2"),
+        (slice(0, -4), "0:-4", "0:"),
+        (slice(0, 9, 2), "0:9:2", "0::2"),
+        (slice(3, None, -1), "3::-1", "::-1"),
+        (slice(0, 3, 0), "0:3:0", "::2"),
+    ],
+)
+def test_a_slice_that_goes_beyond_the_model_is_not_clipped(key: slice, written: str, instead: str) -> None:
+    says = "goes beyond the model, which has 3 layers, 0 to 2" if key.step != 0 else "a step of 0"
+    with refused(LayerRangeError, f"model.layers[{written}] ", says, instead=f"model.layers[{instead}]"):
+        model.layers[key]  # <-
+    with refused(LayerRangeError, says, instead=f"model.layers[{instead}]"), model.trace(IDS):
+        model.layers[key].resid_post += 1.0  # <-
+
+
+@given(
+    start=st.none() | st.integers(-3, 3),
+    stop=st.none() | st.integers(-3, 3),
+    step=st.none() | st.sampled_from([-3, -2, -1, 1, 2, 3]),
+)
+def test_a_slice_within_the_model_is_pythons(start: int | None, stop: int | None, step: int | None) -> None:
+    wanted = [0, 1, 2][start:stop:step]
+    if not wanted or (start == 3 and step is not None and step < 0):
+        with pytest.raises(LayerRangeError):
+            model.layers[start:stop:step]
+        return
+    chosen = model.layers[start:stop:step]
+    assert [str(layer) for layer in chosen] == [f"model.layers[{index}]" for index in wanted]
 
 
 @pytest.mark.parametrize("key", ["0", 1.0, None, True, slice("a", None), torch.tensor(1)])
@@ -141,7 +234,18 @@ def test_a_layer_is_not_a_tensor() -> None:
         model.layers[0:2] = 0  # <-
 
 
-@pytest.mark.parametrize("name", ["layers", "unembed", "trace", "hf", "config"])
+def test_parameters_cannot_be_assigned() -> None:
+    with refused(WriteTargetError, "model.unembed is a parameter", instead="model.lm_head"), model.trace(IDS):
+        model.unembed = 0  # <-
+    with refused(WriteTargetError, "model.unembed is a parameter", instead="model.lm_head"), model.trace(IDS):
+        model.unembed *= 2  # <-
+    with model.trace(IDS):
+        model.lm_head[..., 7] = 0
+        logits = model.logits.save()
+    assert torch.equal(logits.value[..., 7], torch.zeros(1, 4))
+
+
+@pytest.mark.parametrize("name", ["layers", "trace", "hf", "config"])
 def test_what_is_no_site_cannot_be_assigned(name: str) -> None:
     with refused(WriteTargetError, f"model.{name} is not a site", instead="model.sites()"), model.trace(IDS):
         setattr(model, name, 0)  # <-

@@ -74,8 +74,23 @@ def test_asking_a_value_for_a_number(ask, says: str, instead: str) -> None:
 
 @pytest.mark.parametrize(("ask", "says", "instead"), [q for q in QUESTIONS if "Tensor." not in q[1]])
 def test_asking_a_mapped_value_for_a_number(ask, says: str, instead: str) -> None:
+    instead = "for layer in model.layers[0:2]: layer.resid_post" if says == "iterating over" else instead
     with refused(ValueBranchError, says, instead=instead, text="lambda h:"), model.trace(IDS):
         ask(model.layers[0:2].resid_post)
+
+
+def test_iterating_over_layers_goes_over_the_layers() -> None:
+    says, hint = "iterating over", "for layer in model.layers[1:3]: layer.resid_post"
+    with refused(ValueBranchError, says, instead=hint), model.trace(IDS):
+        for h in model.layers[1:3].resid_post[:, -1]:  # <-
+            h.save()
+    hint = "for layer in model.layers[[0, 2]]: layer.<site>"
+    with refused(ValueBranchError, says, instead=hint), model.trace(IDS):
+        _first, _second = model.layers[[0, 2]].resid_post * 2  # <-
+    with model.trace(IDS):
+        one_by_one = [layer.resid_post.save() for layer in model.layers[1:3]]
+        stacked = model.layers[1:3].resid_post.save()
+    assert [torch.equal(a.value, b) for a, b in zip(one_by_one, stacked, strict=True)] == [True, True]
 
 
 def test_what_to_write_instead_of_asking() -> None:
@@ -265,4 +280,13 @@ def test_properties_that_are_functions_are_recorded() -> None:
         assert h.dtype is torch.float32
         assert h.ndim == h.dim() == 3
         assert h.numel() == 4 * D
+        mapped = model.layers[0:2].resid_post
+        assert mapped.numel() == 4 * D
+        assert mapped.ndim == mapped.dim() == 3
+        assert mapped.size(-1) == mapped.size()[-1] == D
+        assert h.is_floating_point()
+        assert mapped.is_floating_point()
+        assert not (mapped > 0).is_floating_point()
+        kept = mapped.save()
+    assert (kept.numel(), kept.ndim, kept.is_floating_point()) == (2 * 4 * D, 4, True)
     assert pairs[0][0].value.shape == (1, D, 4)

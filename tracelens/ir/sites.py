@@ -129,6 +129,7 @@ class Site:
 
     @property
     def kind(self) -> Kind:
+        """The site's row in the vocabulary: its shape, what a write changes, what it means."""
         return KIND[self.name]
 
     @property

@@ -1,0 +1,18 @@
+"""Names that are planned but not there yet, each with what to write meanwhile. An entry goes when its name comes."""
+
+from __future__ import annotations
+
+_PROJECTION = "its weights on what attention reads: model.layers[i].attn_in @ model.param(path).T"
+_HEADS = "model.layers[i].attn_out, the sum of what the heads add"
+_PATTERN = 'tl.load(name, attn_implementation="eager").hf(ids, output_attentions=True).attentions[i]'
+
+ON_LAYERS: dict[str, str] = {
+    **dict.fromkeys(("q", "k", "v", "q_normed", "k_normed", "q_rot", "k_rot"), _PROJECTION),
+    **dict.fromkeys(("scores", "pattern"), _PATTERN),
+    **dict.fromkeys(("z", "head", "head_out"), _HEADS),
+    "skip": "model.layers[i].resid_post = model.layers[i].resid_pre",
+}
+ON_THE_MODEL: dict[str, str] = {
+    "lens": "the model's final norm and the unembedding: norm(h) @ model.unembed.T, with norm = model.hf.model.norm",
+    "module": "a site (model.sites() lists them) for what goes in and out, model.param(path) for the weights",
+}
