@@ -73,3 +73,64 @@ def test_a_recording_explains_itself_without_sizes() -> None:
     assert r.graph.text() in r.graph._repr_html_().replace("&quot;", '"').replace("&lt;", "<").replace(
         "&gt;", ">"
     )
+
+
+def test_a_block_that_saves_nothing_says_that_nothing_runs() -> None:
+    model = tl.wrap(FAMILIES["llama"].build())
+    with model.trace([1, 2, 3]) as t:
+        pass
+    head = "LlamaForCausalLM (Llama, 3 layers, d_model 48) on cpu, float32"
+    rest = (
+        "\n\ngraph (as recorded): empty\n\n"
+        "plan\n  place 0 (cpu): layers 0 to 2\n  nothing runs: the block saves nothing"
+    )
+    assert t.explain() == head + ", over 1 row x 3 positions" + rest
+    with model.record() as r:
+        pass
+    assert r.explain() == head + ", for prompts of any size" + rest
+    with model.trace([1, 2, 3]) as t:
+        model.layers[1].resid_post  # read, and not saved
+    assert "graph (as recorded)\n  %0 = read layers.1.resid_post@0" in t.explain()
+    assert t.explain().endswith("nothing runs: the block saves nothing")
+
+
+def test_a_block_that_saves_what_no_layer_computes() -> None:
+    model = tl.wrap(FAMILIES["llama"].build())
+    with model.trace([1, 2, 3]) as t:
+        (model.unembed[5] + torch.ones(48)).save("u")
+    assert torch.equal(t["u"], model.hf.lm_head.weight[5].detach() + 1)
+    plan, program = t.explain().split("\n\n")[2:]
+    assert plan == (
+        "plan\n"
+        "  place 0 (cpu): layers 0 to 2\n"
+        "  no layer runs: what is saved needs no site of the model\n"
+        "  saves 'u': float32 [48], 192 B\n"
+        "  bytes that leave the run: 192 B; between places: 0 B"
+    )
+    assert program.splitlines()[1] == "  before the pass:"
+
+
+def test_a_generation_without_writes() -> None:
+    model = tl.wrap(FAMILIES["llama"].build())
+    with model.generate([1, 2, 3], max_new_tokens=1) as t:
+        pass
+    assert t.explain().endswith("  every forward pass runs whole: 3 layers and the head")
+
+
+def test_a_plan_is_a_text_of_its_own() -> None:
+    model = tl.wrap(FAMILIES["llama"].build())
+    with model.trace([[1, 2, 3], [4, 5, 6]]) as t:
+        model.layers[0].mlp_out *= 2
+        model.logits[:, -1].save("next")
+    plan = t.plan().plan
+    sizes = {"B": 2, "P": 3}
+    assert t.explain().split("\n\n")[2] == plan.text(sizes)
+    assert "  saves 'next': float32 [2, 97], 776 B\n" in plan.text(sizes)
+    assert str(plan) == plan.text()
+    assert str(plan) == (
+        "plan\n"
+        "  place 0 (cpu): layers 0 to 2\n"
+        "  the forward pass enters 3 of 3 layers and stops after logits\n"
+        "  writes layers.0.mlp_out (one branch only: the stream changes through that sublayer)\n"
+        "  saves 'next': f32[B,97]"
+    )

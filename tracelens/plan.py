@@ -11,9 +11,15 @@ from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Call, Op, Read, Ref, Write
 from tracelens.ir.passes.forward_order import moments_of
 from tracelens.ir.passes.pipeline import improve
-from tracelens.ir.sites import BEFORE_ALL, Scope, Sequence, Site
+from tracelens.ir.sites import BEFORE_ALL, Effect, Scope, Sequence, Site
 from tracelens.ir.types import TensorType
 from tracelens.placement import Placement
+
+_REACH = {
+    Effect.STREAM: "the residual stream: every later layer sees it",
+    Effect.BRANCH: "one branch only: the stream changes through that sublayer",
+    Effect.OUTPUT: "after the last layer: only the output changes",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +87,47 @@ class Plan:
     def bytes_saved(self, sizes: Sizes) -> int:
         """The size of all saves together."""
         return sum(type_.nbytes(sizes) for type_ in self.saved_types().values())
+
+    def text(self, sizes: Sizes | None = None) -> str:
+        """What runs where and how far, what is written, and what is saved, one line for each.
+
+        With the ``sizes`` of a prompt, shapes are numbers and the bytes are counted.
+        """
+        n_layers = len(self.placement.layers)
+        lines = ["plan"]
+        for place in self.placement.places:
+            owned = [layer for layer, index in enumerate(self.placement.layers) if index == place.index]
+            lines.append(f"  {place}: layers {owned[0]} to {owned[-1]}" if owned else f"  {place}")
+        lines.append("  " + self._extent(n_layers))
+        own = [op for op in self.graph.writes if not (op.site in self.carried and op.version == 1)]
+        lines += [f"  writes {op.site} ({_REACH[op.site.kind.effect]})" for op in own]
+        lines += [
+            f"  {site}: the block's own sum is replaced by one with the value written in the block"
+            for site in sorted(self.carried, key=lambda site: site.order)
+        ]
+        for name, type_ in self.saved_types().items():
+            if sizes is None:
+                lines.append(f"  saves {name!r}: {type_}")
+            else:
+                shape = f"{type_.dtype.value} {list(type_.sizes(sizes))}"
+                lines.append(f"  saves {name!r}: {shape}, {_bytes(type_.nbytes(sizes))}")
+        if sizes is not None and self.graph.saves:
+            lines.append(
+                f"  bytes that leave the run: {_bytes(self.bytes_saved(sizes))}; between places: 0 B"
+            )
+        return "\n".join(lines)
+
+    def _extent(self, n_layers: int) -> str:
+        if self.whole:
+            return f"every forward pass runs whole: {n_layers} layers and the head"
+        if not self.graph.ops:
+            return "nothing runs: the block saves nothing"
+        if self.stop is None:
+            return "no layer runs: what is saved needs no site of the model"
+        return f"the forward pass enters {self.layers_run(n_layers)} of {n_layers} layers and stops after {self.stop}"
+
+    def __str__(self) -> str:
+        return self.text()
 
 
 TypeOf = Callable[[Site], TensorType]
@@ -163,3 +210,12 @@ def _carried(graph: Graph, carry: Carry, layer: int, *, type_of: TypeOf, to_the_
         locations = (*locations[:cut], *[locations[cause]] * len(extra), *locations[cut:])
     pins = tuple(replace(pin, op=pin.op + len(extra)) if pin.op >= cut else pin for pin in graph.pins)
     return replace(graph, ops=(*graph.ops[:cut], *extra, *later), locations=locations, pins=pins)
+
+
+def _bytes(count: int) -> str:
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"
