@@ -23,6 +23,7 @@ def test_the_demo_shows_what_the_model_says(model: tl.Model) -> None:
     said: list[str] = []
     demo.run(model, said.append)
     text = "\n".join(said)
+    assert "smollm2-135m (Llama, 30 layers" in text
     assert model.tokenizer is not None
     ids = model.tokenizer(demo.PROMPT, return_tensors="pt")
     with torch.no_grad():

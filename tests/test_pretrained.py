@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import torch
 
+import tracelens as tl
 from tracelens import pretrained
 from tracelens.errors import EmbeddedModelError
 from tracelens.pretrained import FILES, EmbeddedSource, cache_root, embedded_model
@@ -444,3 +445,11 @@ def test_smollm2_tokens_round_trip(smollm2, text: str, ids: list[int]) -> None:
     _, tokenizer = smollm2
     assert tokenizer(text)["input_ids"] == ids, "no token is put before or after"
     assert tokenizer.decode(ids) == text
+
+
+@pytest.mark.smollm2
+def test_smollm2_bears_the_name_by_which_it_is_loaded() -> None:
+    model = tl.load("smollm2-135m", weights=False)
+    assert model.describe() == "smollm2-135m (Llama, 30 layers, d_model 576) on meta, float32"
+    # By its folder it is any model.
+    assert tl.load(embedded_model(), weights=False).describe().startswith(embedded_model().name + " (")

@@ -13,12 +13,11 @@ import torch
 
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.execute import State
-from tracelens.backends.local import LocalCode, Run, prepare, require_weights
-from tracelens.backends.transfer import ConstantCache, inputs_on, leave
+from tracelens.backends.local import LocalCode, Run, prepare, running_device
+from tracelens.backends.transfer import ConstantCache, inputs_on
 from tracelens.constants import Captured, from_payload
 from tracelens.errors import (
     LayerRangeError,
-    MutatedActivationError,
     PositionAxisError,
     SpecialisedGraphError,
     TracelensError,
@@ -26,13 +25,11 @@ from tracelens.errors import (
     WriteTargetError,
 )
 from tracelens.ir.graph import Graph
-from tracelens.ir.infer import torch_dtype
 from tracelens.ir.ops import (
     Apply,
     Const,
     Index,
     IndexPut,
-    Keep,
     Param,
     Read,
     Ref,
@@ -46,15 +43,16 @@ from tracelens.ir.ops import (
 )
 from tracelens.ir.retype import mixing_operations, retype, sizes_of
 from tracelens.ir.text import op_text
-from tracelens.ir.types import TensorType
 from tracelens.ir.verify import verify
+from tracelens.leaving import leave
 from tracelens.location import Location
 from tracelens.placement import Placement
 from tracelens.plan import Plan, make_plan
 from tracelens.program import Program, lower
 from tracelens.prompted import Prompt
 from tracelens.results import Results, SavedTensor, describe
-from tracelens.selection import Selection, unpadded
+from tracelens.selection import Selection
+from tracelens.steps import Steps
 from tracelens.subject import PADS
 
 _KEPT_PROGRAMS = 256
@@ -78,7 +76,12 @@ class Compiled:
 
     def results(self, tensors: Mapping[str, Callable[[], Any]]) -> Results:
         """The results of a run."""
-        return Results({saved.name: replace(saved, fetch=tensors[saved.name]) for saved in self.described})
+        return Results(self.described, tensors)
+
+    @cached_property
+    def used(self) -> frozenset[int]:
+        """The constants that the plan kept."""
+        return frozenset(op.index for op in self.plan.graph.ops if isinstance(op, Const))
 
     @cached_property
     def selectors(self) -> tuple[tuple[int, TokenSelector], ...]:
@@ -116,17 +119,33 @@ class Compiler:
     def __init__(self, anatomy: ModelAnatomy) -> None:
         self.anatomy = anatomy
         self.constants = ConstantCache()
+        self.steps = Steps()
         self._known: OrderedDict[Hashable, Compiled] = OrderedDict()
+        # By the identity of a recording's operations, which are kept here so that no others can take it.
+        self._recent: dict[int, tuple[Hashable, Compiled]] = {}
 
     def compile(self, graph: Graph, *, generating: bool) -> Compiled:
         """The programs for a graph; verified when they are made, and then kept by the graph's structure."""
         anatomy = self.anatomy
         key = (graph.ops, graph.pins, generating, anatomy.dtype, anatomy.device)
-        known = self._known.get(key)
-        if known is not None:
+        recent = self._recent.get(id(graph.ops))
+        if recent is not None and recent[0] == key:  # the same objects: nothing is compared in depth
+            return recent[1]
+        compiled = self._known.get(key)
+        if compiled is None:
+            compiled = self._known[key] = self._compiled(graph, generating)
+            while len(self._known) > _KEPT_PROGRAMS:
+                self._known.popitem(last=False)
+        else:
             with suppress(KeyError):  # another thread may have dropped it just now
                 self._known.move_to_end(key)
-            return known
+        if len(self._recent) >= _KEPT_PROGRAMS:
+            self._recent.clear()
+        self._recent[id(graph.ops)] = (key, compiled)
+        return compiled
+
+    def _compiled(self, graph: Graph, generating: bool) -> Compiled:
+        anatomy = self.anatomy
         verify(graph)
         self._check_sites(graph)
         # Lines differ between recordings of one structure: the compiled graph names operations, and the recording that
@@ -147,11 +166,7 @@ class Compiler:
         programs = lower(plan)
         planned = {save.name: save for save in plan.graph.saves}
         saves = tuple(planned[save.name] for save in graph.saves)
-        compiled = Compiled(numbered, plan, programs, prepare(programs[0], plan.graph, anatomy), saves)
-        self._known[key] = compiled
-        while len(self._known) > _KEPT_PROGRAMS:
-            self._known.popitem(last=False)
-        return compiled
+        return Compiled(numbered, plan, programs, prepare(programs[0], plan.graph, anatomy), saves)
 
     def _check_sites(self, graph: Graph) -> None:
         """A graph from elsewhere may name layers, sites or types that this model does not have."""
@@ -185,8 +200,7 @@ class Compiler:
 
     def state(self, graph: Graph, compiled: Compiled, select: Callable[[Any], Selection]) -> State:
         """A fresh run state, with the constants checked and in place."""
-        used = {op.index for op in compiled.plan.graph.ops if isinstance(op, Const)}
-        device = self.anatomy.device
+        used, device = compiled.used, self.anatomy.device
         tensors: list[Any] = []
         for index, constant in enumerate(cast("tuple[Captured, ...]", graph.constants)):
             if index not in used:
@@ -197,19 +211,18 @@ class Compiler:
             except TracelensError as error:
                 raise graph.blame(error, _capturing(graph, index)) from None
             tensors.append(self.constants.place(constant, device))
-        return State(compiled.code.count, tuple(tensors), graph.functions, self._parameter, select)
+        return State(compiled.code.count, tensors, graph.functions, self._parameter, select)
 
     def _parameter(self, path: str) -> torch.Tensor:
         return self.anatomy.parameter(path).detach()
 
     def run(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> dict[str, Callable[[], Any]]:
         """One forward pass over ``prompt``; gives the saved tensors by name."""
-        require_weights(self.anatomy)
+        device = running_device(self.anatomy)
         check_fits(graph, compiled, prompt)
         state = self.state(graph, compiled, prompt.select)
-        run = Run(self.anatomy.model, compiled.code, state)
-        device = self.anatomy.device
-        state.current = prompt.batch.mask if device.type == "cpu" else prompt.batch.mask.to(device)
+        mask = prompt.batch.mask if device.type == "cpu" else prompt.batch.mask.to(device)
+        run = Run(self.anatomy.model, compiled.code, state, mask)
         try:
             if compiled.plan.stop is None:
                 run.before_only(prompt.sizes)
@@ -222,7 +235,7 @@ class Compiler:
                     model(**inputs, use_cache=False)
 
                 run.execute(forward, each_forward=None)
-            return finished(compiled, state, prompt)
+            return leave(compiled.saves, compiled.plan.graph.types, state, prompt)
         except TracelensError as error:
             raise relocate(error, graph) from error.__cause__
 
@@ -300,85 +313,3 @@ def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
             ),
             number,
         )
-
-
-def finished(compiled: Compiled, state: State, prompt: Prompt) -> dict[str, Callable[[], Any]]:
-    """The saved tensors, detached, compact and where they were asked to be; every one has its own memory."""
-    taken = set(state.foreign)
-    found: dict[str, Callable[[], Any]] = {}
-    for save in compiled.saves:
-        members = state.saved[save.name]
-        if any(
-            member._version != seen for member, seen in zip(members, state.versions[save.name], strict=True)
-        ):
-            raise MutatedActivationError(
-                f"the model changed the tensor saved as {save.name!r} in place after it had been read"
-            )
-        tensor = torch.stack(members) if save.stacked else members[0]
-        tensor = tensor.detach()
-        if save.dtype is not None:
-            tensor = tensor.to(torch_dtype(save.dtype))
-        tensor = leave(tensor, to_cpu=save.keep is Keep.CPU)
-        type_ = compiled.plan.graph.types[save.values[0]]
-        if prompt.ragged and type_.position_axes:
-            value: Any = _per_prompt(tensor, type_, prompt, stacked=save.stacked)
-        else:
-            value = _own(tensor, taken)
-        found[save.name] = _kept(value)
-    _write_files(compiled.saves, found)
-    return found
-
-
-def _kept(value: Any) -> Callable[[], Any]:
-    return lambda: value
-
-
-def _own(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
-    """``tensor`` itself if it fills memory of its own, else a compact copy."""
-    storage = tensor.untyped_storage()
-    whole = storage.nbytes() == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
-    if not whole or storage.data_ptr() in taken:
-        tensor = tensor.clone(memory_format=torch.contiguous_format)
-        storage = tensor.untyped_storage()
-    taken.add(storage.data_ptr())
-    return tensor
-
-
-def _per_prompt(
-    tensor: torch.Tensor, type_: TensorType, prompt: Prompt, *, stacked: bool
-) -> list[torch.Tensor]:
-    shift = 1 if stacked else 0
-    batch_axis = type_.batch_axis
-    assert batch_axis is not None  # the recorder refuses positions without rows where rows differ
-    axes = tuple(axis + shift for axis in type_.position_axes)
-    # Each prompt keeps its row axis, so that code for one prompt runs unchanged on each of them.
-    parts = unpadded(tensor, prompt.batch, batch_axis + shift, axes)
-    return [part.unsqueeze(batch_axis + shift) for part in parts]
-
-
-def _write_files(saves: tuple[Save, ...], found: dict[str, Callable[[], Any]]) -> None:
-    """Moves the saves that name a file there; their handles read them back on demand."""
-    from safetensors.torch import load_file, save_file
-
-    files: dict[str, dict[str, Any]] = {}
-    for save in saves:
-        if save.to is not None:
-            files.setdefault(save.to, {})[save.name] = found[save.name]()
-    for path, tensors in files.items():
-        flat: dict[str, torch.Tensor] = {}
-        for name, value in tensors.items():
-            flat |= (
-                {name: value}
-                if isinstance(value, torch.Tensor)
-                else {f"{name}.{i}": v for i, v in enumerate(value)}
-            )
-        save_file({key: value.contiguous() for key, value in flat.items()}, path)
-        for name, value in tensors.items():
-            keys = [name] if isinstance(value, torch.Tensor) else [f"{name}.{i}" for i in range(len(value))]
-            whole = isinstance(value, torch.Tensor)
-
-            def read(path: str = path, keys: list[str] = keys, whole: bool = whole) -> Any:
-                stored = load_file(path)
-                return stored[keys[0]] if whole else [stored[key] for key in keys]
-
-            found[name] = read

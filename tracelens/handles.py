@@ -63,20 +63,22 @@ class LayerHandle:
         object.__setattr__(self, "_index", index)
 
     def __getattr__(self, name: str) -> Value:
-        if name.startswith("_"):
+        if name not in _LAYER_NAMES and name.startswith("_"):
             raise AttributeError(name)  # Python asks for such names while it copies an object
         site = self._site(name)
-        return Value.of_site(recorder_of(self._anatomy, f"model.layers[{self._index}].{name}"), site)
+        recorder = open_recorder(self._anatomy) or recorder_of(self._anatomy, f"{self!r}.{name}")
+        return Value.of_site(recorder, site)
 
     def __setattr__(self, name: str, new: Any) -> None:
         site = self._site(name)
-        if isinstance(new, MappedValue):
+        if type(new) is MappedValue:
             raise LayerMappingError(
                 f"a value mapped over layers {list(new.layers)} was assigned to one layer",
                 at=here(),
                 instead=f"{slice_text(new.layers)}.{name} = value, or value.stack()[i] for one of them",
             )
-        recorder_of(self._anatomy, f"model.layers[{self._index}].{name}").write(site, new)
+        recorder = open_recorder(self._anatomy) or recorder_of(self._anatomy, f"{self!r}.{name}")
+        recorder.write(site, new)
 
     def _site(self, name: str) -> Site:
         if name not in _LAYER_NAMES:
@@ -140,6 +142,8 @@ class Layers:
     @overload
     def __getitem__(self, key: slice | Sequence[int]) -> LayersSlice: ...
     def __getitem__(self, key: Any) -> LayerHandle | LayersSlice:
+        if type(key) is int and 0 <= key < len(self._handles):
+            return self._handles[key]
         if isinstance(key, int) and not isinstance(key, bool):
             return self._handles[self._checked(key)]
         if isinstance(key, slice) and all(

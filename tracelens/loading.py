@@ -29,13 +29,17 @@ def load(
     """
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    source = str(embedded_model(str(name))) if str(name) in SOURCES else str(name)
-    if not weights:
+    embedded = str(name) in SOURCES
+    source = str(embedded_model(str(name))) if embedded else str(name)
+    if weights:
+        found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+    else:
         config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
-            empty = AutoModelForCausalLM.from_config(config)
-        return Model(empty.eval(), _tokenizer(source))
-    return Model(AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options), _tokenizer(source))
+            found = AutoModelForCausalLM.from_config(config).eval()
+    if embedded:
+        found.config.name_or_path = str(name)  # not the folder in the cache, whose name has a version of ours
+    return Model(found, _tokenizer(source))
 
 
 def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Model:

@@ -71,9 +71,13 @@ def frames_inside() -> Iterator[FrameType]:
 def here() -> Location:
     """The innermost line on the stack that belongs neither to tracelens nor to a library that it works with."""
     frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # the only cheap way to the caller
+    known = _is_internal
     while frame is not None:
         code = frame.f_code
-        if not _internal(code.co_filename):
-            return Location(code.co_filename, frame.f_lineno, code.co_name)
+        filename = code.co_filename
+        if filename not in known:
+            _internal(filename)
+        if not known[filename]:
+            return Location(filename, frame.f_lineno, code.co_name)
         frame = frame.f_back
     return NOWHERE

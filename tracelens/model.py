@@ -5,10 +5,11 @@ from __future__ import annotations
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import nn
 
 from tracelens.backends.anatomy import ModelAnatomy
-from tracelens.batch import prepare
+from tracelens.batch import Batch, prepare
 from tracelens.compiling import Compiler
 from tracelens.errors import Blaming, OptionError, PromptError, TracelensError
 from tracelens.handles import Layers, global_site, no_target, recorder_of, unknown_global
@@ -23,7 +24,7 @@ from tracelens.values import Value
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OWN = ("_compiler", "_hf", "_tokenizer", "anatomy", "layers")
+_OWN = ("_compiler", "_hf", "_latest", "_tokenizer", "anatomy", "layers")
 
 
 class Model:
@@ -40,7 +41,7 @@ class Model:
         with Blaming(here()):
             anatomy = ModelAnatomy(hf_model)
         for name, value in zip(
-            _OWN, (Compiler(anatomy), hf_model, tokenizer, anatomy, Layers(anatomy)), strict=True
+            _OWN, (Compiler(anatomy), hf_model, None, tokenizer, anatomy, Layers(anatomy)), strict=True
         ):
             object.__setattr__(self, name, value)
 
@@ -49,6 +50,7 @@ class Model:
         _compiler: Compiler
         _hf: nn.Module
         _tokenizer: PreTrainedTokenizerBase | None
+        _latest: Batch | None
 
     # --- blocks --------------------------------------------------------------------------------------------------
 
@@ -105,6 +107,9 @@ class Model:
                     instead="model.prepare(...) of this model",
                 )
             return prompt
+        latest = self._latest
+        if latest is not None and not room and latest.holds(prompt):
+            return Prompt(latest.again(), self._tokenizer, self.anatomy)
         limit = self.anatomy.max_positions
         try:
             batch = prepare(
@@ -118,6 +123,8 @@ class Model:
         except TracelensError as error:
             error.at = error.at or here()
             raise
+        if isinstance(prompt, torch.Tensor) and not room:
+            object.__setattr__(self, "_latest", batch)
         return Prompt(batch, self._tokenizer, self.anatomy)
 
     @cached_property

@@ -17,7 +17,8 @@ class Origin:
 
     order: Order
     sites: frozenset[Site]
-    location: Location
+    number: int
+    """Of the operation that read the site."""
 
 
 def latest_origin(origins: Sequence[Origin | None], args: Sequence[Arg]) -> Origin | None:
@@ -35,11 +36,11 @@ def latest_origin(origins: Sequence[Origin | None], args: Sequence[Arg]) -> Orig
         if latest is None or origin.order > latest.order:
             latest = origin
         elif origin.order == latest.order and origin.sites != latest.sites:
-            latest = Origin(origin.order, origin.sites | latest.sites, origin.location)
+            latest = Origin(origin.order, origin.sites | latest.sites, origin.number)
     return latest
 
 
-def refuse_backwards(site: Site, origin: Origin, location: Location) -> None:
+def refuse_backwards(site: Site, origin: Origin, locations: Sequence[Location], location: Location) -> None:
     """Raises :class:`CausalityError` if a value of this origin cannot have reached ``site`` yet."""
     if not (origin.order < site.order or origin.sites == frozenset((site,))):
         late = ", ".join(sorted(str(source) for source in origin.sites))
@@ -47,6 +48,6 @@ def refuse_backwards(site: Site, origin: Origin, location: Location) -> None:
             f"{site} would need {late}, which the forward pass reaches "
             + ("later" if origin.order > site.order else "at the same moment"),
             at=location,
-            also=(("the value was read at", origin.location),),
+            also=(("the value was read at", locations[origin.number]),),
             instead="write at a later site, or save the value in one trace and use it in a second one",
         )

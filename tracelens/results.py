@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -46,6 +47,7 @@ class SavedTensor:
 
     @property
     def tensor(self) -> Any:
+        """The saved tensor; for prompts of different lengths a list of one tensor per prompt."""
         return self.fetch()
 
     @property
@@ -63,14 +65,20 @@ class Results(Mapping[str, Any]):
     ``results["h"]`` is a plain tensor. In a notebook the object shows itself as a table.
     """
 
-    def __init__(self, entries: Mapping[str, SavedTensor]) -> None:
-        self.entries = dict(entries)
+    def __init__(self, described: Sequence[SavedTensor], tensors: Mapping[str, Fetch]) -> None:
+        self._described = described
+        self._tensors = {saved.name: tensors[saved.name] for saved in described}
+
+    @cached_property
+    def entries(self) -> dict[str, SavedTensor]:
+        """The tensors with what they are: site, layers, axes."""
+        return {saved.name: replace(saved, fetch=self._tensors[saved.name]) for saved in self._described}
 
     def __getitem__(self, name: str) -> Any:
         try:
-            return self.entries[name].tensor
+            return self._tensors[name]()
         except KeyError:
-            known = ", ".join(map(repr, self.entries)) or "nothing"
+            known = ", ".join(map(repr, self._tensors)) or "nothing"
             raise UnknownSaveError(
                 f"nothing was saved as {name!r}; saved: {known}",
                 at=here(),
@@ -78,10 +86,10 @@ class Results(Mapping[str, Any]):
             ) from None
 
     def __iter__(self) -> Iterator[str]:
-        return iter(self.entries)
+        return iter(self._tensors)
 
     def __len__(self) -> int:
-        return len(self.entries)
+        return len(self._tensors)
 
     # --- elsewhere -----------------------------------------------------------------------------------------------
 

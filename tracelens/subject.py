@@ -21,6 +21,11 @@ class Anatomy(Protocol):
     @property
     def n_layers(self) -> int: ...
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
+        ...
+
     def type_of(self, site: Site) -> TensorType:
         """The site's type; raises :class:`AbsentSiteError` where the family lacks it."""
         ...

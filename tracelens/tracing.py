@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 import torch
 
-from tracelens.backends.local import Run, require_weights
+from tracelens.backends.local import Run, running_device
 from tracelens.backends.transfer import inputs_on
 from tracelens.compiling import Compiled, Compiler, check_fits, owning, relocate
 from tracelens.errors import (
@@ -64,7 +64,13 @@ class Recording:
                 also=(("it was entered at", self._recorder.opened),),
                 instead="model.trace(prompt) for each block; model.compile for one graph on many prompts",
             )
-        self._recorder = Recorder(anatomy, self._prompt, generating=self._generating, opened=here())
+        self._recorder = Recorder(
+            anatomy,
+            self._prompt,
+            generating=self._generating,
+            opened=here(),
+            known=self._compiler.steps,
+        )
         enter(self._recorder)
         return self
 
@@ -163,7 +169,7 @@ class Trace(Recording):
         if not graph.saves and not graph.applies:
             if graph.writes:
                 raise nothing_saved(graph)
-            self._results = Results({})
+            self._results = Results((), {})
             return
         compiled = self._compiled()
         tensors = self._compiler.run(graph, compiled, self._prompt)
@@ -257,10 +263,10 @@ def generate(
 ) -> list[list[int]]:
     """transformers' own generation, with the program's hooks in every forward pass."""
     anatomy = model.anatomy
-    require_weights(anatomy)
+    device = running_device(anatomy)
     check_fits(graph, compiled, prompt)
-    run = Run(anatomy.model, compiled.code, compiler.state(graph, compiled, prompt.select))
-    inputs = inputs_on(prompt.batch.model_inputs(), anatomy.device)
+    run = Run(anatomy.model, compiled.code, compiler.state(graph, compiled, prompt.select), None)
+    inputs = inputs_on(prompt.batch.model_inputs(), device)
     # transformers derives the positions from the mask itself, and continues them in every step.
     inputs.pop("position_ids")
     hf: Any = anatomy.model

@@ -59,14 +59,14 @@ class Value(Operand):
         "_saved_as",
         "_site",
         "_stale",
-        "_version",
     )
+
+    is_value = True
 
     def __init__(self, recorder: Recorder, id: int) -> None:
         self._recorder = recorder
         self._id = id
         self._site: Site | None = None
-        self._version = 0
         self._parent: Value | None = None
         self._index: tuple[IndexItem, ...] | None = None
         self._stale: Any = None
@@ -77,7 +77,6 @@ class Value(Operand):
     def of_site(cls, recorder: Recorder, site: Site) -> Value:
         value = cls(recorder, recorder.read(site))
         value._site = site
-        value._version = recorder.version(site)
         return value
 
     # --- what is known now ---------------------------------------------------------------------------------------
@@ -151,10 +150,15 @@ class Value(Operand):
     # --- operations ----------------------------------------------------------------------------------------------
 
     def _apply(self, name: str, args: Sequence[object], kwargs: Mapping[str, object] | None) -> Any:
+        nested = bool(kwargs)
         for arg in args:
+            kind = type(arg)
+            if kind is Value or kind is torch.Tensor:
+                continue
             if isinstance(arg, PerLayerOperand) and arg._is_recording():
                 return arg._apply(name, args, kwargs)
-        if any(isinstance(arg, list | tuple) for arg in args) or kwargs:
+            nested = nested or isinstance(arg, list | tuple)
+        if nested:
             from tracelens.mapped import mapped_among
 
             mapped = mapped_among(args, kwargs or {})
@@ -168,13 +172,12 @@ class Value(Operand):
         return _result_class(name.rpartition(".")[2], fields)(*values) if fields else tuple(values)
 
     def _updated(self, result: Any) -> Any:
-        root = self._root()
-        site = root._site
-        awaited = self._recorder.awaited(self._id)
+        recorder = self._recorder
+        awaited = recorder.awaited(self._id)
         if awaited is not None:
-            self._recorder.expect_return(result._id, awaited, self._id)
-        elif site is not None and isinstance(result, Value):
-            self._recorder.expect_return(result._id, site, None)
+            recorder.expect_return(result._id, awaited, self._id)
+        elif (site := self._root()._site) is not None and isinstance(result, Value):
+            recorder.expect_return(result._id, site, None)
         return result
 
     def _root(self) -> Value:
@@ -217,7 +220,7 @@ class Value(Operand):
                 at=here(),
                 instead="torch.where(mask, new, value), or assign to the site: model.layers[i].resid_post[...] = new",
             )
-        if recorder.version(site) != root._version:
+        if not recorder.is_current(site, root._id):
             raise StaleValueError(
                 f"{site} was written after this value was read, so assigning through it would undo that write",
                 at=here(),
@@ -263,12 +266,7 @@ class Value(Operand):
             (self._id,), name=name, stacked=False, keep=keep_of(device), dtype=save_dtype(dtype), to=to
         )
         handle = Saved(self._recorder, self._id)
-        handle._site, handle._version, handle._parent, handle._index = (
-            self._site,
-            self._version,
-            self._parent,
-            self._index,
-        )
+        handle._site, handle._parent, handle._index = self._site, self._parent, self._index
         handle._expect(saved)
         if self._saved_as is None:
             self._expect(saved)

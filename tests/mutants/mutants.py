@@ -77,8 +77,8 @@ MUTANTS = (
     Mutant(
         "a read does not see the writes before it",
         "recorder.py",
-        "        version = self._versions.get(site, 0)\n        known = self._reads",
-        "        version = 0\n        known = self._reads",
+        "        self._current.pop(site, None)\n",
+        "        pass\n",
         ("tests/conformance/test_writes.py", "-k", "seen_by_the_reads and llama"),
     ),
     Mutant(
@@ -145,6 +145,13 @@ MUTANTS = (
         BLAME,
     ),
     Mutant(
+        "numbers of different kinds lead to the same step",
+        "draft.py",
+        "return (kind, arg)",
+        "return (float, arg)",
+        ("tests/test_steps.py",),
+    ),
+    Mutant(
         "values travel backwards",
         "origins.py",
         "if not (origin.order < site.order or",
@@ -153,7 +160,7 @@ MUTANTS = (
     ),
     Mutant(
         "saves share their memory",
-        "compiling.py",
+        "leaving.py",
         "if not whole or storage.data_ptr() in taken:",
         "if not whole:",
         RESULTS,

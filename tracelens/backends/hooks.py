@@ -1,4 +1,4 @@
-"""The only caller of torch's hook registration: a session owns its hooks and removes them, whatever happens."""
+"""The only caller of torch's hook registration: each model has one seat, which owns the hooks of the run on it."""
 
 from __future__ import annotations
 
@@ -14,18 +14,17 @@ PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 PostHook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 
-class HookSession:
-    """The hooks of one run on one model.
+class Seat:
+    """Where the runs of one model sit, one at a time, with their hooks.
 
-    Removing is idempotent. An interrupt can hit even the removal; what it leaves behind is removed when the next
-    session on the model begins.
+    Clearing is idempotent. An interrupt can hit even the clearing; what it leaves behind is removed before the next run
+    puts hooks of its own on.
     """
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self) -> None:
+        self.lock = threading.Lock()
+        """Held while the model runs: one run at a time, however many handles and threads there are."""
         self._handles: list[RemovableHandle] = []
-        for other in _sessions.pop(model, ()):
-            other.remove()
-        _sessions[model] = [self]
 
     def before(self, module: nn.Module, hook: PreHook) -> None:
         """Calls ``hook(module, args, kwargs)`` before the module's forward."""
@@ -35,19 +34,19 @@ class HookSession:
         """Calls ``hook(module, args, output)`` after the module's forward."""
         self._handles.append(module.register_forward_hook(hook))
 
-    def remove(self) -> None:
-        """Takes all hooks of this session off."""
-        while self._handles:
-            self._handles[-1].remove()
-            self._handles.pop()
+    def clear(self) -> None:
+        """Takes all hooks off."""
+        handles = self._handles
+        while handles:
+            handles[-1].remove()
+            handles.pop()
 
 
-_sessions: weakref.WeakKeyDictionary[nn.Module, list[HookSession]] = weakref.WeakKeyDictionary()
-_locks: weakref.WeakKeyDictionary[nn.Module, threading.Lock] = weakref.WeakKeyDictionary()
+_seats: weakref.WeakKeyDictionary[nn.Module, Seat] = weakref.WeakKeyDictionary()
 _registry = threading.Lock()
 
 
-def lock_of(model: nn.Module) -> threading.Lock:
-    """The lock under which a model runs: one run at a time, however many handles and threads there are."""
+def seat_of(model: nn.Module) -> Seat:
+    """The one seat of a model."""
     with _registry:
-        return _locks.setdefault(model, threading.Lock())
+        return _seats.setdefault(model, Seat())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -13,8 +13,9 @@ from torch import nn
 
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.base import Side, Tap
-from tracelens.backends.execute import Action, State, action
-from tracelens.backends.hooks import HookSession, lock_of
+from tracelens.backends.body import Body, body
+from tracelens.backends.execute import State
+from tracelens.backends.hooks import Seat, seat_of
 from tracelens.errors import (
     ModelClosedError,
     NestedTraceError,
@@ -25,30 +26,13 @@ from tracelens.errors import (
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Call, IndexPut, results
 from tracelens.ir.sites import Site
+from tracelens.ir.types import TensorType
 from tracelens.location import here
 from tracelens.program import Block, Program
 
 
 class ForwardStopped(Exception):
     """Leaves a forward pass after the last site that is needed; it never reaches the user."""
-
-
-@dataclass(frozen=True, slots=True)
-class Code:
-    """Steps of a program as Python functions, with their numbers in the planned graph."""
-
-    actions: tuple[Action, ...]
-    numbers: tuple[int, ...]
-
-    def run(self, state: State) -> None:
-        position = 0
-        try:
-            for position, do in enumerate(self.actions):  # noqa: B007  # the handlers say which one failed
-                do(state)
-        except TracelensError as error:
-            raise _Blamed(error, self.numbers[position]) from None
-        except Exception as error:
-            raise _Blamed(error, self.numbers[position]) from error
 
 
 class _Blamed(Exception):
@@ -68,7 +52,7 @@ class HookCode:
     path: str
     tap: Tap
     site: Site
-    code: Code
+    body: Body
     writes: bool
     stops: bool
 
@@ -79,9 +63,28 @@ class LocalCode:
 
     graph: Graph
     program: Program
-    before: Code | None
+    before: Body | None
     hooks: tuple[HookCode, ...]
     count: int
+    seat: Seat
+    shapes: tuple[TensorType, ...]
+    """The types of the sites that are read; their sizes in a pass are what the hooks compare with."""
+    _sizes: dict[tuple[tuple[str, int], ...], tuple[tuple[int, ...], ...]] = field(
+        default_factory=dict[tuple[tuple[str, int], ...], tuple[tuple[int, ...], ...]]
+    )
+
+    def sizes_of(self, sizes: Mapping[str, int]) -> tuple[tuple[int, ...], ...]:
+        """The sizes of :attr:`shapes` for a prompt."""
+        key = tuple(sizes.items())
+        known = self._sizes.get(key)
+        if known is None:
+            if len(self._sizes) >= _KEPT_SIZES:
+                self._sizes.clear()
+            known = self._sizes[key] = tuple(type_.sizes(sizes) for type_ in self.shapes)
+        return known
+
+
+_KEPT_SIZES = 64
 
 
 def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
@@ -89,14 +92,15 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
     fresh = frozenset(
         value
         for op in graph.ops
-        if isinstance(op, IndexPut) or (isinstance(op, Call) and _computes(op))
+        if isinstance(op, IndexPut) or (isinstance(op, Call) and op.function in _FRESH)
         for value, _ in results(op)
     )
-    before: Code | None = None
+    before: Body | None = None
     points: dict[tuple[str, Tap], list[Block]] = {}
+    shapes: dict[TensorType, int] = {}
     for block in program.blocks:
         if block.site is None:
-            before = _code([block], graph, fresh)
+            before = body(block.steps, graph.types, fresh, shapes)
         else:
             # Sites of one hook point may differ in where the tensor lies in the output: one hook each, in order.
             _, tap, path = anatomy.tap(block.site)
@@ -107,65 +111,53 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
             path,
             tap,
             cast(Site, blocks[0].site),
-            _code(blocks, graph, fresh),
+            body([step for block in blocks for step in block.steps], graph.types, fresh, shapes),
             any(block.writes for block in blocks),
             program.stop is not None and program.stop in {block.site for block in blocks},
         )
         for (path, tap), blocks in points.items()
     )
-    return LocalCode(graph, program, before, hooks, graph.next_value)
+    return LocalCode(graph, program, before, hooks, graph.next_value, seat_of(anatomy.model), tuple(shapes))
 
 
-def _computes(op: Call) -> bool:
-    """Does the function make a new tensor, rather than perhaps a view of its operand?"""
-    return op.function in {
-        "torch.add",
-        "torch.sub",
-        "torch.mul",
-        "torch.div",
-        "torch.matmul",
-        "torch.where",
-        "torch.neg",
-    }
-
-
-def _code(blocks: list[Block], graph: Graph, fresh: frozenset[int]) -> Code:
-    steps = [step for block in blocks for step in block.steps]
-    return Code(
-        tuple(action(step, graph.types, fresh) for step in steps), tuple(step.number for step in steps)
-    )
+# Functions that make a new tensor, rather than perhaps a view of their operand.
+_FRESH = frozenset(f"torch.{name}" for name in ("add", "sub", "mul", "div", "matmul", "where", "neg"))
 
 
 class _Hook:
-    """The base of the two kinds of hooks: takes the tensor, runs the steps, gives the tensor back."""
+    """The base of the two kinds of hooks: finds the tensor, runs the steps, gives the tensor back.
 
-    __slots__ = ("code", "fired", "run", "state", "thread")
+    Hooks see every call of their module; the run in the seat says which are its own.
+    """
 
-    def __init__(self, code: HookCode, state: State, run: Run, thread: int) -> None:
+    __slots__ = ("code", "fired", "run")
+
+    def __init__(self, code: HookCode, run: Run) -> None:
         self.code = code
-        self.state = state
         self.run = run
-        self.thread = thread
         self.fired = 0
 
     def passed(self, tensor: Any) -> Any:
         """The tensor after the steps."""
-        code, state = self.code, self.state
-        if self.fired == self.run.forwards:
+        code, run = self.code, self.run
+        if self.fired == run.forwards:
             raise SiteMismatchError(
                 f"module {code.path!r} was called twice in one forward pass, so its sites are not unique"
             )
-        self.fired = self.run.forwards
+        self.fired = run.forwards
         if not isinstance(tensor, torch.Tensor):
             raise SiteMismatchError(
                 f"module {code.path!r} has no tensor at its {code.tap.side.value}, where {code.site} was expected; "
                 f"it has a {type(tensor).__name__}"
             )
-        state.current = tensor
-        code.code.run(state)
+        try:
+            found = code.body.run(run.state, tensor)
+        except TracelensError as error:
+            raise _Blamed(error, code.body.number(error)) from None
+        except Exception as error:
+            raise _Blamed(error, code.body.number(error)) from error
         if code.stops:
             raise ForwardStopped
-        found, state.current = state.current, None
         return found
 
 
@@ -173,7 +165,7 @@ class _Before(_Hook):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.thread:
+        if threading.get_ident() != self.run.thread:
             return None
         name = self.code.tap.key
         if isinstance(name, str) and name in kwargs:
@@ -187,38 +179,51 @@ class _After(_Hook):
     __slots__ = ()
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if threading.get_ident() != self.thread:
+        if threading.get_ident() != self.run.thread:
             return None
-        key = self.code.tap.key
+        code = self.code
+        key = code.tap.key
         if isinstance(key, str):
             tensor = self.passed(getattr(output, key, None))
-            if self.code.writes:
+            if code.writes:
                 output[key] = tensor
             return None
         if isinstance(output, tuple):
             position = key or 0
             parts = cast("tuple[Any, ...]", output)
             tensor = self.passed(parts[position])
-            return (*parts[:position], tensor, *parts[position + 1 :]) if self.code.writes else None
+            return (*parts[:position], tensor, *parts[position + 1 :]) if code.writes else None
         tensor = self.passed(output)
-        return tensor if self.code.writes else None
+        return tensor if code.writes else None
 
 
 class Run:
     """One use of a model: hooks on, forward passes, hooks off."""
 
-    def __init__(self, model: nn.Module, code: LocalCode, state: State) -> None:
+    __slots__ = ("code", "forwards", "mask", "model", "state", "thread")
+
+    def __init__(self, model: nn.Module, code: LocalCode, state: State, mask: torch.Tensor | None) -> None:
         self.model = model
         self.code = code
         self.state = state
+        self.mask = mask
         self.forwards = 0
+        # Hooks see every call of their module; those of other threads are not this run's.
+        self.thread = threading.get_ident()
 
     def begin(self, sizes: Mapping[str, int]) -> None:
         """Starts a forward pass: sizes, and all that is computed before the first site."""
         self.forwards += 1
-        self.state.begin(sizes)
-        if self.code.before is not None:
-            self.code.before.run(self.state)
+        state, before = self.state, self.code.before
+        state.sizes = sizes
+        state.shapes = self.code.sizes_of(sizes)
+        if before is not None:
+            try:
+                before.run(state, self.mask)
+            except TracelensError as error:
+                raise _Blamed(error, before.number(error)) from None
+            except Exception as error:
+                raise _Blamed(error, before.number(error)) from error
 
     def execute(
         self, forward: Callable[[], Any], *, each_forward: Callable[[Any, Any], Mapping[str, int]] | None
@@ -234,24 +239,23 @@ class Run:
                 at=here(),
                 instead="save the value, and open the second trace after the first block",
             )
-        lock = lock_of(self.model)
-        with lock:
+        seat = self.code.seat
+        with seat.lock:
             _running.model = self.model
-            session = HookSession(self.model)
-            thread = threading.get_ident()
             try:
+                seat.clear()
                 if each_forward is not None:
 
                     def starting(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                        if threading.get_ident() == thread:
+                        if threading.get_ident() == self.thread:
                             self.begin(each_forward(args, kwargs))
 
-                    session.before(self.model, starting)
+                    seat.before(self.model, starting)
                 for hook in self.code.hooks:
                     if hook.tap.side is Side.IN:
-                        session.before(hook.module, _Before(hook, self.state, self, thread))
+                        seat.before(hook.module, _Before(hook, self))
                     else:
-                        session.after(hook.module, _After(hook, self.state, self, thread))
+                        seat.after(hook.module, _After(hook, self))
                 with plain_mode():
                     return forward()
             except ForwardStopped:
@@ -259,9 +263,8 @@ class Run:
             except _Blamed as blamed:
                 raise self._explained(blamed) from blamed.__cause__
             finally:
-                session.remove()
+                seat.clear()
                 _running.model = None
-                self.state.current = None
 
     def before_only(self, sizes: Mapping[str, int]) -> None:
         """For programs that need no site at all."""
@@ -298,10 +301,12 @@ class _Running(threading.local):
 _running = _Running()
 
 
-def require_weights(anatomy: ModelAnatomy) -> None:
-    """Refuses to run a model that was loaded without weights."""
-    if anatomy.device.type == "meta":
+def running_device(anatomy: ModelAnatomy) -> torch.device:
+    """The model's device; refuses to run a model that was loaded without weights."""
+    device = anatomy.device
+    if device.type == "meta":
         raise ModelClosedError(
             "this model was loaded without weights: its sites can be listed and graphs recorded, but it cannot run",
             instead="tl.load(...) without weights=False",
         )
+    return device

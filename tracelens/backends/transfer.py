@@ -18,7 +18,9 @@ class ConstantCache:
 
     def place(self, constant: Captured, device: torch.device) -> torch.Tensor:
         """The constant's tensor on ``device``; constants are moved, never cast."""
-        tensor = constant.tensor.detach()
+        tensor = constant.tensor
+        if tensor.requires_grad:
+            tensor = tensor.detach()
         if tensor.device == device:
             return tensor
         key = id(constant.tensor)
@@ -32,9 +34,9 @@ class ConstantCache:
         return moved
 
 
-def leave(tensor: torch.Tensor, *, to_cpu: bool) -> torch.Tensor:
+def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """A saved tensor on its way out of the run."""
-    return tensor.to("cpu") if to_cpu else tensor
+    return tensor if tensor.device.type == "cpu" else tensor.to("cpu")
 
 
 def inputs_on(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:

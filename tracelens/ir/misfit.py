@@ -1,4 +1,4 @@
-"""Why a call does not fit, in words: torch's own message with the types and the numbers beside it."""
+"""Why a call does not fit, in words: what torch says, in short, with the types and the numbers beside it."""
 
 from __future__ import annotations
 
@@ -64,6 +64,67 @@ def call_text(name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs) 
     return f"{name.removeprefix('torch.').removeprefix('nn.functional.')}({', '.join(parts)})"
 
 
+def _broadcast(found: re.Match[str]) -> str:
+    length, axis, shape = found[1], int(found[2]), found[3].split(", ")
+    other = shape[axis] if -len(shape) <= axis < len(shape) else "?"
+    return f"lengths {other} and {length} do not broadcast, at axis {axis}"
+
+
+# What torch says at length, and what it comes to. Words that are not in the list are shown as they are.
+_SHORT: tuple[tuple[str, str | Callable[[re.Match[str]], str]], ...] = (
+    (
+        r"Attempting to broadcast a dimension of length (\w+) at (-?\d+)!.* broadcastable to \[(.*?)\].*",
+        _broadcast,
+    ),
+    (
+        r"The size of tensor a \((\w+)\) must match the size of tensor b \((\w+)\) at non-singleton dimension (-?\d+)",
+        r"lengths \1 and \2 do not broadcast, at axis \3",
+    ),
+    (
+        r"The expanded size of the tensor \((\w+)\) must match the existing size \((\w+)\) at .*",
+        r"an axis of length \2 cannot be stretched to \1",
+    ),
+    (
+        r"expand\(.*\): the number of sizes provided \((\d+)\) must be greater .* in the tensor \((\d+)\)",
+        r"sizes for \1 of the tensor's \2 axes",
+    ),
+    (
+        r"a and b must have same reduction dim, but got \[\w+, (\w+)\] X \[(\w+), \w+\]",
+        r"a matrix product sums over axes of one length, and here they have \1 and \2",
+    ),
+    (
+        r"mat1 and mat2 shapes cannot be multiplied \([^x ]+x(\w+) and (\w+)x\w+\)",
+        r"a matrix product sums over axes of one length, and here they have \1 and \2",
+    ),
+    (
+        r"Dimension out of range \(expected to be in range of \[(-?\d+), (-?\d+)\], but got (-?\d+)\)",
+        r"there is no axis \3, only \1 to \2",
+    ),
+    (
+        r"permute\(.*?\): .* input\.dim\(\) = (\d+) is not equal to len\(dims\) = (\d+)",
+        r"an order of \2 axes for a tensor of \1",
+    ),
+    (r"shape '(\[.*?\])' is invalid for input of size (\w+)", r"\1 does not hold the \2 elements"),
+    (
+        r"\w+\(\) received an invalid combination of arguments - got (\(.*?\)),? but expected .*",
+        r"it does not take \1",
+    ),
+)
+
+
+def _in_short(name: str, words: str) -> str:
+    """torch's words in one line, without its signatures and without the function's name, which stands there already."""
+    first = (words.splitlines() or [""])[0].strip().removesuffix(".")
+    for long, short in _SHORT:
+        said, count = re.subn(long, short, first)
+        if count:
+            return said
+    own = name.removeprefix("torch.")
+    for prefix in (f"{own}(): ", f"{own}: "):
+        first = first.removeprefix(prefix)
+    return re.sub(r"torch\.Size\((\[.*?\])\)", r"\1", first)
+
+
 def named_error(
     name: str,
     args: tuple[AbstractArg, ...],
@@ -74,14 +135,15 @@ def named_error(
 ) -> TracelensError:
     """The error for a call that torch refuses.  ``trial`` says whether another call would fit, by raising or not."""
     error = said.error if isinstance(said, Refused) else None
-    words = by_name(str(said).strip()) or "these arguments do not fit"
+    words = by_name(str(said).strip())
+    short = _in_short(name, words) or "these arguments do not fit"
     values = tensors_in((*args, *(value for _, value in kwargs)))
     symbols = sorted(frozenset[str]().union(*(value.symbols for value in values)))
     where = ", ".join(
         f"{symbol} = {sizes[symbol]}" for symbol in symbols if sizes is not None and symbol in sizes
     )
     call = call_text(name, args, kwargs)
-    problem = f"{call}{f' where {where}' if where else ''}: {words}"
+    problem = f"{call}{f' where {where}' if where else ''}: {short}"
     if isinstance(error, TypeError):
         return UnsupportedFunctionError(problem)
     if _SPEAKS_OF_DATA.search(words):

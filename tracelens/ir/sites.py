@@ -7,7 +7,7 @@ site at all, is in ``tracelens/backends/architectures``.
 from __future__ import annotations
 
 import difflib
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 
@@ -122,6 +122,14 @@ class Site:
     name: str
     layer: int | None = None
     step: int | None = None
+    # Sites are the keys of most look-ups, in every line of a block.
+    _hash: int = field(default=0, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "_hash", hash((self.name, self.layer, self.step)))
+
+    def __hash__(self) -> int:
+        return self._hash
 
     def __str__(self) -> str:
         where = self.name if self.layer is None else f"layers.{self.layer}.{self.name}"

@@ -1,0 +1,272 @@
+"""Writes the steps of one hook point as one Python function.
+
+A hook runs between two modules of the model, whose code has just filled the processor's caches: there, every Python
+call that is not made counts several times. So what can be decided before the run is decided once (which function, where
+its operands lie, what is plain data), and the steps become the source of a function whose lines are the torch calls.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from types import CodeType, FunctionType
+from typing import Any
+
+import torch
+
+from tracelens.backends.execute import (
+    State,
+    applied,
+    fitted,
+    full,
+    mismatch,
+    plain_item,
+    plain_number,
+    read_parameter,
+    selector_place,
+)
+from tracelens.backends.selecting import put_tokens, take_tokens
+from tracelens.ir import dims
+from tracelens.ir.infer import resolve, torch_dtype
+from tracelens.ir.ops import (
+    Apply,
+    Arg,
+    Call,
+    Const,
+    Index,
+    IndexItem,
+    IndexPut,
+    Op,
+    Param,
+    Read,
+    Ref,
+    Save,
+    Slice,
+    Special,
+    Write,
+    results,
+)
+from tracelens.ir.types import DType, TensorType
+from tracelens.program import Step
+
+# A name inside the package, so that no line of a generated function is taken for the user's.
+_FILE = str(Path(__file__).with_name("<hook>"))
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What is done at one hook point: ``run(state, tensor)`` gives the tensor that goes on."""
+
+    run: Callable[[State, Any], Any]
+    source: str
+    numbers: tuple[int, ...]  # of the operation that each source line belongs to
+
+    def number(self, error: BaseException) -> int:
+        """The number, in the planned graph, of the operation in which ``error`` was raised."""
+        code = self.run.__code__ if isinstance(self.run, FunctionType) else None
+        trace = error.__traceback__
+        while trace is not None and trace.tb_frame.f_code is not code:
+            trace = trace.tb_next
+        return self.numbers[trace.tb_lineno - 1] if trace is not None else self.numbers[-1]
+
+
+@lru_cache(maxsize=4096)
+def _compiled(source: str) -> CodeType:
+    """Layers with the same steps have the same source: it is compiled once."""
+    module = compile(source, _FILE, "exec")
+    return next(const for const in module.co_consts if isinstance(const, CodeType))
+
+
+def body(
+    steps: Sequence[Step],
+    types: Mapping[int, TensorType],
+    fresh: frozenset[int],
+    shapes: dict[TensorType, int],
+) -> Body:
+    """The function for some steps.
+
+    ``fresh``: the values that no one else holds, so that a write need not copy them. ``shapes`` numbers the types whose
+    sizes the run has to know, in ``state.shapes``; types that are new to it are added.
+    """
+    writer = _Writer(steps, types, fresh, shapes)
+    for step in steps:
+        writer.write(step)
+    writer.line("return tensor")
+    source = "\n".join(writer.lines) + "\n"
+    run = FunctionType(_compiled(source), writer.names)
+    return Body(run, source, tuple(writer.numbers))
+
+
+class _Writer:
+    """The source under construction, and the things that it names."""
+
+    def __init__(
+        self,
+        steps: Sequence[Step],
+        types: Mapping[int, TensorType],
+        fresh: frozenset[int],
+        shapes: dict[TensorType, int],
+    ) -> None:
+        self.types = types
+        self.fresh = fresh
+        self.shapes = shapes
+        self.lines = ["def body(state, tensor):"]
+        self.number = steps[0].number if steps else 0
+        self.numbers = [self.number]
+        self.names: dict[str, Any] = {"Tensor": torch.Tensor, "isinstance": isinstance}
+        self._by_identity: dict[int, str] = {}
+        self._variables: dict[int, str] = {}
+        made = {value for step in steps for value, _ in results(step.op)}
+        # Values that do not outlive this hook stay in its own variables.
+        self._here = made & {value for step in steps for value in step.frees}
+        self.line("values = state.values")
+
+    def line(self, text: str) -> None:
+        self.lines.append("    " + text)
+        self.numbers.append(self.number)
+
+    def name(self, thing: Any) -> str:
+        """The name under which the function finds ``thing``."""
+        known = self._by_identity.get(id(thing))
+        if known is None:
+            known = self._by_identity[id(thing)] = f"c{len(self._by_identity)}"
+            self.names[known] = thing
+        return known
+
+    def _variable(self, value: int) -> str:
+        """The function's own variable for a new value."""
+        variable = self._variables[value] = f"a{len(self._variables)}"
+        return variable
+
+    def _keep(self, value: int) -> None:
+        """Puts a new value among the run's, if another hook needs it."""
+        if value not in self._here:
+            self.line(f"values[{value}] = {self._variables[value]}")
+
+    def _new(self, value: int, expression: str) -> None:
+        self.line(f"{self._variable(value)} = {expression}")
+        self._keep(value)
+
+    def ref(self, value: int) -> str:
+        return self._variables.get(value) or f"values[{value}]"
+
+    def arg(self, arg: Arg | IndexItem) -> str:
+        """The expression for an argument."""
+        match arg:
+            case Ref():
+                return self.ref(arg.id)
+            case tuple():
+                return "(" + "".join(self.arg(part) + ", " for part in arg) + ")"
+            case dims.Sym():
+                return f"{self.name(dims.evaluate)}({self.name(arg)}, state.sizes)"
+            case DType():
+                return self.name(torch_dtype(arg))
+            case Special():
+                return self.name(arg.number)
+            case Slice():
+                return self.name(slice(arg.start, arg.stop, arg.step))
+            case bool() | None:
+                return repr(arg)
+            case _:
+                return self.name(arg)
+
+    def write(self, step: Step) -> None:
+        """The lines of one step."""
+        self.number = step.number
+        self._operation(step.op)
+        for value in step.frees:
+            if value in self._variables:
+                self.line(f"{self._variables[value]} = None")
+            if value not in self._here:
+                self.line(f"values[{value}] = None")
+
+    def _operation(self, op: Op) -> None:
+        match op:
+            case Const():
+                self._new(op.out, f"state.constant({self.name(op.index)})")
+            case Param():
+                self._new(op.out, f"{self.name(read_parameter)}(state, {self.name(op.path)})")
+            case Read():
+                self._read(op)
+            case Call():
+                self._call(op)
+            case Index():
+                self._index(op)
+            case IndexPut():
+                self._put(op)
+            case Write():
+                self._write(op)
+            case Save():
+                members = ", ".join(self.ref(value) for value in op.values)
+                self.line(f"state.save({self.name(op.name)}, ({members},))")
+            case Apply():
+                given = "".join(self.arg(arg) + ", " for arg in op.args)
+                self._several(op.outs, f"{self.name(applied(op))}(state, ({given}))")
+
+    def _read(self, op: Read) -> None:
+        shape = self.shapes.setdefault(op.type, len(self.shapes))
+        dtype = torch_dtype(op.type.dtype)
+        self.line(f"if tensor.shape != state.shapes[{shape}] or tensor.dtype is not {self.name(dtype)}:")
+        self.line(f"    raise {self.name(mismatch)}(state, tensor, {self.name(op)})")
+        self._new(op.out, "tensor")
+
+    def _call(self, op: Call) -> None:
+        args = [self.arg(arg) for arg in op.args] + [f"{key}={self.arg(arg)}" for key, arg in op.kwargs]
+        call = f"{self.name(resolve(op.function))}({', '.join(args)})"
+        if len(op.outs) != 1:
+            self._several(op.outs, call)
+            return
+        out = op.outs[0]
+        variable = self._variable(out)
+        self.line(f"{variable} = {call}")
+        # Functions such as split give a tuple even of one.
+        self.line(f"if not isinstance({variable}, Tensor): ({variable},) = {variable}")
+        self._keep(out)
+
+    def _several(self, outs: Sequence[int], call: str) -> None:
+        self.line(f"[{', '.join([self._variable(out) for out in outs])}] = {call}")
+        for out in outs:
+            self._keep(out)
+
+    def _subscript(self, index: Sequence[IndexItem]) -> str:
+        if not any(isinstance(item, Ref) for item in index):
+            return self.name(tuple(plain_item(item) for item in index))
+        return "".join(self.arg(item) + ", " for item in index)
+
+    def _index(self, op: Index) -> None:
+        base = self.ref(op.base)
+        place = selector_place(op.index)
+        if place is None:
+            self._new(op.out, f"{base}[{self._subscript(op.index)}]")
+            return
+        batch = self.types[op.base].batch_axis
+        selected = f"state.select({self.name(op.index[place])})"
+        self._new(op.out, f"{self.name(take_tokens)}({base}, {selected}, {batch}, {place})")
+
+    def _put(self, op: IndexPut) -> None:
+        value = self.arg(op.value)
+        place = selector_place(op.index)
+        subscript = self._subscript(op.index) if place is None else ""
+        self._new(op.out, f"{self.ref(op.base)}.clone()")
+        new = self.ref(op.out)
+        if place is None:
+            self.line(f"{new}[{subscript}] = {value}")
+            return
+        batch = self.types[op.base].batch_axis
+        selected = f"state.select({self.name(op.index[place])})"
+        self.line(f"{self.name(put_tokens)}({new}, {selected}, {batch}, {place}, {value})")
+
+    def _write(self, op: Write) -> None:
+        if not isinstance(op.value, Ref):
+            self.line(f"tensor = {self.name(full)}(tensor, {self.name(plain_number(op.value))})")
+            return
+        new = self.ref(op.value.id)
+        fit = f"{self.name(fitted)}({new}, tensor)"
+        if op.value.id in self.fresh:
+            self.line(
+                f"tensor = {new} if {new}.dtype is tensor.dtype and {new}.shape == tensor.shape else {fit}"
+            )
+        else:
+            self.line(f"tensor = {fit}")

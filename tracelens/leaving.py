@@ -1,0 +1,105 @@
+"""How saved tensors leave a run: detached, compact, each in memory of its own, where they were asked to be."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+
+from tracelens.backends.execute import State
+from tracelens.backends.transfer import on_cpu
+from tracelens.errors import MutatedActivationError
+from tracelens.ir.infer import torch_dtype
+from tracelens.ir.ops import Keep, Save
+from tracelens.ir.types import TensorType
+from tracelens.prompted import Prompt
+from tracelens.selection import unpadded
+
+
+def leave(
+    saves: Sequence[Save], types: Mapping[int, TensorType], state: State, prompt: Prompt
+) -> dict[str, Callable[[], Any]]:
+    """The saved tensors, detached, compact and where they were asked to be; every one has its own memory."""
+    taken = {tensor.untyped_storage().data_ptr() for tensor in state.foreign}
+    found: dict[str, Callable[[], Any]] = {}
+    files = False
+    for save in saves:
+        members = state.saved[save.name]
+        for member, seen in members:
+            if member._version != seen:
+                raise MutatedActivationError(
+                    f"the model changed the tensor saved as {save.name!r} in place after it had been read"
+                )
+        tensor = torch.stack([member for member, _ in members]) if save.stacked else members[0][0]
+        if tensor.requires_grad:
+            tensor = tensor.detach()
+        if save.dtype is not None:
+            tensor = tensor.to(torch_dtype(save.dtype))
+        if save.keep is Keep.CPU:
+            tensor = on_cpu(tensor)
+        if prompt.ragged and types[save.values[0]].position_axes:
+            value: Any = _per_prompt(tensor, types[save.values[0]], prompt, stacked=save.stacked)
+        else:
+            value = _own(tensor, taken)
+        found[save.name] = partial(_same, value)
+        files = files or save.to is not None
+    if files:
+        _write_files(saves, found)
+    return found
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _own(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:
+    """``tensor`` itself if it fills memory of its own, else a compact copy."""
+    storage = tensor.untyped_storage()
+    whole = storage.nbytes() == tensor.numel() * tensor.element_size() and tensor.is_contiguous()
+    if not whole or storage.data_ptr() in taken:
+        tensor = tensor.clone(memory_format=torch.contiguous_format)
+        storage = tensor.untyped_storage()
+    taken.add(storage.data_ptr())
+    return tensor
+
+
+def _per_prompt(
+    tensor: torch.Tensor, type_: TensorType, prompt: Prompt, *, stacked: bool
+) -> list[torch.Tensor]:
+    shift = 1 if stacked else 0
+    batch_axis = type_.batch_axis
+    assert batch_axis is not None  # the recorder refuses positions without rows where rows differ
+    axes = tuple(axis + shift for axis in type_.position_axes)
+    # Each prompt keeps its row axis, so that code for one prompt runs unchanged on each of them.
+    parts = unpadded(tensor, prompt.batch, batch_axis + shift, axes)
+    return [part.unsqueeze(batch_axis + shift) for part in parts]
+
+
+def _write_files(saves: Sequence[Save], found: dict[str, Callable[[], Any]]) -> None:
+    """Moves the saves that name a file there; their handles read them back on demand."""
+    from safetensors.torch import load_file, save_file
+
+    files: dict[str, dict[str, Any]] = {}
+    for save in saves:
+        if save.to is not None:
+            files.setdefault(save.to, {})[save.name] = found[save.name]()
+    for path, tensors in files.items():
+        flat: dict[str, torch.Tensor] = {}
+        for name, value in tensors.items():
+            flat |= (
+                {name: value}
+                if isinstance(value, torch.Tensor)
+                else {f"{name}.{i}": v for i, v in enumerate(value)}
+            )
+        save_file({key: value.contiguous() for key, value in flat.items()}, path)
+        for name, value in tensors.items():
+            keys = [name] if isinstance(value, torch.Tensor) else [f"{name}.{i}" for i in range(len(value))]
+            whole = isinstance(value, torch.Tensor)
+
+            def read(path: str = path, keys: list[str] = keys, whole: bool = whole) -> Any:
+                stored = load_file(path)
+                return stored[keys[0]] if whole else [stored[key] for key in keys]
+
+            found[name] = read
