@@ -40,11 +40,11 @@ class Tiny:
     """A random Llama, so small that what surrounds the forward pass shows."""
 
     layers: int = 12
-    d_model: int = 128
-    neurons: int = 352
-    heads: int = 4
+    d_model: int = 192
+    neurons: int = 528
+    heads: int = 6
     vocabulary: int = 512
-    tokens: int = 24
+    tokens: int = 32
 
     def write(self, folder: Path) -> str:
         """Writes the model's folder; the same weights each time."""

@@ -27,11 +27,11 @@ def test_layers_with_the_same_steps_share_their_code() -> None:
         for layer in model.layers:
             layer.resid_post += torch.ones(48)
         model.logits.save()
-    bodies = [hook.body for hook in code_of(r).hooks if "layers" in hook.path]
+    bodies = [hook.code.body for hook in code_of(r).hooks if "layers" in hook.code.path]
     assert len(bodies) == 3
     # Each layer adds a constant of its own, which the source names by its place; all else is the same.
     assert len({body.source.count("\n") for body in bodies}) == 1
-    again = [hook.body for hook in code_of(r).hooks if "layers" in hook.path]
+    again = [hook.code.body for hook in code_of(r).hooks if "layers" in hook.code.path]
     assert all(one.run.__code__ is other.run.__code__ for one, other in zip(bodies, again, strict=True))
 
 
@@ -41,7 +41,7 @@ def test_a_value_that_no_other_hook_needs_is_a_variable() -> None:
         early = model.layers[0].resid_post
         model.layers[1].resid_post = model.layers[1].resid_post * 2 + early
         model.logits.save()
-    first, second, _ = (hook.body for hook in code_of(r).hooks)
+    first, second, _ = (hook.code.body for hook in code_of(r).hooks)
     assert "values[" in first.source.replace("values = state.values", "")
     assert f"values[{r.graph.ops[0].out}] = None" in second.source  # pyright: ignore[reportAttributeAccessIssue]
     assert second.source.count("values[") == 2  # taken, and freed

@@ -56,20 +56,17 @@ class Batch:
         return len(set(self.lengths)) > 1
 
     def holds(self, prompt: object) -> bool:
-        """Was the batch made of the same token ids, given as a tensor?  Then it need not be made again."""
+        """Was the batch made of the same token ids, given as a tensor, and has nobody asked what they spell?"""
         if type(prompt) is not Tensor or self.texts is not None or self.ragged:
             return False
         ids = self.input_ids
         return (
-            prompt.dtype is torch.long
+            not self._spelled
+            and prompt.dtype is torch.long
             and prompt.device.type == "cpu"
             and prompt.shape == ids.shape
             and torch.equal(prompt, ids)
         )
-
-    def again(self) -> Batch:
-        """The same batch, knowing nothing of what its tokens spell."""
-        return Batch(self.input_ids, self.mask, self.position_ids, self.lengths, self.texts)
 
     def tokens(self, row: int) -> list[int]:
         """The real token ids of one row."""

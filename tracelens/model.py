@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from tracelens.backends.anatomy import ModelAnatomy
-from tracelens.batch import Batch, prepare
+from tracelens.batch import prepare
 from tracelens.compiling import Compiler
 from tracelens.errors import Blaming, OptionError, PromptError, TracelensError
 from tracelens.handles import Layers, global_site, no_target, recorder_of, unknown_global
@@ -50,7 +50,7 @@ class Model:
         _compiler: Compiler
         _hf: nn.Module
         _tokenizer: PreTrainedTokenizerBase | None
-        _latest: Batch | None
+        _latest: Prompt | None
 
     # --- blocks --------------------------------------------------------------------------------------------------
 
@@ -109,7 +109,7 @@ class Model:
             return prompt
         latest = self._latest
         if latest is not None and not room and latest.holds(prompt):
-            return Prompt(latest.again(), self._tokenizer, self.anatomy)
+            return latest
         limit = self.anatomy.max_positions
         try:
             batch = prepare(
@@ -123,9 +123,10 @@ class Model:
         except TracelensError as error:
             error.at = error.at or here()
             raise
+        prepared = Prompt(batch, self._tokenizer, self.anatomy)
         if isinstance(prompt, torch.Tensor) and not room:
-            object.__setattr__(self, "_latest", batch)
-        return Prompt(batch, self._tokenizer, self.anatomy)
+            object.__setattr__(self, "_latest", prepared)
+        return prepared
 
     @cached_property
     def _pad_id(self) -> int:

@@ -26,6 +26,10 @@ class Prompt:
         self.ragged = batch.ragged
         self._selections: dict[TokenSelector, Selection] = {}
 
+    def holds(self, prompt: object) -> bool:
+        """Was this made of the same token ids, given as a tensor?  Then they need not be prepared again."""
+        return not self._selections and self.batch.holds(prompt)
+
     def select(self, selector: TokenSelector) -> Selection:
         """Where a token selector points in every row."""
         known = self._selections.get(selector)

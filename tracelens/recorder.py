@@ -17,6 +17,7 @@ from tracelens.errors import (
     OptionError,
     PositionAxisError,
     SaveInGenerationError,
+    TracelensError,
     WriteTargetError,
 )
 from tracelens.ir.graph import Graph
@@ -90,16 +91,18 @@ class Recorder(Draft):
             self.require_open()
         location = here()
         step = key = None
-        if not kwargs:
-            with Blaming(location):
+        try:
+            if not kwargs:
                 key = (name, *[self._cheap(arg) for arg in args])
-            if None in key:
-                key = None
-            else:
-                step = self._at.next.get(key)
-        if step is None:
-            with Blaming(location):
+                if None in key:
+                    key = None
+                else:
+                    step = self._at.next.get(key)
+            if step is None:
                 step = self._call(key, name, args, kwargs or {})
+        except TracelensError as error:
+            error.at = error.at or location
+            raise
         first = self._take(step, location)
         return range(first, len(self.types)), step.fields
 
@@ -170,19 +173,19 @@ class Recorder(Draft):
         if not self.is_open:
             self.require_open()
         location = here()
-        with Blaming(location):
+        try:
             cheap = self._cheap(new)
-        key = None if cheap is None else (site, cheap)
-        step = None if key is None else self._at.next.get(key)
-        if step is None:
-            with Blaming(location):
+            key = None if cheap is None else (site, cheap)
+            step = None if key is None else self._at.next.get(key)
+            if step is None:
                 step = self._write(key, site, new, location)
+        except TracelensError as error:
+            error.at = error.at or location
+            raise
         self._take(step, location)
-        op = step.op
-        assert isinstance(op, Write)
-        self._versions[site] = op.version
+        self._versions[site] = self._versions.get(site, 0) + 1
         self._current.pop(site, None)
-        if isinstance(op.value, Ref):
+        if self._pending and isinstance(op := step.op, Write) and isinstance(op.value, Ref):
             self.returned(op.value.id, site)
 
     def _write(self, key: Hashable | None, site: Site, new: object, location: Location) -> Step:

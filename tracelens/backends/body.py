@@ -199,8 +199,9 @@ class _Writer:
             case Write():
                 self._write(op)
             case Save():
-                members = ", ".join(self.ref(value) for value in op.values)
-                self.line(f"state.save({self.name(op.name)}, ({members},))")
+                # Each with its version, by which changes made after the save are found.
+                members = "".join(f"({self.ref(value)}, {self.ref(value)}._version), " for value in op.values)
+                self.line(f"state.saved[{self.name(op.name)}] = ({members})")
             case Apply():
                 given = "".join(self.arg(arg) + ", " for arg in op.args)
                 self._several(op.outs, f"{self.name(applied(op))}(state, ({given}))")

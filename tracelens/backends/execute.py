@@ -59,7 +59,7 @@ class State:
         self.select = select
         self.sizes: Mapping[str, int] = {}
         self.shapes: Sequence[tuple[int, ...]] = ()
-        # By name: the tensors, each with its version, by which changes made after the save are found.
+        # By name: the tensors, each with the version that was saved.
         self.saved: dict[str, tuple[tuple[torch.Tensor, int], ...]] = {}
 
     def constant(self, index: int) -> torch.Tensor:
@@ -67,9 +67,6 @@ class State:
         assert tensor is not None
         self.foreign.append(tensor)
         return tensor
-
-    def save(self, name: str, members: tuple[torch.Tensor, ...]) -> None:
-        self.saved[name] = tuple([(tensor, tensor._version) for tensor in members])
 
 
 def read_parameter(state: State, path: str) -> torch.Tensor:

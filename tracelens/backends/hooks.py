@@ -24,7 +24,15 @@ class Seat:
     def __init__(self) -> None:
         self.lock = threading.Lock()
         """Held while the model runs: one run at a time, however many handles and threads there are."""
+        self.run: Any = None
+        """The run that holds the lock."""
         self._handles: list[RemovableHandle] = []
+        self._forwards = 0
+
+    def next_forward(self) -> int:
+        """Numbers the forward passes of all runs, so that a hook knows whether it was called in this one before."""
+        self._forwards += 1
+        return self._forwards
 
     def before(self, module: nn.Module, hook: PreHook) -> None:
         """Calls ``hook(module, args, kwargs)`` before the module's forward."""

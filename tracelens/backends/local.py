@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
+from threading import get_ident
 from typing import Any, cast
 
 import torch
@@ -64,7 +64,7 @@ class LocalCode:
     graph: Graph
     program: Program
     before: Body | None
-    hooks: tuple[HookCode, ...]
+    hooks: tuple[_Hook, ...]
     count: int
     seat: Seat
     shapes: tuple[TensorType, ...]
@@ -105,7 +105,7 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
             # Sites of one hook point may differ in where the tensor lies in the output: one hook each, in order.
             _, tap, path = anatomy.tap(block.site)
             points.setdefault((path, Tap("", tap.side, tap.key)), []).append(block)
-    hooks = tuple(
+    codes = [
         HookCode(
             anatomy.module(path),
             path,
@@ -116,8 +116,10 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
             program.stop is not None and program.stop in {block.site for block in blocks},
         )
         for (path, tap), blocks in points.items()
-    )
-    return LocalCode(graph, program, before, hooks, graph.next_value, seat_of(anatomy.model), tuple(shapes))
+    ]
+    seat = seat_of(anatomy.model)
+    hooks = tuple(_Before(code, seat) if code.tap.side is Side.IN else _After(code, seat) for code in codes)
+    return LocalCode(graph, program, before, hooks, graph.next_value, seat, tuple(shapes))
 
 
 # Functions that make a new tensor, rather than perhaps a view of their operand.
@@ -127,93 +129,113 @@ _FRESH = frozenset(f"torch.{name}" for name in ("add", "sub", "mul", "div", "mat
 class _Hook:
     """The base of the two kinds of hooks: finds the tensor, runs the steps, gives the tensor back.
 
-    Hooks see every call of their module; the run in the seat says which are its own.
+    One object for each hook point of a program. Hooks see every call of their module: the run that sits in the model's
+    seat says whether it is its own.
     """
 
-    __slots__ = ("code", "fired", "run")
+    __slots__ = ("body", "code", "fired", "seat", "stops", "writes")
 
-    def __init__(self, code: HookCode, run: Run) -> None:
+    def __init__(self, code: HookCode, seat: Seat) -> None:
         self.code = code
-        self.run = run
+        self.seat = seat
+        self.body, self.writes, self.stops = code.body.run, code.writes, code.stops
         self.fired = 0
 
-    def passed(self, tensor: Any) -> Any:
+    def register(self) -> None:
+        """Puts the hook on its module."""
+        raise TypeError("_Hook is abstract")
+
+    def passed(self, run: Run, tensor: Any) -> Any:
         """The tensor after the steps."""
-        code, run = self.code, self.run
-        if self.fired == run.forwards:
-            raise SiteMismatchError(
-                f"module {code.path!r} was called twice in one forward pass, so its sites are not unique"
-            )
-        self.fired = run.forwards
-        if not isinstance(tensor, torch.Tensor):
-            raise SiteMismatchError(
-                f"module {code.path!r} has no tensor at its {code.tap.side.value}, where {code.site} was expected; "
-                f"it has a {type(tensor).__name__}"
-            )
+        if self.fired == run.forward_number or not isinstance(tensor, torch.Tensor):
+            raise self.unfit(run, tensor)
+        self.fired = run.forward_number
         try:
-            found = code.body.run(run.state, tensor)
+            found = self.body(run.state, tensor)
         except TracelensError as error:
-            raise _Blamed(error, code.body.number(error)) from None
+            raise _Blamed(error, self.code.body.number(error)) from None
         except Exception as error:
-            raise _Blamed(error, code.body.number(error)) from error
-        if code.stops:
+            raise _Blamed(error, self.code.body.number(error)) from error
+        if self.stops:
             raise ForwardStopped
         return found
+
+    def unfit(self, run: Run, tensor: Any) -> SiteMismatchError:
+        """The error for a module that is not used as the family's table says."""
+        code = self.code
+        if self.fired == run.forward_number:
+            return SiteMismatchError(
+                f"module {code.path!r} was called twice in one forward pass, so its sites are not unique"
+            )
+        return SiteMismatchError(
+            f"module {code.path!r} has no tensor at its {code.tap.side.value}, where {code.site} was expected; "
+            f"it has a {type(tensor).__name__}"
+        )
 
 
 class _Before(_Hook):
     __slots__ = ()
 
+    def register(self) -> None:
+        self.seat.before(self.code.module, self)
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if threading.get_ident() != self.run.thread:
+        run = self.seat.run
+        if run is None or get_ident() != run.thread:
             return None
         name = self.code.tap.key
         if isinstance(name, str) and name in kwargs:
-            tensor = self.passed(kwargs[name])
-            return (args, {**kwargs, name: tensor}) if self.code.writes else None
-        tensor = self.passed(args[0] if args else None)
-        return ((tensor, *args[1:]), kwargs) if self.code.writes else None
+            tensor = self.passed(run, kwargs[name])
+            return (args, {**kwargs, name: tensor}) if self.writes else None
+        tensor = self.passed(run, args[0] if args else None)
+        return ((tensor, *args[1:]), kwargs) if self.writes else None
 
 
 class _After(_Hook):
     __slots__ = ()
 
+    def register(self) -> None:
+        self.seat.after(self.code.module, self)
+
     def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        if threading.get_ident() != self.run.thread:
+        run = self.seat.run
+        if run is None or get_ident() != run.thread:
             return None
-        code = self.code
-        key = code.tap.key
+        key = self.code.tap.key
+        if key is None and isinstance(output, torch.Tensor):
+            tensor = self.passed(run, output)
+            return tensor if self.writes else None
         if isinstance(key, str):
-            tensor = self.passed(getattr(output, key, None))
-            if code.writes:
-                output[key] = tensor
+            tensor = self.passed(run, getattr(output, key, None))
+            if self.writes:
+                cast("dict[str, Any]", output)[key] = tensor
             return None
         if isinstance(output, tuple):
             position = key or 0
             parts = cast("tuple[Any, ...]", output)
-            tensor = self.passed(parts[position])
-            return (*parts[:position], tensor, *parts[position + 1 :]) if code.writes else None
-        tensor = self.passed(output)
-        return tensor if code.writes else None
+            tensor = self.passed(run, parts[position])
+            return (*parts[:position], tensor, *parts[position + 1 :]) if self.writes else None
+        tensor = self.passed(run, output)
+        return tensor if self.writes else None
 
 
 class Run:
     """One use of a model: hooks on, forward passes, hooks off."""
 
-    __slots__ = ("code", "forwards", "mask", "model", "state", "thread")
+    __slots__ = ("code", "forward_number", "mask", "model", "state", "thread")
 
     def __init__(self, model: nn.Module, code: LocalCode, state: State, mask: torch.Tensor | None) -> None:
         self.model = model
         self.code = code
         self.state = state
         self.mask = mask
-        self.forwards = 0
-        # Hooks see every call of their module; those of other threads are not this run's.
-        self.thread = threading.get_ident()
+        self.thread = get_ident()
+        # Among all forward passes of the model's runs; no pass has the number 0.
+        self.forward_number = 0
 
     def begin(self, sizes: Mapping[str, int]) -> None:
         """Starts a forward pass: sizes, and all that is computed before the first site."""
-        self.forwards += 1
+        self.forward_number = self.code.seat.next_forward()
         state, before = self.state, self.code.before
         state.sizes = sizes
         state.shapes = self.code.sizes_of(sizes)
@@ -233,29 +255,27 @@ class Run:
         ``each_forward`` is for functions that run the model several times: it is given the root module's arguments and
         says the sizes of that pass. Without it, :meth:`begin` was called by the caller.
         """
-        if _running.model is self.model:
+        seat = self.code.seat
+        sitting = seat.run
+        if sitting is not None and sitting.thread == self.thread:
             raise NestedTraceError(
                 "a trace of this model was run from inside a run of it, by an applied function",
                 at=here(),
                 instead="save the value, and open the second trace after the first block",
             )
-        seat = self.code.seat
         with seat.lock:
-            _running.model = self.model
             try:
                 seat.clear()
+                seat.run = self
                 if each_forward is not None:
 
                     def starting(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                        if threading.get_ident() == self.thread:
+                        if get_ident() == self.thread:
                             self.begin(each_forward(args, kwargs))
 
                     seat.before(self.model, starting)
                 for hook in self.code.hooks:
-                    if hook.tap.side is Side.IN:
-                        seat.before(hook.module, _Before(hook, self))
-                    else:
-                        seat.after(hook.module, _After(hook, self))
+                    hook.register()
                 with plain_mode():
                     return forward()
             except ForwardStopped:
@@ -263,8 +283,8 @@ class Run:
             except _Blamed as blamed:
                 raise self._explained(blamed) from blamed.__cause__
             finally:
+                seat.run = None
                 seat.clear()
-                _running.model = None
 
     def before_only(self, sizes: Mapping[str, int]) -> None:
         """For programs that need no site at all."""
@@ -290,15 +310,6 @@ def plain_mode() -> AbstractContextManager[object]:
 def _outside_inference() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-class _Running(threading.local):
-    """The model that this thread is running right now."""
-
-    model: nn.Module | None = None
-
-
-_running = _Running()
 
 
 def running_device(anatomy: ModelAnatomy) -> torch.device:
