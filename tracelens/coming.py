@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from tracelens.errors import UnknownSiteError
+from tracelens.location import here
+
 _PROJECTION = "its weights on what attention reads: model.layers[i].attn_in @ model.param(path).T"
 _HEADS = "model.layers[i].attn_out, the sum of what the heads add"
 _PATTERN = 'tl.load(name, attn_implementation="eager").hf(ids, output_attentions=True).attentions[i]'
@@ -16,3 +19,10 @@ ON_THE_MODEL: dict[str, str] = {
     "lens": "the model's final norm and the unembedding: norm(h) @ model.unembed.T, with norm = model.hf.model.norm",
     "module": "a site (model.sites() lists them) for what goes in and out, model.param(path) for the weights",
 }
+
+
+def not_yet(what: str, meanwhile: str) -> UnknownSiteError:
+    """The error for a name that is planned."""
+    return UnknownSiteError(
+        f"{what} is planned but not there yet", at=here(), instead=f"meanwhile, {meanwhile}"
+    )

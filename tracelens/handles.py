@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, cast, overload
 
-from tracelens.coming import ON_LAYERS, ON_THE_MODEL
+from tracelens.coming import ON_LAYERS, ON_THE_MODEL, not_yet
 from tracelens.errors import (
     LayerMappingError,
     LayerRangeError,
@@ -244,7 +244,7 @@ def global_site(name: str) -> Site | None:
 
 def _unknown(name: str, owner: str, names: tuple[str, ...]) -> UnknownSiteError:
     if name in ON_LAYERS:
-        return _not_yet(f"{owner}.{name}", ON_LAYERS[name])
+        return not_yet(f"{owner}.{name}", ON_LAYERS[name])
     candidates = near(name, names)
     elsewhere = "model." + name if name in _GLOBAL_NAMES else None
     return UnknownSiteError(
@@ -257,12 +257,6 @@ def _unknown(name: str, owner: str, names: tuple[str, ...]) -> UnknownSiteError:
             if candidates
             else "model.sites() lists all sites"
         ),
-    )
-
-
-def _not_yet(what: str, meanwhile: str) -> UnknownSiteError:
-    return UnknownSiteError(
-        f"{what} is planned but not there yet", at=here(), instead=f"meanwhile, {meanwhile}"
     )
 
 
@@ -288,5 +282,5 @@ def unknown_global(name: str, also: tuple[str, ...]) -> UnknownSiteError:
     if name in ON_THE_MODEL or name in ON_LAYERS:
         on_layers = name in ON_LAYERS
         what = f"model.layers[i].{name}" if on_layers else f"model.{name}"
-        return _not_yet(what, ON_LAYERS[name] if on_layers else ON_THE_MODEL[name])
+        return not_yet(what, ON_LAYERS[name] if on_layers else ON_THE_MODEL[name])
     return _unknown(name, "the model", (*sorted(_GLOBAL_NAMES), *also))
