@@ -307,8 +307,8 @@ def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
         number = compiled.mixing[0]
         raise graph.blame(
             PositionAxisError(
-                "the rows of this prompt differ in length, and an operation of the graph indexes, reduces or mixes "
-                f"positions: {op_text(graph.ops[number])}",
+                "the rows of this prompt differ in length, and an operation of the graph needs positions that line up: "
+                f"{op_text(graph.ops[number])}",
                 instead="prompts of one length, .tok[...] or tl.masked_mean",
             ),
             number,

@@ -316,7 +316,7 @@ class Recorder(Draft):
                 else "the rows of this prompt differ in length"
             )
             raise PositionAxisError(
-                f"{what.removeprefix('torch.')} indexes, reduces or mixes the position axis, but {why}",
+                f"{what.removeprefix('torch.')} needs positions that line up, but {why}",
                 instead=(
                     "a write to all positions (site += v) or to the newest one (site[:, -1] += v)"
                     if self.generating

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
 from tracelens.backends.local import Run, running_device
 from tracelens.backends.transfer import inputs_on
+from tracelens.coming import ON_BLOCKS, not_yet
 from tracelens.compiling import Compiled, Compiler, check_fits, owning, relocate
 from tracelens.errors import (
     Blaming,
@@ -103,6 +104,15 @@ class Recording:
         if self._graph is None:
             raise self._missing("graph", "the block has not ended yet")
         return self._graph
+
+    if not TYPE_CHECKING:  # type checkers know the attributes that there are
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name in ON_BLOCKS:
+                raise not_yet(f"t.{name}", ON_BLOCKS[name])
+            raise AttributeError(
+                f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
+            )
 
     def _missing(self, what: str, why: str) -> TracelensError:
         """The error for something that is there only after the block."""

@@ -24,6 +24,7 @@ from tracelens.ir.infer import dtype_of, torch_dtype
 from tracelens.ir.ops import (
     IndexItem,
     Keep,
+    Param,
     Ref,
     Write,
 )
@@ -32,7 +33,7 @@ from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location, here
 from tracelens.operand import Operand, apply_torch
 from tracelens.recorder import Recorder
-from tracelens.refusing import failed_block
+from tracelens.refusing import failed_block, parameter_target
 from tracelens.shapes import Shape
 from tracelens.subject import spelling
 from tracelens.tokens import Tokens
@@ -215,6 +216,9 @@ class Value(Operand):
         root = self._root()
         site = root._site
         if site is None:
+            made = recorder.ops[root._defined_by()]
+            if isinstance(made, Param):
+                raise parameter_target(repr(made.path))
             raise WriteTargetError(
                 "indexed assignment changes a site; this value was computed, so nothing in the model would change",
                 at=here(),

@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import tracelens as tl
 from tests.errors import GPT2, IDS, LLAMA, D, refused
-from tracelens.coming import ON_LAYERS, ON_THE_MODEL
+from tracelens.coming import ON_BLOCKS, ON_LAYERS, ON_THE_MODEL
 from tracelens.errors import (
     AbsentSiteError,
     LayerRangeError,
@@ -82,6 +82,19 @@ def test_a_name_of_the_model_that_is_to_come(name: str, meanwhile: str) -> None:
     with refused(UnknownSiteError, f"model.{name} is planned", instead=meanwhile), model.trace(IDS):
         setattr(model, name, 0)  # <-
     assert not hasattr(model, name)
+
+
+@pytest.mark.parametrize(("name", "meanwhile"), ON_BLOCKS.items())
+def test_a_name_of_a_block_that_is_to_come(name: str, meanwhile: str) -> None:
+    with refused(UnknownSiteError, f"t.{name} is planned", instead=meanwhile), model.trace(IDS) as t:
+        getattr(t, name)  # <-
+    with model.trace(IDS) as t:
+        model.logits.save()
+    with refused(UnknownSiteError, f"t.{name} is planned", instead=meanwhile, forwards=0):
+        getattr(t, name)  # <-
+    assert not hasattr(t, name)
+    with pytest.raises(AttributeError, match="'Trace' object has no attribute 'nonsense'"):
+        t.nonsense
 
 
 def test_what_to_write_meanwhile() -> None:
@@ -239,6 +252,16 @@ def test_parameters_cannot_be_assigned() -> None:
         model.unembed = 0  # <-
     with refused(WriteTargetError, "model.unembed is a parameter", instead="model.lm_head"), model.trace(IDS):
         model.unembed *= 2  # <-
+    with (
+        refused(WriteTargetError, "'lm_head.weight' is a parameter", instead="lm_head[..., token]"),
+        model.trace(IDS),
+    ):
+        model.unembed[7] = 0  # <-
+    with (
+        refused(WriteTargetError, "'lm_head.weight' is a parameter", instead="lm_head[..., token]"),
+        model.trace(IDS),
+    ):
+        model.param("lm_head.weight")[7, :3] += 1.0  # <-
     with model.trace(IDS):
         model.lm_head[..., 7] = 0
         logits = model.logits.save()
