@@ -125,7 +125,8 @@ class _Builder:
     def const(self, tensor: Tensor) -> int:
         captured = capture(tensor)
         (value,) = self.define([captured.type], ())
-        self.ops.append(Const(value, captured.type, len(self.constants)))
+        name = self.one(None, None, f"c{len(self.constants)}")
+        self.ops.append(Const(value, captured.type, len(self.constants), name))
         self.constants.append(captured)
         return value
 

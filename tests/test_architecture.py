@@ -23,6 +23,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS: tuple[tuple[str, int], ...] = (
     ("errors", 0),
     ("location", 0),
+    ("view", 0),
     ("ir.passes", 2),
     ("ir", 1),
     ("constants", 3),
@@ -42,6 +43,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("coming", 3),
     ("handles", 3),
     ("language", 3),
+    ("named", 3),
     ("einops_backend", 3),
     ("spelling", 3),
     ("batch", 3),

@@ -22,6 +22,7 @@ from tracelens.language import apply, masked_mean, where
 from tracelens.loading import load, wrap
 from tracelens.mapped import MappedValue, per_layer
 from tracelens.model import Model
+from tracelens.named import NamedConstant, NamedConstants, constant
 from tracelens.results import Results, SavedTensor
 from tracelens.site_table import SiteRow, SiteTable
 from tracelens.tracing import Generation, Program, Record, Trace
@@ -39,6 +40,8 @@ __all__ = [
     "Graph",
     "MappedValue",
     "Model",
+    "NamedConstant",
+    "NamedConstants",
     "Program",
     "Record",
     "Results",
@@ -52,6 +55,7 @@ __all__ = [
     "Value",
     "__version__",
     "apply",
+    "constant",
     "errors",
     "load",
     "masked_mean",

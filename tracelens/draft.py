@@ -13,6 +13,7 @@ from tracelens.constants import Captured, capture
 from tracelens.errors import (
     Blaming,
     BlockEndedError,
+    DuplicateNameError,
     ForeignValueError,
     WriteTargetError,
 )
@@ -78,6 +79,8 @@ class Draft:
         self._site_types: dict[str, TensorType] = {}
         self._origins: list[Origin | None] = []
         self._constant_values: dict[int, tuple[object, int]] = {}
+        # The constants that have names: what was given, its value, and where.
+        self.named: dict[str, tuple[object, int, Location]] = {}
         self._parameter_values: dict[str, int] = {}
         self._pending: dict[int, tuple[Site, Location]] = {}
 
@@ -175,6 +178,27 @@ class Draft:
         self.constants.append(captured)
         # Holding the object keeps its id from being used again while the recording is open.
         self._constant_values[id(tensor)] = (tensor, value)
+        return value
+
+    def named_constant(self, name: str, captured: Captured, given: object) -> int:
+        """A constant under a name. The same thing may be given the same name again; ``given`` is what the user gave."""
+        self.require_open()
+        location = here()
+        known = self.named.get(name)
+        if known is not None:
+            other, value, first = known
+            if given is other or (type(given) is type(other) is float and given == other):
+                return value
+            raise DuplicateNameError(
+                f"the name {name!r} is used by two constants of this recording, which are not the same tensor",
+                at=location,
+                also=(("first used at", first),),
+                instead=f'another name, such as "{name}_2"; or the first constant again: {name} = tl.constant(...)',
+            )
+        op = Const(len(self.types), captured.type, len(self.constants), name)
+        value = self._take(self._step(op, (captured.type,), None), location)
+        self.constants.append(captured)
+        self.named[name] = (given, value, location)
         return value
 
     # --- arguments ---------------------------------------------------------------------------------------------

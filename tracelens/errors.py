@@ -94,7 +94,7 @@ class ForeignValueError(TracelensError):
 
 
 class DuplicateNameError(TracelensError):
-    """Two saves of one trace were given the same name."""
+    """Two saves, or two constants, of one trace were given the same name."""
 
 
 # --- naming a part of the model ----------------------------------------------------------------------------------
@@ -211,6 +211,16 @@ class SymbolicSizeError(TracelensError, TypeError):
 
 class SpecialisedGraphError(TracelensError):
     """A compiled program was recorded for other sizes than those of this prompt."""
+
+
+# --- constants, sweeps and splices ---------------------------------------------------------------------------------
+
+
+class UnknownConstantError(TracelensError, KeyError):
+    """The program has no constant of that name."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the first argument
+        return TracelensError.__str__(self)
 
 
 # --- prompts -----------------------------------------------------------------------------------------------------

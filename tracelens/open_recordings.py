@@ -18,6 +18,11 @@ def open_recorder(anatomy: Anatomy) -> Recorder | None:
     return None
 
 
+def open_recorders() -> tuple[Recorder, ...]:
+    """All open recordings in the current context, the innermost first."""
+    return tuple(recorder for recorder in _open.get() if recorder.is_open)
+
+
 def enter(recorder: Recorder) -> None:
     _open.set((recorder, *(other for other in _open.get() if other.is_open)))
 

@@ -25,6 +25,7 @@ from tracelens.explain import explain
 from tracelens.ir.graph import Graph
 from tracelens.ir.retype import retype, site_types
 from tracelens.location import here
+from tracelens.named import NamedConstants, with_values
 from tracelens.open_recordings import enter, leave, open_recorder
 from tracelens.plan import Plan
 from tracelens.prompted import Prompt
@@ -342,14 +343,30 @@ class Program:
             )
         with Blaming(here()):
             self._compiled = self._compiler.compile(self.graph, generating=False)
+        self._constants = NamedConstants(self.graph)
         self._fitting: set[tuple[tuple[str, int], ...]] = set()
 
-    def __call__(self, prompt: Any) -> Results:
-        """The results for one prompt (or one batch of prompts)."""
+    def __call__(self, prompt: Any, **constants: Any) -> Results:
+        """The results for one prompt (or one batch of prompts).
+
+        ``constants`` are other values for constants that were given a name (:func:`tracelens.constant`), for this call
+        alone: ``program(prompt, v=another, strength=2.0)``. Each must have the shape of what it replaces; floating
+        dtypes are cast to its dtype. Raises :class:`~tracelens.errors.UnknownConstantError`,
+        :class:`~tracelens.errors.ShapeError` and :class:`~tracelens.errors.DtypeError` before the model runs.
+        """
+        graph = self.graph
+        if constants:
+            with Blaming(here()):
+                graph = with_values(graph, self._constants, constants)
         prepared = self._model.prepare(prompt)
         self._require_fit(prepared)
         with Blaming(here()):
-            return self._compiled.results(self._compiler.run(self.graph, self._compiled, prepared))
+            return self._compiled.results(self._compiler.run(graph, self._compiled, prepared))
+
+    @property
+    def constants(self) -> NamedConstants:
+        """The constants that a call can give other values for: name, shape, dtype, and what each is by default."""
+        return self._constants
 
     def _require_fit(self, prompt: Prompt) -> None:
         """Raises what recording on a prompt of these sizes would have raised, before the model runs."""

@@ -95,6 +95,7 @@ def test_pins_stand_in_the_first_line():
     ("op", "line"),
     [
         (Const(0, parse_type("i64[]"), 2), "%0 = const #2 : i64[]"),
+        (Const(0, parse_type("f32[3]"), 1, 'a "v"'), '%0 = const #1 "a \\"v\\"" : f32[3]'),
         (Param(1, parse_type("bf16[97,48]"), 'a "b"'), '%1 = param "a \\"b\\"" : bf16[97,48]'),
         (Read(2, STREAM, SITE, 1), "%2 = read layers.3.resid_post@1 : f32[B,P,48]"),
         (Read(2, STREAM, Site("logits", None, 4), 0), "%2 = read step.4.logits@0 : f32[B,P,48]"),

@@ -90,11 +90,15 @@ IndexItem = int | Slice | None | Ref | TokenSelector
 
 @dataclass(frozen=True, slots=True)
 class Const:
-    """A tensor captured from the user: entry ``index`` of the graph's constants."""
+    """A tensor captured from the user: entry ``index`` of the graph's constants.
+
+    One with a ``name`` can be given another value for a call of the program.
+    """
 
     out: int
     type: TensorType
     index: int
+    name: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -175,7 +175,8 @@ def _op(line: _Line) -> Op:
     match head:
         case "const":
             entry = line.entry()
-            op: Op = Const(out, _type(line), entry)
+            name = line.string() if line.next.startswith('"') else None
+            op: Op = Const(out, _type(line), entry, name)
         case "param":
             path = line.string()
             op = Param(out, _type(line), path)

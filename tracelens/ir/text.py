@@ -53,7 +53,8 @@ def op_text(op: Op) -> str:
     """One operation."""
     match op:
         case Const():
-            return f"%{op.out} = const #{op.index} : {op.type}"
+            name = f" {_quote(op.name)}" if op.name is not None else ""
+            return f"%{op.out} = const #{op.index}{name} : {op.type}"
         case Param():
             return f"%{op.out} = param {_quote(op.path)} : {op.type}"
         case Read():

@@ -133,6 +133,19 @@ def constants_are_there(graph: Graph) -> Iterator[Complaint]:
             yield number, f"constant #{op.index} is {graph.constants[op.index].type}, not {op.type}"
 
 
+def constants_have_one_name(graph: Graph) -> Iterator[Complaint]:
+    """A name stands for one constant, and a constant has one name: else replacing it would replace half of it."""
+    names: dict[int, str | None] = {}
+    indices: dict[str, int] = {}
+    for number, op in enumerate(graph.ops):
+        if not isinstance(op, Const):
+            continue
+        if names.setdefault(op.index, op.name) != op.name:
+            yield number, f"constant #{op.index} has two names, {names[op.index]!r} and {op.name!r}"
+        if op.name is not None and indices.setdefault(op.name, op.index) != op.index:
+            yield number, f"{op.name!r} names constant #{indices[op.name]} and constant #{op.index}"
+
+
 def one_site_has_one_type(graph: Graph) -> Iterator[Complaint]:
     types: dict[Site, TensorType] = {}
     for number, op in enumerate(graph.ops):
@@ -148,6 +161,7 @@ _MEANING: tuple[Rule, ...] = (
     types_are_what_the_functions_give,
     saves_are_named_apart,
     constants_are_there,
+    constants_have_one_name,
 )
 RULES: tuple[Rule, ...] = _STRUCTURE + _MEANING
 
