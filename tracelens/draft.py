@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any, cast
 
 import numpy as np
@@ -44,6 +44,16 @@ from tracelens.steps import Step, Steps
 from tracelens.subject import PADS, Anatomy, Prompted
 
 
+class Delivery:
+    """Where the handles of one save find its tensor after the run; with the last of them it is let go."""
+
+    __slots__ = ("__weakref__", "fetch", "name")
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.fetch: Callable[[], Any] | None = None
+
+
 class Draft:
     """The operations, types and constants of a recording that is being made, and the arguments that they take."""
 
@@ -71,7 +81,7 @@ class Draft:
         self.constants: list[Captured] = []
         self.functions: list[object] = []
         self.saves: dict[str, Location] = {}
-        self.awaiting: list[tuple[str, weakref.ref[Any]]] = []
+        self.awaiting: list[weakref.ref[Delivery]] = []
         self._known = known or Steps()
         self._at = self._start()
         self._versions: dict[Site, int] = {}

@@ -129,7 +129,7 @@ class MappedValue(PerLayerOperand):
             to=to,
         )
         handle = Saved(recorder, members[0])
-        handle._expect(saved)
+        handle._delivery = saved
         self._saved_handle = handle if self._saved_handle is None else self._saved_handle
         # In the block the handle is still one value per layer; afterwards it is the stacked tensor.
         mapped = MappedValue(self._layers, self._members)

@@ -6,10 +6,11 @@ lost updates, stale values, shapes, dtypes, the position axis. It knows types an
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
-from tracelens.draft import Draft
+from tracelens.draft import Delivery, Draft
 from tracelens.errors import (
     Blaming,
     DuplicateNameError,
@@ -224,8 +225,8 @@ class Recorder(Draft):
         keep: Keep,
         dtype: DType | None,
         to: str | None,
-    ) -> str:
-        """Lets values leave the run; returns the name under which they do."""
+    ) -> Delivery:
+        """Lets values leave the run; returns where their tensor will be found."""
         self.require_open()
         location = here()
         if self.generating:
@@ -250,10 +251,12 @@ class Recorder(Draft):
                 instead=f'another name, such as "{name}_2"',
             )
         self.saves[name] = location
-        key = (name, values, stacked, keep, dtype, to)
+        key = (name, values, stacked, keep is Keep.CPU, dtype, to)
         step = self._at.next.get(key) or self._add(key, Save(name, values, stacked, keep, dtype, to))
         self._take(step, location)
-        return name
+        delivery = Delivery(name)
+        self.awaiting.append(weakref.ref(delivery))
+        return delivery
 
     # --- += ----------------------------------------------------------------------------------------------------
 
@@ -279,10 +282,10 @@ class Recorder(Draft):
 
     def deliver(self, tensors: Mapping[str, Callable[[], Any]]) -> None:
         """Gives every handle its tensor. The recording itself keeps none, so that a dropped handle frees its memory."""
-        for name, reference in self.awaiting:
-            handle = reference()
-            if handle is not None:
-                handle._fetch = tensors[name]
+        for reference in self.awaiting:
+            delivery = reference()
+            if delivery is not None:
+                delivery.fetch = tensors[delivery.name]
         self.awaiting.clear()
 
     def finish(self) -> Graph:

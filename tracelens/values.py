@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import weakref
 from collections import namedtuple
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
 import torch
 
+from tracelens.draft import Delivery
 from tracelens.errors import (
     BlockEndedError,
     NotRunYetError,
@@ -52,12 +52,11 @@ class Value(Operand):
     """
 
     __slots__ = (
-        "_fetch",
+        "_delivery",
         "_id",
         "_index",
         "_parent",
         "_recorder",
-        "_saved_as",
         "_site",
         "_stale",
     )
@@ -71,8 +70,7 @@ class Value(Operand):
         self._parent: Value | None = None
         self._index: tuple[IndexItem, ...] | None = None
         self._stale: Any = None
-        self._saved_as: str | None = None
-        self._fetch: Callable[[], Any] | None = None
+        self._delivery: Delivery | None = None
 
     @classmethod
     def of_site(cls, recorder: Recorder, site: Site) -> Value:
@@ -266,20 +264,15 @@ class Value(Operand):
         self._require_fresh()
         if not self._is_recording():
             raise self._too_late()
-        saved = self._recorder.save(
+        delivery = self._recorder.save(
             (self._id,), name=name, stacked=False, keep=keep_of(device), dtype=save_dtype(dtype), to=to
         )
         handle = Saved(self._recorder, self._id)
         handle._site, handle._parent, handle._index = self._site, self._parent, self._index
-        handle._expect(saved)
-        if self._saved_as is None:
-            self._expect(saved)
+        handle._delivery = delivery
+        if self._delivery is None:
+            self._delivery = delivery
         return handle
-
-    def _expect(self, name: str) -> None:
-        """Waits for the tensor that the run will save under ``name``."""
-        self._saved_as = name
-        self._recorder.awaiting.append((name, weakref.ref(self)))
 
     @property
     def value(self) -> Any:
@@ -296,12 +289,12 @@ class Value(Operand):
         )
 
     def _has_result(self) -> bool:
-        return self._fetch is not None
+        return self._delivery is not None and self._delivery.fetch is not None
 
     def _result(self) -> Any:
         recorder = self._recorder
-        if self._fetch is not None:
-            return self._fetch()
+        if self._delivery is not None and self._delivery.fetch is not None:
+            return self._delivery.fetch()
         if recorder.is_open:
             raise NotRunYetError(
                 "the model has not run yet: values have numbers only after the block",
@@ -310,7 +303,7 @@ class Value(Operand):
             )
         if recorder.failure is not None:
             raise failed_block(recorder.failure, "value")
-        if self._saved_as is not None:
+        if self._delivery is not None:
             raise NotRunYetError(
                 "model.record only writes down what to do, so there are no numbers",
                 at=here(),
@@ -359,6 +352,8 @@ class PerLayerOperand(Operand):
 
 
 def keep_of(device: str) -> Keep:
+    if device == "cpu":
+        return Keep.CPU
     try:
         return Keep(device)
     except ValueError:
