@@ -63,6 +63,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("tracing", 5),
     ("model", 5),
     ("loading", 5),
+    ("bridge", 5),
     ("viz", 7),
     ("demo", 7),
     ("cli", 7),

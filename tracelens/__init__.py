@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tracelens import einops_backend as _einops_backend  # einops finds the backend once it is defined
 from tracelens import errors
+from tracelens.bridge import run_with_nnsight
 from tracelens.errors import TracelensError
 from tracelens.ir.graph import Graph
 from tracelens.ir.parse import parse
@@ -61,6 +62,7 @@ __all__ = [
     "masked_mean",
     "parse",
     "per_layer",
+    "run_with_nnsight",
     "verify",
     "where",
     "wrap",

@@ -235,7 +235,7 @@ class Compiler:
                     model(**inputs, use_cache=False)
 
                 run.execute(forward, each_forward=None)
-            return leave(compiled.saves, compiled.plan.graph.types, state, prompt)
+            return leave(compiled.saves, compiled.plan.graph.types, state.saved, prompt, state.foreign)
         except TracelensError as error:
             raise relocate(error, graph) from error.__cause__
 

@@ -242,6 +242,10 @@ class PromptTooLongError(PromptError):
     """The prompt has more tokens than the model has positions."""
 
 
+class BridgeError(TracelensError):
+    """A graph cannot be run through the other library."""
+
+
 # --- results -----------------------------------------------------------------------------------------------------
 
 

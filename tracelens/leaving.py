@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 
-from tracelens.backends.execute import State
 from tracelens.backends.transfer import on_cpu
 from tracelens.errors import MutatedActivationError
 from tracelens.ir.infer import torch_dtype
@@ -17,16 +16,26 @@ from tracelens.ir.types import TensorType
 from tracelens.prompted import Prompt
 from tracelens.selection import unpadded
 
+Members = tuple[tuple[torch.Tensor, int], ...]
+"""The tensors of one save (several, if it stacks layers), each with its version when it was saved."""
+
 
 def leave(
-    saves: Sequence[Save], types: Mapping[int, TensorType], state: State, prompt: Prompt
+    saves: Sequence[Save],
+    types: Mapping[int, TensorType],
+    saved: Mapping[str, Members],
+    prompt: Prompt,
+    foreign: Sequence[torch.Tensor] = (),
 ) -> dict[str, Callable[[], Any]]:
-    """The saved tensors, detached, compact and where they were asked to be; every one has its own memory."""
-    taken = {tensor.untyped_storage().data_ptr() for tensor in state.foreign}
+    """The saved tensors, detached, compact and where they were asked to be; every one has its own memory.
+
+    ``foreign``: tensors in memory of the user's or the model's, which no saved tensor may share.
+    """
+    taken = {tensor.untyped_storage().data_ptr() for tensor in foreign}
     found: dict[str, Callable[[], Any]] = {}
     files = False
     for save in saves:
-        members = state.saved[save.name]
+        members = saved[save.name]
         for member, seen in members:
             if member._version != seen:
                 raise MutatedActivationError(

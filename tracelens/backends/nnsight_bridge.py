@@ -1,0 +1,108 @@
+"""Runs graphs through nnsight: on models that people already hold there, and as an independent oracle for the tests.
+
+Only the public surface of nnsight's envoys is used, so nnsight itself is not imported here. What the graph means is
+decided by :mod:`tracelens.reference`, which knows neither plans nor hooks; nnsight gives and takes the tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+from tracelens.backends.anatomy import ModelAnatomy
+from tracelens.backends.base import Side, Tap
+from tracelens.errors import BridgeError
+from tracelens.ir.graph import Graph
+from tracelens.ir.ops import Read, Write
+from tracelens.ir.sites import Scope, Site
+
+Intercept = Callable[[Site, torch.Tensor], torch.Tensor]
+
+
+def module_of(envoy: Any) -> torch.nn.Module:
+    """The PyTorch model inside an nnsight model."""
+    module = getattr(envoy, "_module", None)
+    if not isinstance(module, torch.nn.Module) or not hasattr(envoy, "trace"):
+        raise BridgeError(
+            f"a {type(envoy).__name__} is not a model of nnsight",
+            instead="nnsight.NNsight(model) or nnsight.TransformersModel(name)",
+        )
+    return module
+
+
+def forward_through(
+    envoy: Any, anatomy: ModelAnatomy, graph: Graph, inputs: Mapping[str, torch.Tensor], mask: torch.Tensor
+) -> Callable[[Intercept], None]:
+    """One forward pass inside nnsight that stops at every site of the graph, as the reference evaluator asks for it."""
+    named = {op.site for op in graph.ops if isinstance(op, Read | Write)}
+    written = {op.site for op in graph.writes}
+    stream = {site for site in written if site.name == "resid_mid"}
+    # A block adds its MLP to the stream as it was before the write: its own sum is replaced by that with the new one.
+    named |= {Site(name, mid.layer) for mid in stream for name in ("mlp_add", "resid_post")}
+    sites = sorted(named, key=lambda site: site.sequence)
+    places = {site: _Place(envoy, anatomy, site) for site in sites if site.kind.scope is not Scope.INPUT}
+
+    def visit(intercept: Intercept) -> None:
+        sums: dict[int | None, torch.Tensor] = {}
+        for site in sites:
+            place = places.get(site)
+            if place is None:
+                intercept(site, mask)
+                continue
+            tensor = place.get()
+            if Site("resid_mid", site.layer) in stream:
+                if site.name == "resid_post":
+                    tensor = sums[site.layer]
+                new = intercept(site, tensor)
+                if site.name in ("resid_mid", "mlp_add"):
+                    sums[site.layer] = new if site.name == "resid_mid" else sums[site.layer] + new
+                changed = site in written or site.name == "resid_post"
+            else:
+                new, changed = intercept(site, tensor), site in written
+            if changed:
+                place.put(new)
+
+    def forward(intercept: Intercept) -> None:
+        def plain(site: Site, tensor: torch.Tensor) -> torch.Tensor:
+            with torch.no_grad():  # nnsight runs this in a thread of its own
+                return intercept(site, tensor)
+
+        with torch.no_grad(), envoy.trace(**inputs, use_cache=False):
+            visit(plain)
+
+    return forward
+
+
+class _Place:
+    """A site in nnsight: an envoy, its side, and where the tensor lies in it."""
+
+    def __init__(self, root: Any, anatomy: ModelAnatomy, site: Site) -> None:
+        _, tap, path = anatomy.tap(site)
+        self.tap: Tap = tap
+        self.envoy: Any = root
+        for part in path.split(".") if path else ():
+            self.envoy = self.envoy[int(part)] if part.isdigit() else getattr(self.envoy, part)
+
+    def get(self) -> torch.Tensor:
+        if self.tap.side is Side.IN:
+            return self.envoy.input
+        output = self.envoy.output
+        if isinstance(self.tap.key, str):
+            return getattr(output, self.tap.key)
+        return output[self.tap.key or 0] if isinstance(output, tuple) else output
+
+    def put(self, new: torch.Tensor) -> None:
+        if self.tap.side is Side.IN:
+            self.envoy.input = new
+            return
+        output = self.envoy.output
+        if isinstance(self.tap.key, str):
+            output[self.tap.key] = new
+            self.envoy.output = output
+        elif isinstance(output, tuple):
+            position = self.tap.key or 0
+            self.envoy.output = (*output[:position], new, *output[position + 1 :])
+        else:
+            self.envoy.output = new

@@ -1,0 +1,59 @@
+"""The door to nnsight: graphs of tracelens on models that people hold there."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tracelens.backends.nnsight_bridge import forward_through, module_of
+from tracelens.backends.transfer import inputs_on
+from tracelens.compiling import check_fits, owning
+from tracelens.errors import Blaming
+from tracelens.leaving import Members, leave
+from tracelens.location import here
+from tracelens.model import Model
+from tracelens.reference import evaluate
+from tracelens.results import Results
+
+if TYPE_CHECKING:
+    from tracelens.ir.graph import Graph
+    from tracelens.tracing import Record
+
+
+def run_with_nnsight(graph: Graph | Record, nnsight_model: Any, prompt: Any) -> Results:
+    """Runs a recorded graph on a model that nnsight holds, through nnsight, and gives what the graph saves.
+
+    ``nnsight_model``: an ``nnsight.NNsight`` or ``nnsight.TransformersModel`` of a family that tracelens knows. ``prompt``
+    is what :meth:`Model.trace` takes. The results are those of ``model.compile(graph)(prompt)``, tensors on the CPU.
+    Slower than tracelens' own programs: every site is fetched from nnsight's thread. Sites that are no module's input
+    or output (inside the attention function) are refused, and so are graphs with gradients.
+
+    Record the graph on the same weights: ``tl.wrap(nnsight_model._module, nnsight_model.tokenizer)`` sees them, and
+    ``tl.Graph.from_json`` gives graphs of files. Raises :class:`~tracelens.errors.BridgeError` and the errors of
+    ``model.compile``.
+    """
+    with Blaming(here()):
+        graph = owning(graph if not hasattr(graph, "graph") else graph.graph)  # pyright: ignore[reportAttributeAccessIssue]
+        model = Model(module_of(nnsight_model), getattr(nnsight_model, "tokenizer", None))
+        compiled = model._compiler.compile(graph, generating=False)
+        prepared = model.prepare(prompt)
+        check_fits(graph, compiled, prepared)
+        device = model.anatomy.device
+        inputs = inputs_on(prepared.batch.model_inputs(), device)
+        mask = inputs_on({"mask": prepared.batch.mask}, device)["mask"]
+        found = evaluate(
+            graph,
+            forward_through(nnsight_model, model.anatomy, graph, inputs, mask),
+            constants=[inputs_on({"it": constant.tensor}, device)["it"] for constant in graph.constants],
+            parameters=model.anatomy.parameter,
+            select=prepared.select,
+            functions=graph.functions,
+        )
+        saved = {save.name: _members(found[save.name], save.stacked) for save in graph.saves}
+        return Results(compiled.described, leave(graph.saves, graph.types, saved, prepared))
+
+
+def _members(tensor: torch.Tensor, stacked: bool) -> Members:
+    parts = tensor.unbind(0) if stacked else (tensor,)
+    return tuple((part, part._version) for part in parts)
