@@ -2,30 +2,30 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 
 from tracelens.backends.nnsight_bridge import forward_through, module_of
 from tracelens.backends.transfer import inputs_on
 from tracelens.compiling import check_fits, owning
+from tracelens.constants import Captured
 from tracelens.errors import Blaming
+from tracelens.ir.graph import Graph
 from tracelens.leaving import Members, leave
 from tracelens.location import here
 from tracelens.model import Model
 from tracelens.reference import evaluate
 from tracelens.results import Results
-
-if TYPE_CHECKING:
-    from tracelens.ir.graph import Graph
-    from tracelens.tracing import Record
+from tracelens.tracing import Recording
 
 
-def run_with_nnsight(graph: Graph | Record, nnsight_model: Any, prompt: Any) -> Results:
+def run_with_nnsight(graph: Graph | Recording, nnsight_model: Any, prompt: Any) -> Results:
     """Runs a recorded graph on a model that nnsight holds, through nnsight, and gives what the graph saves.
 
-    ``nnsight_model``: an ``nnsight.NNsight`` or ``nnsight.TransformersModel`` of a family that tracelens knows. ``prompt``
-    is what :meth:`Model.trace` takes. The results are those of ``model.compile(graph)(prompt)``, tensors on the CPU.
+    ``nnsight_model``: an ``nnsight.NNsight`` or ``nnsight.TransformersModel`` of a family that tracelens knows.
+    ``prompt`` is what :meth:`Model.trace` takes. The results are those of ``model.compile(graph)(prompt)``, on the CPU.
     Slower than tracelens' own programs: every site is fetched from nnsight's thread. Sites that are no module's input
     or output (inside the attention function) are refused, and so are graphs with gradients.
 
@@ -34,7 +34,7 @@ def run_with_nnsight(graph: Graph | Record, nnsight_model: Any, prompt: Any) -> 
     ``model.compile``.
     """
     with Blaming(here()):
-        graph = owning(graph if not hasattr(graph, "graph") else graph.graph)  # pyright: ignore[reportAttributeAccessIssue]
+        graph = owning(graph.graph if isinstance(graph, Recording) else graph)
         model = Model(module_of(nnsight_model), getattr(nnsight_model, "tokenizer", None))
         compiled = model._compiler.compile(graph, generating=False)
         prepared = model.prepare(prompt)
@@ -45,10 +45,13 @@ def run_with_nnsight(graph: Graph | Record, nnsight_model: Any, prompt: Any) -> 
         found = evaluate(
             graph,
             forward_through(nnsight_model, model.anatomy, graph, inputs, mask),
-            constants=[inputs_on({"it": constant.tensor}, device)["it"] for constant in graph.constants],
+            constants=[
+                model._compiler.constants.place(cast("Captured", constant), device)
+                for constant in graph.constants
+            ],
             parameters=model.anatomy.parameter,
             select=prepared.select,
-            functions=graph.functions,
+            functions=cast("tuple[Callable[..., Any], ...]", graph.functions),
         )
         saved = {save.name: _members(found[save.name], save.stacked) for save in graph.saves}
         return Results(compiled.described, leave(graph.saves, graph.types, saved, prepared))

@@ -242,6 +242,9 @@ class PromptTooLongError(PromptError):
     """The prompt has more tokens than the model has positions."""
 
 
+# --- other libraries ---------------------------------------------------------------------------------------------
+
+
 class BridgeError(TracelensError):
     """A graph cannot be run through the other library."""
 
