@@ -15,6 +15,7 @@ from tracelens import einops_backend as _einops_backend  # einops finds the back
 from tracelens import errors
 from tracelens.bridge import run_with_nnsight
 from tracelens.errors import TracelensError
+from tracelens.gradients import grad
 from tracelens.ir.graph import Graph
 from tracelens.ir.parse import parse
 from tracelens.ir.sites import Site
@@ -58,6 +59,7 @@ __all__ = [
     "apply",
     "constant",
     "errors",
+    "grad",
     "load",
     "masked_mean",
     "parse",

@@ -12,6 +12,7 @@ from typing import Any, cast
 import torch
 
 from tracelens.backends.anatomy import ModelAnatomy
+from tracelens.backends.differentiate import outside_inference, require_differentiable, usable
 from tracelens.backends.execute import State
 from tracelens.backends.local import LocalCode, Run, prepare, running_device
 from tracelens.backends.transfer import ConstantCache, inputs_on
@@ -218,6 +219,12 @@ class Compiler:
 
     def run(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> dict[str, Callable[[], Any]]:
         """One forward pass over ``prompt``; gives the saved tensors by name."""
+        if not compiled.code.differentiates:
+            return self._run(graph, compiled, prompt)
+        with outside_inference():
+            return self._run(graph, compiled, prompt)
+
+    def _run(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> dict[str, Callable[[], Any]]:
         device = running_device(self.anatomy)
         check_fits(graph, compiled, prompt)
         state = self.state(graph, compiled, prompt.select)
@@ -229,6 +236,11 @@ class Compiler:
             else:
                 inputs = inputs_on(prompt.batch.model_inputs(), device)
                 model: Any = self.anatomy.model
+                if compiled.code.differentiates:
+                    require_differentiable(model)
+                    inputs = {name: usable(value) for name, value in inputs.items()}
+                    state.constants = [usable(value) for value in state.constants]
+                    run.mask = usable(mask)
 
                 def forward() -> None:
                     run.begin(prompt.sizes)

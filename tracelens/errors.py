@@ -186,6 +186,33 @@ class LayerMappingError(TracelensError):
     """Values that are mapped over different layers were combined."""
 
 
+# --- gradients ---------------------------------------------------------------------------------------------------
+
+
+class LossError(TracelensError):
+    """What was to be differentiated is not one floating number made of sites."""
+
+
+class GradientTargetError(TracelensError):
+    """A gradient was asked for with respect to something that is not a site as it was read."""
+
+
+class UnusedGradientError(TracelensError):
+    """The loss does not depend on the site that a gradient was asked for."""
+
+
+class NestedGradientError(TracelensError):
+    """A gradient was to be taken of something that is made of a gradient."""
+
+
+class GradientInGenerationError(TracelensError):
+    """Gradients inside ``model.generate`` are not possible."""
+
+
+class UndifferentiableModelError(TracelensError):
+    """The model is in a state in which its forward pass cannot be differentiated."""
+
+
 # --- positions and sizes -----------------------------------------------------------------------------------------
 
 

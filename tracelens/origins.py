@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tracelens.errors import CausalityError
 from tracelens.ir.ops import Arg, Ref
-from tracelens.ir.sites import Order, Site
+from tracelens.ir.sites import AFTER_ALL, Order, Site
 from tracelens.location import Location
 
 
@@ -42,6 +42,13 @@ def latest_origin(origins: Sequence[Origin | None], args: Sequence[Arg]) -> Orig
 
 def refuse_backwards(site: Site, origin: Origin, locations: Sequence[Location], location: Location) -> None:
     """Raises :class:`CausalityError` if a value of this origin cannot have reached ``site`` yet."""
+    if origin.order == AFTER_ALL:
+        raise CausalityError(
+            f"{site} would need a gradient, which is known only after the forward pass has reached the loss",
+            at=location,
+            also=(("the gradient was taken at", locations[origin.number]),),
+            instead="save the gradient in one trace and write it in a second one",
+        )
     if not (origin.order < site.order or origin.sites == frozenset((site,))):
         late = ", ".join(sorted(str(source) for source in origin.sites))
         raise CausalityError(

@@ -7,9 +7,11 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 
 from tracelens.ir.dims import Sizes
+from tracelens.ir.gradients import LEAF, differentiated
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Call, Op, Read, Ref, Write
+from tracelens.ir.ops import Call, Grad, Op, Read, Ref, Write
 from tracelens.ir.passes.forward_order import moments_of
+from tracelens.ir.passes.mark_leaves import mark_leaves
 from tracelens.ir.passes.pipeline import improve
 from tracelens.ir.sites import BEFORE_ALL, Effect, Scope, Sequence, Site
 from tracelens.ir.types import TensorType
@@ -60,6 +62,15 @@ class Plan:
         """For every operation, the moment of the forward pass at which it can be done."""
         return moments_of(self.graph)
 
+    @cached_property
+    def differentiated(self) -> frozenset[Site]:
+        """The sites that gradients are taken with respect to: a backend has to compute these in the open.
+
+        Unless the block writes such a site later, the plan writes it (with the very value that was read), so that a
+        backend that serves writes serves them as well.
+        """
+        return frozenset(site for site, _ in differentiated(self.graph))
+
     def layers_run(self, n_layers: int) -> int:
         """How many layers the forward pass enters."""
         if self.whole:
@@ -99,12 +110,21 @@ class Plan:
             owned = [layer for layer, index in enumerate(self.placement.layers) if index == place.index]
             lines.append(f"  {place}: layers {owned[0]} to {owned[-1]}" if owned else f"  {place}")
         lines.append("  " + self._extent(n_layers))
-        own = [op for op in self.graph.writes if not (op.site in self.carried and op.version == 1)]
+        leaves = {
+            out for op in self.graph.ops if isinstance(op, Call) and op.function == LEAF for out in op.outs
+        }
+        own = [
+            op
+            for op in self.graph.writes
+            if not (op.site in self.carried and op.version == 1)
+            and not (isinstance(op.value, Ref) and op.value.id in leaves)
+        ]
         lines += [f"  writes {op.site} ({_REACH[op.site.kind.effect]})" for op in own]
         lines += [
             f"  {site}: the block's own sum is replaced by one with the value written in the block"
             for site in sorted(self.carried, key=lambda site: site.order)
         ]
+        lines += self._backward()
         for name, type_ in self.saved_types().items():
             if sizes is None:
                 lines.append(f"  saves {name!r}: {type_}")
@@ -116,6 +136,17 @@ class Plan:
                 f"  bytes that leave the run: {_bytes(self.bytes_saved(sizes))}; between places: 0 B"
             )
         return "\n".join(lines)
+
+    def _backward(self) -> list[str]:
+        lines: list[str] = []
+        for op, moment in zip(self.graph.ops, self.moments, strict=True):
+            if isinstance(op, Grad):
+                at = next(site for site in self.sites if site.sequence == moment)
+                first = min(self.differentiated, key=lambda site: site.sequence)
+                lines.append(
+                    f"  one backward pass from %{op.loss}, at {at}, to {_counted(op.wrt)}; autograd starts at {first}"
+                )
+        return lines
 
     def _extent(self, n_layers: int) -> str:
         if self.whole:
@@ -143,9 +174,8 @@ def make_plan(
     verify_each: bool = False,
 ) -> Plan:
     """Improves ``graph`` and decides where it runs and how far the forward pass has to go."""
-    improved = carry_stream_writes(
-        improve(graph, verify_each=verify_each), carries, type_of=type_of, to_the_end=generating
-    )
+    marked = mark_leaves(improve(graph, verify_each=verify_each))
+    improved = carry_stream_writes(marked, carries, type_of=type_of, to_the_end=generating)
     stop = _last_site(improved)
     targets = {
         Site(carry.target, op.site.layer)
@@ -210,6 +240,10 @@ def _carried(graph: Graph, carry: Carry, layer: int, *, type_of: TypeOf, to_the_
         locations = (*locations[:cut], *[locations[cause]] * len(extra), *locations[cut:])
     pins = tuple(replace(pin, op=pin.op + len(extra)) if pin.op >= cut else pin for pin in graph.pins)
     return replace(graph, ops=(*graph.ops[:cut], *extra, *later), locations=locations, pins=pins)
+
+
+def _counted(sites: tuple[int, ...]) -> str:
+    return "one site" if len(sites) == 1 else f"{len(sites)} sites"
 
 
 def _bytes(count: int) -> str:

@@ -32,6 +32,7 @@ from tracelens.ir.ops import (
     Apply,
     Arg,
     Call,
+    Grad,
     Index,
     IndexItem,
     IndexPut,
@@ -42,7 +43,7 @@ from tracelens.ir.ops import (
     Scalar,
     Write,
 )
-from tracelens.ir.sites import Effect, Site
+from tracelens.ir.sites import AFTER_ALL, Effect, Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location, here
 from tracelens.origins import Origin, latest_origin, refuse_backwards
@@ -167,6 +168,16 @@ class Recorder(Draft):
         outs = tuple(range(first, first + len(types)))
         self._take(self._step(Apply(outs, types, len(self.functions), plain), types, origin), location)
         self.functions.append(function)
+        return outs
+
+    def grad(self, loss: int, wrt: tuple[int, ...]) -> tuple[int, ...]:
+        """The derivatives of one number with respect to values of sites, which the caller has looked at."""
+        location = here()
+        first = len(self.types)
+        outs = tuple(range(first, first + len(wrt)))
+        types = tuple(self.types[value] for value in wrt)
+        origin = Origin(AFTER_ALL, frozenset(), len(self.ops))
+        self._take(self._step(Grad(outs, types, loss, wrt), types, origin), location)
         return outs
 
     def write(self, site: Site, new: object) -> None:

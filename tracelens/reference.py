@@ -12,8 +12,9 @@ from typing import Any, Protocol, cast
 import torch
 from torch import Tensor
 
-from tracelens.errors import CausalityError
+from tracelens.errors import CausalityError, UnusedGradientError
 from tracelens.ir import dims
+from tracelens.ir.gradients import LEAF, differentiated
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import resolve, torch_dtype
 from tracelens.ir.ops import (
@@ -22,6 +23,7 @@ from tracelens.ir.ops import (
     Arg,
     Call,
     Const,
+    Grad,
     Index,
     IndexItem,
     IndexPut,
@@ -74,7 +76,7 @@ def evaluate(
     needed before its site was reached raises :class:`CausalityError`.
     """
     evaluator = _Evaluator(graph, constants, parameters, select, functions)
-    with torch.no_grad():
+    with torch.set_grad_enabled(any(isinstance(op, Grad) for op in graph.ops)):
         forward(evaluator.intercept)
         return evaluator.saved()
 
@@ -87,13 +89,14 @@ class _Evaluator:
         self.sizes: dict[str, int] = {}
         self.versions: dict[tuple[Site, int], Tensor] = {}
         self.values: dict[int, Tensor] = {}
+        self.differentiated = differentiated(graph)
 
     def intercept(self, site: Site, tensor: Tensor) -> Tensor:
         """One site: its versions are made one after the other, and the last goes on."""
         for dim, size in zip(site.kind.shape, tensor.shape, strict=True):
             if isinstance(dim, dims.Sym):
                 self.sizes[str(dim)] = size
-        self.versions[site, 0] = tensor
+        self.versions[site, 0] = tensor = self.apart(site, 0, tensor)
         writes = sorted((op for op in self.graph.writes if op.site == site), key=lambda write: write.version)
         for write in writes:
             if isinstance(write.value, Ref):
@@ -101,9 +104,12 @@ class _Evaluator:
                 written = self.value(write.value.id).to(tensor.dtype).broadcast_to(tensor.shape).clone()
             else:
                 written = torch.full_like(tensor, self.plain(write.value))
-            self.versions[site, write.version] = written
-            tensor = written
+            tensor = self.versions[site, write.version] = self.apart(site, write.version, written)
         return tensor
+
+    def apart(self, site: Site, version: int, tensor: Tensor) -> Tensor:
+        """A version that a gradient is taken with respect to is a tensor of its own, of which all else is made."""
+        return resolve(LEAF)(tensor) if (site, version) in self.differentiated else tensor
 
     def saved(self) -> dict[str, Tensor]:
         for op in self.graph.applies:
@@ -112,7 +118,7 @@ class _Evaluator:
         for save in self.graph.saves:
             members = [self.value(value) for value in save.values]
             tensor = torch.stack(members) if save.stacked else members[0]
-            found[save.name] = tensor.to(torch_dtype(save.dtype)) if save.dtype else tensor
+            found[save.name] = (tensor.to(torch_dtype(save.dtype)) if save.dtype else tensor).detach()
         return found
 
     def value(self, wanted: int) -> Tensor:
@@ -152,6 +158,15 @@ class _Evaluator:
                 self.values[op.out] = self._index(op)
             case IndexPut():
                 self.values[op.out] = self._put(op)
+            case Grad():
+                loss, wrt = self.values[op.loss], [self.values[value] for value in op.wrt]
+                if not loss.requires_grad:
+                    raise UnusedGradientError(f"%{op.loss} does not depend on any site by a derivative")
+                found = torch.autograd.grad(loss, wrt, retain_graph=True, allow_unused=True)
+                for out, value, part in zip(op.outs, op.wrt, found, strict=True):
+                    if part is None:
+                        raise UnusedGradientError(f"%{op.loss} does not depend on %{value} by a derivative")
+                    self.values[out] = part
             case Write() | Save():
                 pass  # these make no values
 

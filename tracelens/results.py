@@ -15,7 +15,7 @@ import torch
 from tracelens.errors import UnknownSaveError
 from tracelens.ir import dims
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Index, IndexItem, Read, Ref, Save, TokenSelector
+from tracelens.ir.ops import Grad, Index, IndexItem, Read, Ref, Save, TokenSelector
 from tracelens.ir.sites import Site
 from tracelens.ir.text import index_text
 from tracelens.ir.types import TensorType
@@ -33,8 +33,9 @@ class SavedTensor:
     """One saved tensor and what it is.
 
     ``site``, ``layers`` and ``part`` (``[:, -1]``, ``.tok["Paris"]``) say where it was read, if it is a site or an
-    indexed part of one; ``axes`` names its axes (``layer``, ``row``, ``position``, or the axis' number); ``fetch()``
-    gives the tensor, or for prompts of different lengths a list of one tensor per prompt.
+    indexed part of one; ``gradient``, whether it is the gradient with respect to that site instead. ``axes`` names its
+    axes (``layer``, ``row``, ``position``, or the axis' number); ``fetch()`` gives the tensor, or for prompts of
+    different lengths a list of one tensor per prompt.
     """
 
     name: str
@@ -44,6 +45,7 @@ class SavedTensor:
     site: Site | None = None
     layers: tuple[int, ...] = ()
     part: str = ""
+    gradient: bool = False
 
     @property
     def tensor(self) -> Any:
@@ -56,7 +58,7 @@ class SavedTensor:
         if self.site is None:
             return "computed"
         where = f"layers[{_span(self.layers)}].{self.site.name}" if self.layers else self.site.name
-        return where + self.part
+        return f"gradient at {where}{self.part}" if self.gradient else where + self.part
 
 
 class Results(Mapping[str, Any]):
@@ -202,9 +204,9 @@ def describe(graph: Graph, save: Save) -> SavedTensor:
     if save.stacked:
         axes = ("layer", *axes[1:])
     found = [_site(graph, value) for value in save.values]
-    site, part = found[0]
-    layers = tuple(where.layer for where, _ in found if where is not None and where.layer is not None)
-    return SavedTensor(save.name, _nothing, type_, axes, site, layers, part)
+    site, part, gradient = found[0]
+    layers = tuple(where.layer for where, *_ in found if where is not None and where.layer is not None)
+    return SavedTensor(save.name, _nothing, type_, axes, site, layers, part, gradient)
 
 
 def _nothing() -> Any:
@@ -217,14 +219,18 @@ def _axis(dim: dims.Dim, number: int) -> str:
     )
 
 
-def _site(graph: Graph, value: int) -> tuple[Site | None, str]:
+def _site(graph: Graph, value: int) -> tuple[Site | None, str, bool]:
     parts: list[str] = []
+    gradient = False
     while True:
         op = graph.ops[graph.producer[value]]
         if isinstance(op, Read):
-            return op.site, "".join(reversed(parts))
+            return op.site, "".join(reversed(parts)), gradient
+        if isinstance(op, Grad) and not gradient:
+            value, gradient = op.wrt[op.outs.index(value)], True
+            continue
         if not isinstance(op, Index):
-            return None, ""
+            return None, "", False
         parts.append(_part(op.index))
         value = op.base
 

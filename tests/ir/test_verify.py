@@ -33,6 +33,8 @@ def graph(body: str, *, pins: str = "") -> Graph:
 
 
 _H = "%0 = read layers.1.resid_post@0 : f32[B,P,48]\n"
+_SUM = "%1 = call torch.sum(%0) : f32[]\n"
+_GRADIENTS = "gradients_are_of_sites"
 _TYPES = "types_are_what_the_functions_give"
 
 BROKEN: list[tuple[str, int, str, str]] = [
@@ -82,6 +84,34 @@ BROKEN: list[tuple[str, int, str, str]] = [
     (_TYPES, 1, _H + "%1 = put %0[:, :, :3] <- %0 : f32[B,P,48]", "does not broadcast"),
     (_TYPES, 1, _H + "write layers.1.resid_post@1 <- complex(0.0, 1.0)", "cannot be written"),
     (_TYPES, 2, _H + "%1 = const #0 : f32[3,1,1]\n%2 = call torch.mul(%0, %1) : f32[B,P,48]", "B"),
+    (
+        "nothing_travels_backwards",
+        3,
+        _H + f"{_SUM}%2 = grad %1 wrt %0 : f32[B,P,48]\nwrite layers.2.resid_post@1 <- %2",
+        "written from a gradient",
+    ),
+    (_GRADIENTS, 1, _H + "%1 = grad %0 wrt %0 : f32[B,P,48]", "not one floating number"),
+    (_GRADIENTS, 2, _H + _SUM + "%2 = grad %1 wrt %0 : f32[B,P,47]", "the types of the sites"),
+    (_GRADIENTS, 2, _H + _SUM + "%2 = grad %1 wrt %1 : f32[]", "%1 is not a site"),
+    (
+        _GRADIENTS,
+        3,
+        _H + _SUM + "%2 = read layers.2.resid_pre@0 : f32[B,P,48]\n%3 = grad %1 wrt %2 : f32[B,P,48]",
+        "%1 is not made of layers.2.resid_pre",
+    ),
+    (
+        _GRADIENTS,
+        4,
+        _H + _SUM + "%2 = grad %1 wrt %0 : f32[B,P,48]\n%3 = call torch.sum(%2) : f32[]\n"
+        "%4 = grad %3 wrt %0 : f32[B,P,48]",
+        "made of a gradient",
+    ),
+    (
+        _GRADIENTS,
+        3,
+        _H + _SUM + "%2 = read token_mask@0 : bool[B,P]\n%3 = grad %1 wrt %2 : bool[B,P]",
+        "%2 is not a site that can be written",
+    ),
     ("saves_are_named_apart", 2, _H + 'save "h" <- %0\nsave "h" <- %0', "two saves are named 'h'"),
     ("saves_are_named_apart", 1, _H + 'save "h" <- %0, %0', "holds one value"),
     (

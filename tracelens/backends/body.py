@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 
+from tracelens.backends.differentiate import Gradients
 from tracelens.backends.execute import (
     State,
     applied,
@@ -35,6 +36,7 @@ from tracelens.ir.ops import (
     Arg,
     Call,
     Const,
+    Grad,
     Index,
     IndexItem,
     IndexPut,
@@ -84,13 +86,15 @@ def body(
     types: Mapping[int, TensorType],
     fresh: frozenset[int],
     shapes: dict[TensorType, int],
+    gradients: Mapping[int, Gradients],
 ) -> Body:
     """The function for some steps.
 
     ``fresh``: the values that no one else holds, so that a write need not copy them. ``shapes`` numbers the types whose
-    sizes the run has to know, in ``state.shapes``; types that are new to it are added.
+    sizes the run has to know, in ``state.shapes``; types that are new to it are added. ``gradients``: what takes the
+    gradients of the program, by the numbers of the operations.
     """
-    writer = _Writer(steps, types, fresh, shapes)
+    writer = _Writer(steps, types, fresh, shapes, gradients)
     for step in steps:
         writer.write(step)
     writer.line("return tensor")
@@ -108,10 +112,12 @@ class _Writer:
         types: Mapping[int, TensorType],
         fresh: frozenset[int],
         shapes: dict[TensorType, int],
+        gradients: Mapping[int, Gradients],
     ) -> None:
         self.types = types
         self.fresh = fresh
         self.shapes = shapes
+        self.gradients = gradients
         self.lines = ["def body(state, tensor):"]
         self.number = steps[0].number if steps else 0
         self.numbers = [self.number]
@@ -200,11 +206,21 @@ class _Writer:
                 self._write(op)
             case Save():
                 # Each with its version, by which changes made after the save are found.
-                members = "".join(f"({self.ref(value)}, {self.ref(value)}._version), " for value in op.values)
+                # Where there are gradients, without the history that leads to them.
+                given = [self.ref(value) for value in op.values]
+                kept = [f"{value}.detach()" for value in given] if self.gradients else given
+                members = "".join(
+                    f"({tensor}, {value}._version), " for tensor, value in zip(kept, given, strict=True)
+                )
                 self.line(f"state.saved[{self.name(op.name)}] = ({members})")
             case Apply():
                 given = "".join(self.arg(arg) + ", " for arg in op.args)
                 self._several(op.outs, f"{self.name(applied(op))}(state, ({given}))")
+            case Grad():
+                wrt = "".join(self.ref(value) + ", " for value in op.wrt)
+                self._several(
+                    op.outs, f"{self.name(self.gradients[self.number])}({self.ref(op.loss)}, ({wrt}))"
+                )
 
     def _read(self, op: Read) -> None:
         shape = self.shapes.setdefault(op.type, len(self.shapes))

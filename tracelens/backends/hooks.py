@@ -1,4 +1,4 @@
-"""The only caller of torch's hook registration: each model has one seat, which owns the hooks of the run on it."""
+"""The only caller of torch's hook registration: each model has one seat, which owns what the run on it changes."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ PostHook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
 
 
 class Seat:
-    """Where the runs of one model sit, one at a time, with their hooks.
+    """Where the runs of one model sit, one at a time, with their hooks and the parameters that they freeze.
 
     Clearing is idempotent. An interrupt can hit even the clearing; what it leaves behind is removed before the next run
     puts hooks of its own on.
@@ -27,6 +27,7 @@ class Seat:
         self.run: Any = None
         """The run that holds the lock."""
         self._handles: list[RemovableHandle] = []
+        self._frozen: list[nn.Parameter] = []
         self._forwards = 0
 
     def next_forward(self) -> int:
@@ -42,8 +43,19 @@ class Seat:
         """Calls ``hook(module, args, output)`` after the module's forward."""
         self._handles.append(module.register_forward_hook(hook))
 
+    def freeze(self, model: nn.Module) -> None:
+        """Keeps the parameters out of autograd's graph, until :meth:`clear`."""
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                self._frozen.append(parameter)
+                parameter.requires_grad_(False)
+
     def clear(self) -> None:
-        """Takes all hooks off."""
+        """Takes all hooks off, and makes the frozen parameters what they were."""
+        frozen = self._frozen
+        while frozen:
+            frozen[-1].requires_grad_(True)
+            frozen.pop()
         handles = self._handles
         while handles:
             handles[-1].remove()

@@ -14,6 +14,7 @@ from torch import nn
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.base import Side, Tap
 from tracelens.backends.body import Body, body
+from tracelens.backends.differentiate import gradients_of, with_autograd
 from tracelens.backends.execute import State
 from tracelens.backends.hooks import Seat, seat_of
 from tracelens.errors import (
@@ -67,6 +68,7 @@ class LocalCode:
     hooks: tuple[_Hook, ...]
     count: int
     seat: Seat
+    differentiates: bool
     shapes: tuple[TensorType, ...]
     """The types of the sites that are read; their sizes in a pass are what the hooks compare with."""
     _sizes: dict[tuple[tuple[str, int], ...], tuple[tuple[int, ...], ...]] = field(
@@ -95,12 +97,13 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
         if isinstance(op, IndexPut) or (isinstance(op, Call) and op.function in _FRESH)
         for value, _ in results(op)
     )
+    gradients = gradients_of(graph)
     before: Body | None = None
     points: dict[tuple[str, Tap], list[Block]] = {}
     shapes: dict[TensorType, int] = {}
     for block in program.blocks:
         if block.site is None:
-            before = body(block.steps, graph.types, fresh, shapes)
+            before = body(block.steps, graph.types, fresh, shapes, gradients)
         else:
             # Sites of one hook point may differ in where the tensor lies in the output: one hook each, in order.
             _, tap, path = anatomy.tap(block.site)
@@ -111,7 +114,7 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
             path,
             tap,
             cast(Site, blocks[0].site),
-            body([step for block in blocks for step in block.steps], graph.types, fresh, shapes),
+            body([step for block in blocks for step in block.steps], graph.types, fresh, shapes, gradients),
             any(block.writes for block in blocks),
             program.stop is not None and program.stop in {block.site for block in blocks},
         )
@@ -119,7 +122,7 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
     ]
     seat = seat_of(anatomy.model)
     hooks = tuple(_Before(code, seat) if code.tap.side is Side.IN else _After(code, seat) for code in codes)
-    return LocalCode(graph, program, before, hooks, graph.next_value, seat, tuple(shapes))
+    return LocalCode(graph, program, before, hooks, graph.next_value, seat, bool(gradients), tuple(shapes))
 
 
 # Functions that make a new tensor, rather than perhaps a view of their operand.
@@ -276,7 +279,11 @@ class Run:
                     seat.before(self.model, starting)
                 for hook in self.code.hooks:
                     hook.register()
-                with plain_mode():
+                if not self.code.differentiates:
+                    with plain_mode():
+                        return forward()
+                seat.freeze(self.model)
+                with with_autograd():
                     return forward()
             except ForwardStopped:
                 return None

@@ -69,6 +69,14 @@ def dtype_of(dtype: torch.dtype) -> DType:
 # --- names and functions -----------------------------------------------------------------------------------------
 
 
+def leaf(value: torch.Tensor) -> torch.Tensor:
+    """The same numbers as a tensor of its own for autograd: below it nothing is differentiated unless it already was.
+
+    A value that depends on another leaf still does, but what used it before does not use this one.
+    """
+    return value.view_as(value) if value.requires_grad else value.detach().requires_grad_()
+
+
 def masked_mean(value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """The mean over the positions where ``mask`` [B, P] is true: [B, P, ...] to [B, ...]; nan for a row without any."""
     chosen = mask.reshape(*mask.shape, *(1,) * (value.ndim - 2))
@@ -106,8 +114,8 @@ def resolve(name: str) -> Callable[..., Any]:
             f"{name} is not a function that a graph can hold",
             instead=f"did you mean {near}?" if near else None,
         )
-    if name == "tracelens.masked_mean":
-        return masked_mean
+    if name.startswith("tracelens."):
+        return {"tracelens.leaf": leaf, "tracelens.masked_mean": masked_mean}[name]
     if name.startswith("einops."):
         return _einops(name.removeprefix("einops."))
     try:
@@ -132,7 +140,7 @@ def _spellings() -> list[str]:
 @lru_cache(maxsize=1)
 def _spelling_of() -> Mapping[Any, str]:
     """Every function and method that can be recorded, with how it is spelt."""
-    found: dict[Any, str] = {masked_mean: "tracelens.masked_mean"}
+    found: dict[Any, str] = {leaf: "tracelens.leaf", masked_mean: "tracelens.masked_mean"}
     for spelling in _spellings():
         if spelling.startswith("tracelens."):
             continue

@@ -190,7 +190,17 @@ class Apply:
     args: tuple[Arg, ...]
 
 
-Op = Const | Param | Read | Call | Index | IndexPut | Write | Save | Apply
+@dataclass(frozen=True, slots=True)
+class Grad:
+    """The derivatives of ``loss``, one number, with respect to the values ``wrt`` of sites, each as it was read."""
+
+    outs: tuple[int, ...]
+    types: tuple[TensorType, ...]
+    loss: int
+    wrt: tuple[int, ...]
+
+
+Op = Const | Param | Read | Call | Index | IndexPut | Write | Save | Apply | Grad
 
 
 def results(op: Op) -> tuple[tuple[int, TensorType], ...]:
@@ -198,7 +208,7 @@ def results(op: Op) -> tuple[tuple[int, TensorType], ...]:
     match op:
         case Const() | Param() | Read() | Index() | IndexPut():
             return ((op.out, op.type),)
-        case Call() | Apply():
+        case Call() | Apply() | Grad():
             return tuple(zip(op.outs, op.types, strict=True))
         case Write() | Save():
             return ()
@@ -232,3 +242,5 @@ def operands(op: Op) -> tuple[int, ...]:
             return (op.value.id,) if isinstance(op.value, Ref) else ()
         case Save():
             return op.values
+        case Grad():
+            return (op.loss, *op.wrt)

@@ -14,6 +14,7 @@ from tracelens.ir.ops import (
     Arg,
     Call,
     Const,
+    Grad,
     Index,
     IndexItem,
     IndexPut,
@@ -169,6 +170,8 @@ def _op(line: _Line) -> Op:
         if kwargs:
             raise line.error("apply has no keyword arguments")
         return _end(line, Apply(tuple(outs), _types(line), entry, args))
+    if head == "grad":
+        return _end(line, _grad(line, tuple(outs)))
     if len(outs) != 1:
         raise line.error(f"{head} has one result")
     (out,) = outs
@@ -227,6 +230,18 @@ def _save(line: _Line) -> Save:
         else:
             raise line.error(f"unknown option {option!r}")
     return Save(name, tuple(values), stacked, keep, dtype, to)
+
+
+def _grad(line: _Line, outs: tuple[int, ...]) -> Grad:
+    loss = line.value()
+    line.take("wrt")
+    wrt = [line.value()]
+    while line.accept(","):
+        wrt.append(line.value())
+    types = _types(line)
+    if not len(outs) == len(wrt) == len(types):
+        raise line.error(f"{len(outs)} results and {len(types)} types for {len(wrt)} sites")
+    return Grad(outs, types, loss, tuple(wrt))
 
 
 def _versioned(line: _Line) -> tuple[Site, int]:

@@ -31,9 +31,7 @@ _DATA = "tl.where(condition, value, other) keeps the shape; or .save() the value
 _DEVICE = "leave devices out; .save(device=...) says where a saved tensor ends up"
 _HOST = ".save() the value and read it after the block"
 _TABLE = "torch.nn.functional.embedding(index, table) for rows, torch.index_select(tensor, axis, index)"
-_GRADIENT = (
-    "gradients are not there yet; .save() the value and differentiate after the block what follows from it"
-)
+_GRADIENT = "tl.grad(loss, site) gives the gradient of one number with respect to a site that was read"
 _QUESTION = "value.shape, value.dtype and value.ndim are known while recording"
 
 # Reason -> hint -> names. Names without a dot are both ``torch.<name>`` and ``torch.Tensor.<name>``.

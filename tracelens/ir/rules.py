@@ -50,6 +50,18 @@ from tracelens.ir.types import DType, TensorType
 Args = tuple[AbstractArg, ...]
 
 
+def leaf(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Inferred:
+    """``tracelens.leaf(value)``: the same value, from which derivatives start."""
+    match args:
+        case (TensorType() as value,) if not kwargs:
+            pass
+        case _:
+            raise UnsupportedFunctionError("leaf takes a value, and nothing else")
+    if not value.dtype.is_floating:
+        raise DtypeError(f"leaf({value}): there are derivatives with respect to floating values only")
+    return sizing.done(value, False)
+
+
 def masked_mean(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Inferred:
     """``tracelens.masked_mean(value, mask)``: [B, P, ...] and bool [B, P] to [B, ...]."""
     match args:
@@ -79,6 +91,7 @@ RULES: dict[str, Rule] = {
     **rules_shape.RULES,
     **rules_product.RULES,
     **rules_einops.RULES,
+    "tracelens.leaf": leaf,
     "tracelens.masked_mean": masked_mean,
 }
 

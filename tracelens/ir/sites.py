@@ -20,6 +20,7 @@ class Effect(Enum):
     STREAM = "stream"  # the residual stream: all later layers see it
     BRANCH = "branch"  # one sublayer's input, inside or output; the stream changes only through that sublayer
     OUTPUT = "output"  # after the last layer
+    MODULE = "module"  # one side of a module, by its path: whatever reads that tensor sees it
     NONE = "read-only"
 
 
@@ -106,9 +107,11 @@ GLOBAL_KINDS = tuple(kind for kind in KINDS if kind.scope in (Scope.BEFORE, Scop
 
 _SCOPE_RANK = {Scope.INPUT: 0, Scope.BEFORE: 1, Scope.LAYER: 2, Scope.AFTER: 3}
 
-Order = tuple[int, int, int, int]
-Sequence = tuple[int, int, int, int, int]
+Order = tuple[int, ...]
+Sequence = tuple[int, ...]
 BEFORE_ALL: Sequence = (-1, 0, 0, 0, 0)
+AFTER_ALL: Order = (1 << 62, 0, 0, 0)
+"""Where gradients come from: no site of the same forward pass is reached after them."""
 _ROW = {kind.name: row for row, kind in enumerate(KINDS)}
 
 
@@ -130,6 +133,11 @@ class Site:
 
     def __hash__(self) -> int:
         return self._hash
+
+    @property
+    def text(self) -> str:
+        """The site in the text form of a graph."""
+        return str(self)
 
     def __str__(self) -> str:
         where = self.name if self.layer is None else f"layers.{self.layer}.{self.name}"

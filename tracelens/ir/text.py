@@ -23,6 +23,7 @@ from tracelens.ir.ops import (
     Arg,
     Call,
     Const,
+    Grad,
     Index,
     IndexItem,
     IndexPut,
@@ -58,7 +59,7 @@ def op_text(op: Op) -> str:
         case Param():
             return f"%{op.out} = param {_quote(op.path)} : {op.type}"
         case Read():
-            return f"%{op.out} = read {op.site}@{op.version} : {op.type}"
+            return f"%{op.out} = read {op.site.text}@{op.version} : {op.type}"
         case Call():
             parts = [arg_text(arg) for arg in op.args] + [
                 f"{name}={arg_text(arg)}" for name, arg in op.kwargs
@@ -69,7 +70,7 @@ def op_text(op: Op) -> str:
         case IndexPut():
             return f"%{op.out} = put %{op.base}[{index_text(op.index)}] <- {arg_text(op.value)} : {op.type}"
         case Write():
-            return f"write {op.site}@{op.version} <- {arg_text(op.value)}"
+            return f"write {op.site.text}@{op.version} <- {arg_text(op.value)}"
         case Save():
             values = ", ".join(f"%{value}" for value in op.values)
             options = " device=keep" if op.keep is Keep.DEVICE else ""
@@ -78,6 +79,8 @@ def op_text(op: Op) -> str:
             return f"save {_quote(op.name)} <- {f'stack({values})' if op.stacked else values}{options}"
         case Apply():
             return f"{_outs(op.outs)} = apply #{op.index}({', '.join(map(arg_text, op.args))}) : {_types(op.types)}"
+        case Grad():
+            return f"{_outs(op.outs)} = grad %{op.loss} wrt {_outs(op.wrt)} : {_types(op.types)}"
 
 
 def arg_text(arg: Arg) -> str:

@@ -9,10 +9,11 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from tracelens.errors import TracelensError, VerificationError
+from tracelens.ir.gradients import is_one_number, site_read, sources
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Const, Read, Save, Write, operands, results
+from tracelens.ir.ops import Const, Grad, Read, Save, Write, operands, results
 from tracelens.ir.retype import retype, site_types, sizes_of
-from tracelens.ir.sites import KIND, Effect, Order, Scope, Site
+from tracelens.ir.sites import AFTER_ALL, KIND, Effect, Order, Scope, Site
 from tracelens.ir.types import TensorType
 
 Complaint = tuple[int, str]
@@ -72,6 +73,8 @@ def nothing_travels_backwards(graph: Graph) -> Iterator[Complaint]:
         origin: tuple[Order, frozenset[Site]] | None = None
         if isinstance(op, Read):
             origin = (op.site.order, frozenset((op.site,)))
+        elif isinstance(op, Grad):
+            origin = (AFTER_ALL, frozenset())
         for value in operands(op):
             other = latest.get(value)
             if other is None:
@@ -83,7 +86,7 @@ def nothing_travels_backwards(graph: Graph) -> Iterator[Complaint]:
         if isinstance(op, Write) and origin is not None:
             order, sites = origin
             if not (order < op.site.order or sites == frozenset((op.site,))):
-                late = ", ".join(sorted(map(str, sites)))
+                late = ", ".join(sorted(map(str, sites))) or "a gradient"
                 yield number, f"{op.site} is written from {late}, which is not reached before it"
         if origin is not None:
             latest.update(dict.fromkeys((value for value, _ in results(op)), origin))
@@ -153,12 +156,35 @@ def one_site_has_one_type(graph: Graph) -> Iterator[Complaint]:
             yield number, f"{op.site} is read as {op.type} and as {types[op.site]}"
 
 
+def gradients_are_of_sites(graph: Graph) -> Iterator[Complaint]:
+    """Of one number that is made of the sites, and that is no gradient itself."""
+    for number, op in enumerate(graph.ops):
+        if not isinstance(op, Grad):
+            continue
+        if not is_one_number(graph.types[op.loss]):
+            yield number, f"%{op.loss} is {graph.types[op.loss]}, not one floating number"
+        if not op.wrt or op.types != tuple(graph.types[value] for value in op.wrt):
+            yield number, "it has the types of the sites that it is with respect to, and at least one"
+        made_of = sources(graph.ops, op.loss)
+        if made_of.gradient:
+            yield number, f"%{op.loss} is made of a gradient"
+        for value in op.wrt:
+            read = site_read(graph.ops[graph.producer[value]], graph.ops)
+            if read is None:
+                yield number, f"%{value} is not a site that can be written"
+            elif not read.type.dtype.is_floating:
+                yield number, f"{read.site} is {read.type}, which is not floating"
+            elif not made_of.may_use(value, read):
+                yield number, f"%{op.loss} is not made of {read.site}"
+
+
 _STRUCTURE: tuple[Rule, ...] = (values_are_assigned_once, values_are_defined_before_use, sites_exist)
 _MEANING: tuple[Rule, ...] = (
     versions_count_the_writes,
     nothing_travels_backwards,
     one_site_has_one_type,
     types_are_what_the_functions_give,
+    gradients_are_of_sites,
     saves_are_named_apart,
     constants_are_there,
     constants_have_one_name,

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Apply, Arg, Call, Index, IndexItem, IndexPut, Op, Ref, Save, Write
+from tracelens.ir.ops import Apply, Arg, Call, Grad, Index, IndexItem, IndexPut, Op, Ref, Save, Write
 
 
 def rebuild(graph: Graph, kept: Iterable[tuple[int, Op]]) -> Graph:
@@ -47,6 +47,9 @@ def substitute(op: Op, values: Mapping[int, int]) -> Op:
             )
         case Save():
             return replace(op, values=tuple(values.get(value, value) for value in op.values))
+        case Grad():
+            wrt = tuple(values.get(value, value) for value in op.wrt)
+            return replace(op, loss=values.get(op.loss, op.loss), wrt=wrt)
         case _:
             return op
 

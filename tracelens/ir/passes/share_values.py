@@ -6,7 +6,7 @@ from collections.abc import Hashable
 from dataclasses import replace
 
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Call, Const, Index, IndexPut, Op, Param, Read, results
+from tracelens.ir.ops import Call, Const, Grad, Index, IndexPut, Op, Param, Read, results
 from tracelens.ir.passes.rebuild import rebuild, substitute
 from tracelens.ir.text import op_text
 
@@ -35,7 +35,7 @@ def _meaning(op: Op) -> Hashable:
     match op:
         case Const() | Param() | Read() | Index() | IndexPut():
             return (type(op), op_text(replace(op, out=0)))
-        case Call():
+        case Call() | Grad():
             return (type(op), op_text(replace(op, outs=tuple(0 for _ in op.outs))))
         case _:
             return None
