@@ -102,6 +102,13 @@ def test_what_is_not_a_model_of_nnsight_is_refused() -> None:
         tl.run_with_nnsight(r, HF["llama"], IDS)
 
 
+def test_graphs_with_gradients_are_refused() -> None:
+    with MODELS["llama"].record() as r:
+        tl.grad(MODELS["llama"].logits.sum(), MODELS["llama"].layers[1].resid_post).save()
+    with pytest.raises(errors.BridgeError, match="gradients"):
+        tl.run_with_nnsight(r, NNSIGHT["llama"], IDS)
+
+
 def test_another_shape_is_refused_before_the_run() -> None:
     with MODELS["llama"].record() as r:
         MODELS["llama"].layers[2].resid_post.save()

@@ -186,7 +186,7 @@ def test_a_written_site_has_its_gradient_beyond_the_write_only() -> None:
     assert torch.equal(t["attn_out"], t["resid_pre"])  # nothing but the sum is left between the two
 
 
-# --- what may be asked -------------------------------------------------------------------------------------------------
+# --- what may be asked -----------------------------------------------------------------------------------------------
 
 
 def test_mapped_sites_have_mapped_gradients() -> None:

@@ -77,7 +77,7 @@ def require_differentiable(model: nn.Module) -> None:
         if module.training and getattr(module, "gradient_checkpointing", False):
             raise UndifferentiableModelError(
                 f"{path or 'the model'} computes its activations again in the backward pass, where no hook would act",
-                instead="model.hf.gradient_checkpointing_disable(), or model.hf.eval()",
+                instead="model.hf.eval(), or the model without gradient checkpointing",
             )
     for path, parameter in model.named_parameters():
         if parameter.is_inference():

@@ -15,7 +15,7 @@ from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.base import Side, Tap
 from tracelens.errors import BridgeError
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Read, Write
+from tracelens.ir.ops import Grad, Read, Write
 from tracelens.ir.sites import Scope, Site
 
 Intercept = Callable[[Site, torch.Tensor], torch.Tensor]
@@ -36,6 +36,11 @@ def forward_through(
     envoy: Any, anatomy: ModelAnatomy, graph: Graph, inputs: Mapping[str, torch.Tensor], mask: torch.Tensor
 ) -> Callable[[Intercept], None]:
     """One forward pass inside nnsight that stops at every site of the graph, as the reference evaluator asks for it."""
+    if any(isinstance(op, Grad) for op in graph.ops):
+        raise BridgeError(
+            "the graph takes gradients, which the bridge does not carry",
+            instead="model.compile(graph)(prompt), on a model of tracelens",
+        )
     named = {op.site for op in graph.ops if isinstance(op, Read | Write)}
     written = {op.site for op in graph.writes}
     stream = {site for site in written if site.name == "resid_mid"}
