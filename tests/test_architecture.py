@@ -62,6 +62,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("leaving", 5),
     ("compiling", 5),
     ("tracing", 5),
+    ("sweeping", 5),
     ("model", 5),
     ("loading", 5),
     ("bridge", 5),

@@ -27,6 +27,7 @@ from tracelens.model import Model
 from tracelens.named import NamedConstant, NamedConstants, constant
 from tracelens.results import Results, SavedTensor
 from tracelens.site_table import SiteRow, SiteTable
+from tracelens.sweeping import Sweep, sweep
 from tracelens.tracing import Generation, Program, Record, Trace
 from tracelens.values import Saved, Value
 
@@ -52,6 +53,7 @@ __all__ = [
     "Site",
     "SiteRow",
     "SiteTable",
+    "Sweep",
     "Trace",
     "TracelensError",
     "Value",
@@ -65,6 +67,7 @@ __all__ = [
     "parse",
     "per_layer",
     "run_with_nnsight",
+    "sweep",
     "verify",
     "where",
     "wrap",

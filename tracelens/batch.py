@@ -88,6 +88,18 @@ class Batch:
             return inputs
         return {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in inputs.items()}
 
+    def repeated(self, times: int) -> Batch:
+        """The same rows ``times`` times, all of them one after the other, and then again."""
+        known = [(tokenizer, spelt * times) for tokenizer, spelt in self._spelled]
+        return Batch(
+            self.input_ids.repeat(times, 1),
+            self.mask.repeat(times, 1),
+            self.position_ids.repeat(times, 1),
+            self.lengths * times,
+            None if self.texts is None else self.texts * times,
+            known,
+        )
+
     def spellings(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Spelling, ...]:
         """What the real tokens of each row spell, under this tokenizer."""
         for known, spellings in self._spelled:

@@ -250,6 +250,10 @@ class UnknownConstantError(TracelensError, KeyError):
         return TracelensError.__str__(self)
 
 
+class SweepError(TracelensError, ValueError):
+    """The values of a sweep do not make points, or its program cannot be swept."""
+
+
 # --- prompts -----------------------------------------------------------------------------------------------------
 
 

@@ -87,13 +87,14 @@ def _recorder(model: Any) -> Recorder:
             at=here(),
             instead="with model.record() as r: v = tl.constant(tensor, name=...)",
         )
-    if len(found) > 1:
+    recorder, *others = found
+    if others:
         raise NestedTraceError(
             "blocks of several models are open here, and tl.constant does not say which graph holds it",
             at=here(),
             instead="tl.constant(value, name=..., model=model)",
         )
-    return found[0]
+    return recorder
 
 
 def _check_name(name: object) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,6 +20,7 @@ from tracelens.ir.text import index_text
 from tracelens.ir.types import TensorType
 from tracelens.location import here
 from tracelens.selection import written
+from tracelens.view import Shown, Table, View
 
 if TYPE_CHECKING:
     import pandas
@@ -61,7 +61,7 @@ class SavedTensor:
         return f"gradient at {where}{self.part}" if self.gradient else where + self.part
 
 
-class Results(Mapping[str, Any]):
+class Results(Mapping[str, Any], Shown):
     """The saved tensors of one run by name, in the order in which they were saved.
 
     ``results["h"]`` is a plain tensor. In a notebook the object shows itself as a table.
@@ -139,22 +139,9 @@ class Results(Mapping[str, Any]):
 
     # --- views ---------------------------------------------------------------------------------------------------
 
-    def __repr__(self) -> str:
-        if not self.entries:
-            return "Results: nothing was saved"
-        rows = [_cells(entry) for entry in self.entries.values()]
-        widths = [max(len(row[column]) for row in [_HEADS, *rows]) for column in range(len(_HEADS))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in [_HEADS, *rows]
-        ]
-        return "\n".join(lines)
-
-    def _repr_html_(self) -> str:
-        rows = [_cells(entry) for entry in self.entries.values()]
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in _HEADS)
-        body = "".join("<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in rows)
-        return f"<table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
+    def _view(self) -> View:
+        rows = tuple(_cells(entry) for entry in self.entries.values())
+        return Table(_HEADS, rows, empty="Results: nothing was saved")
 
 
 _HEADS = ("name", "what", "shape", "dtype", "device", "min", "mean", "max")

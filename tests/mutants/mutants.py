@@ -166,6 +166,27 @@ MUTANTS = (
         RESULTS,
     ),
     Mutant(
+        "a sweep in one batch writes the last row of all",
+        "ir/passes/lift_constants.py",
+        "if op.base in self.rows and op.index[:1] != (WHOLE,):",
+        "if False:",
+        ("tests/test_sweeping.py", "-k", "some_rows"),
+    ),
+    Mutant(
+        "a sweep gives a point's value to the rows of another",
+        "sweeping.py",
+        "for values in differing]).repeat_interleave(rows, 0)",
+        "for values in differing]).repeat(rows, *[1] * (type_.ndim - 1))",
+        ("tests/test_sweeping.py", "-k", "alone and llama"),
+    ),
+    Mutant(
+        "a sweep lets rows of the batch meet",
+        "ir/passes/lift_constants.py",
+        "if inferred.mixes or inferred.pins",
+        "if inferred.pins",
+        ("tests/test_sweeping.py", "-k", "one_by_one"),
+    ),
+    Mutant(
         "the forward pass is left one site too early",
         "plan.py",
         "op.site.sequence > moment",
