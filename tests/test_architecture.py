@@ -44,6 +44,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("handles", 3),
     ("language", 3),
     ("named", 3),
+    ("splicing", 3),
     ("gradients", 3),
     ("einops_backend", 3),
     ("spelling", 3),

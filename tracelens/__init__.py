@@ -27,6 +27,7 @@ from tracelens.model import Model
 from tracelens.named import NamedConstant, NamedConstants, constant
 from tracelens.results import Results, SavedTensor
 from tracelens.site_table import SiteRow, SiteTable
+from tracelens.splicing import Splice, splice
 from tracelens.sweeping import Sweep, sweep
 from tracelens.tracing import Generation, Program, Record, Trace
 from tracelens.values import Saved, Value
@@ -53,6 +54,7 @@ __all__ = [
     "Site",
     "SiteRow",
     "SiteTable",
+    "Splice",
     "Sweep",
     "Trace",
     "TracelensError",
@@ -67,6 +69,7 @@ __all__ = [
     "parse",
     "per_layer",
     "run_with_nnsight",
+    "splice",
     "sweep",
     "verify",
     "where",

@@ -15,6 +15,7 @@ from tracelens.errors import (
     BlockEndedError,
     DuplicateNameError,
     ForeignValueError,
+    TracelensError,
     WriteTargetError,
 )
 from tracelens.ir.dims import Sizes
@@ -89,6 +90,8 @@ class Draft:
         self._site_types: dict[str, TensorType] = {}
         self._origins: list[Origin | None] = []
         self._constant_values: dict[int, tuple[object, int]] = {}
+        # What was begun and has to be ended, with the error for leaving it open.
+        self.unfinished: dict[object, TracelensError] = {}
         # The constants that have names: what was given, its value, and where.
         self.named: dict[str, tuple[object, int, Location]] = {}
         self._parameter_values: dict[str, int] = {}

@@ -254,6 +254,10 @@ class SweepError(TracelensError, ValueError):
     """The values of a sweep do not make points, or its program cannot be swept."""
 
 
+class SpliceError(TracelensError, TypeError):
+    """The module cannot be spliced there, or the splice could not change anything."""
+
+
 # --- prompts -----------------------------------------------------------------------------------------------------
 
 

@@ -301,6 +301,9 @@ class Recorder(Draft):
 
     def finish(self) -> Graph:
         """Closes the recording; raises :class:`LostUpdateError` if an update was dropped on the way."""
+        if self.unfinished:
+            self.is_open = False
+            raise next(iter(self.unfinished.values()))
         if self._pending:
             site, location = next(iter(self._pending.values()))
             self.is_open = False

@@ -187,6 +187,13 @@ MUTANTS = (
         ("tests/test_sweeping.py", "-k", "one_by_one"),
     ),
     Mutant(
+        "a splice forgets what was done to its features",
+        "splicing.py",
+        "        self._features = Features(self._recorder, value, self)\n",
+        "        pass\n",
+        ("tests/test_splicing.py", "-k", "direction"),
+    ),
+    Mutant(
         "the forward pass is left one site too early",
         "plan.py",
         "op.site.sequence > moment",
