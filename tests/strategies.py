@@ -15,6 +15,7 @@ from tests.support.families import D_MODEL, LAYERS, NEURONS, VOCABULARY
 from tracelens.constants import Captured, capture
 from tracelens.errors import TracelensError
 from tracelens.ir.dims import B, P
+from tracelens.ir.gradients import sources
 from tracelens.ir.graph import Graph, Pin
 from tracelens.ir.infer import AbstractArg, infer_call, infer_index, infer_index_put
 from tracelens.ir.ops import (
@@ -22,6 +23,7 @@ from tracelens.ir.ops import (
     Arg,
     Call,
     Const,
+    Grad,
     Index,
     IndexItem,
     IndexPut,
@@ -40,8 +42,10 @@ from tracelens.ir.ops import (
     TokenSlice,
     TokenText,
     Write,
+    operands,
+    results,
 )
-from tracelens.ir.sites import KINDS, Effect, Order, Scope, Site
+from tracelens.ir.sites import AFTER_ALL, KINDS, Effect, Order, Scope, Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location
 
@@ -87,6 +91,9 @@ class _Builder:
     versions: dict[Site, int] = field(default_factory=dict)
     pins: dict[str, Pin] = field(default_factory=dict)
     saves: int = 0
+    # Gradients round differently where sums are taken in another order, so what is made of them is kept linear, and
+    # nothing is cast to a dtype in which rounding would show.
+    gradients: bool = False
     # A few sites only, so that reads and writes meet at the same ones.
     sites: tuple[Site, ...] = READABLE
 
@@ -198,7 +205,8 @@ class _Builder:
                 matrix = self.const(_numbers(width, 5))
                 self.call("torch.matmul", ref, Ref(matrix))
             case 11:
-                self.call("torch.Tensor.to", ref, self.one(DType.FLOAT64, DType.BFLOAT16, DType.FLOAT16))
+                halves = () if self.gradients else (DType.BFLOAT16, DType.FLOAT16)
+                self.call("torch.Tensor.to", ref, self.one(DType.FLOAT64, *halves))
             case 12 if kind.shape[:2] == (B, P):
                 self.call("tracelens.masked_mean", ref, Ref(self.read(Site("token_mask"))))
             case 13 if self.sizes is not None and len(kind.shape) > 1:
@@ -291,8 +299,8 @@ class _Builder:
         self.versions[site] = self.versions.get(site, 0) + 1
         self.ops.append(Write(site, self.versions[site], self.one(*fitting)))
 
-    def save(self, *, stacked: bool | None = None) -> None:
-        value = self.some(lambda _: True)
+    def save(self, *, stacked: bool | None = None, of: int | None = None) -> None:
+        value = self.one(*range(len(self.types))) if of is None else of
         kind = self.types[value]
         members: tuple[int, ...] = (value,)
         if stacked if stacked is not None else self.one(True, False, False):
@@ -304,8 +312,49 @@ class _Builder:
         self.ops.append(Save(f"s{self.saves}", members, is_stacked, keep, dtype))
         self.saves += 1
 
+    def is_gradient(self, value: int) -> bool:
+        """Is this a gradient, or made of one?"""
+        origin = self.origins[value]
+        return origin is not None and origin[0] == AFTER_ALL
+
+    def differentiate(self) -> None:
+        """Takes gradients with respect to a few sites that were read, and computes a little with them."""
+        reads = {
+            op.out: op for op in self.ops
+            if isinstance(op, Read) and op.type.dtype.is_floating and op.site.kind.effect is not Effect.NONE
+        }  # fmt: skip
+        fitting: list[tuple[int, list[int]]] = []
+        for value, kind in enumerate(self.types):
+            if kind.dtype.is_floating and not self.is_gradient(value):
+                made_of = sources(self.ops, value)
+                if found := [out for out, read in reads.items() if made_of.may_use(out, read)]:
+                    fitting.append((value, found))
+        if not fitting:
+            return
+        value, found = self.one(*fitting)
+        if any(dim != 1 for dim in self.types[value].shape):
+            if not self.aligned and self.types[value].shape[:2] == (B, P):
+                mean = self.call("tracelens.masked_mean", Ref(value), Ref(self.read(Site("token_mask"))))
+                value = value if mean is None else mean[0]
+            sum_of = self.call("torch.sum", Ref(value))
+            if sum_of is None:
+                return
+            (value,) = sum_of
+        wrt = tuple(self.draw(st.lists(st.sampled_from(found), min_size=1, max_size=3)))
+        types = tuple(self.types[out] for out in wrt)
+        outs = self.define(types, ())
+        for out in outs:
+            self.origins[out] = (AFTER_ALL, frozenset())
+        self.ops.append(Grad(outs, types, value, wrt))
+        gradient = self.one(*outs)
+        if self.one(True, False):
+            self.call("torch.mul", Ref(gradient), Ref(wrt[outs.index(gradient)]))
+        self.save(of=gradient)
+
     def some(self, wanted: Callable[[TensorType], bool]) -> int | None:
-        fitting = [value for value, kind in enumerate(self.types) if wanted(kind)]
+        fitting = [
+            value for value, kind in enumerate(self.types) if wanted(kind) and not self.is_gradient(value)
+        ]
         return self.one(*fitting) if fitting else None
 
     def _abstract(self, index: tuple[IndexItem, ...]) -> tuple[object, ...]:
@@ -336,13 +385,15 @@ def graphs(
     aligned: bool = True,
     steps: tuple[int, int] = (3, 16),
     pinned: bool = False,
+    gradients: bool = False,
 ) -> Graph:
     """Graphs that verify, over the sites of a tiny model of the Llama kind, with at least one save.
 
     ``sizes``: those of the prompt that the graph is recorded for (else its sizes stay symbols); ``aligned=False``: no
-    operation mixes positions, so that rows may differ in length; ``pinned``: some operation fits these sizes only.
+    operation mixes positions, so that rows may differ in length; ``pinned``: some operation fits these sizes only;
+    ``gradients``: with gradients among the operations, and no float narrower than float32.
     """
-    builder = _Builder(draw, sizes, aligned)
+    builder = _Builder(draw, sizes, aligned, gradients=gradients)
     chosen = draw(st.lists(st.sampled_from(WRITABLE), min_size=1, max_size=4, unique=True))
     builder.sites = (*chosen, *chosen, *chosen, Site("token_mask"))
     first = builder.read(chosen[0])
@@ -355,11 +406,34 @@ def graphs(
         + [builder.take, builder.put, builder.take, builder.put]
         + [builder.param, lambda: builder.const(_numbers(D_MODEL)), builder.save]
     )
+    choices += [builder.differentiate] * 5 if gradients else []
     least, most = steps
     for choice in draw(st.lists(st.sampled_from(choices), min_size=least, max_size=most)):
         choice()
+    if gradients:
+        builder.differentiate()
     builder.save()
     return builder.graph()
+
+
+def made_of_gradients(graph: Graph) -> frozenset[str]:
+    """The saves that hold gradients, or something computed from them."""
+    values: set[int] = set()
+    for op in graph.ops:
+        if isinstance(op, Grad) or values.intersection(operands(op)):
+            values.update(value for value, _ in results(op))
+    return frozenset(save.name for save in graph.saves if values.intersection(save.values))
+
+
+def assert_same(graph: Graph, actual: dict[str, Tensor], wanted: dict[str, Tensor]) -> None:
+    """The same bits; gradients may differ in the order in which their parts were added up."""
+    assert actual.keys() == wanted.keys()
+    rounded = made_of_gradients(graph)
+    for name, tensor in wanted.items():
+        finite = tensor[tensor.isfinite()].abs() if name in rounded else tensor
+        most = finite.max().item() if name in rounded and finite.numel() else 1.0
+        rtol, atol = (1e-4, 2e-6 * max(most, 1.0)) if name in rounded else (0, 0)
+        torch.testing.assert_close(actual[name], tensor, rtol=rtol, atol=atol, equal_nan=True)
 
 
 # --- where token selectors point, counted plainly ----------------------------------------------------------------

@@ -235,7 +235,9 @@ class _Chosen:
 
     def rows(self, tensor: Tensor) -> list[tuple[Tensor, Any]]:
         """For every row a view of it, positions in front, and the places in that."""
-        views = (row.movedim(self.position, 0) for row in tensor.unbind(self.batch))
+        # One by one: autograd lets nobody write through the views that unbind gives.
+        rows = [tensor.select(self.batch, row) for row in range(tensor.shape[self.batch])]
+        views = (row.movedim(self.position, 0) for row in rows)
         return list(zip(views, self.columns, strict=True))
 
     def joined(self, rows: list[Tensor]) -> Tensor:

@@ -13,6 +13,7 @@ from tracelens.ir.ops import (
     Arg,
     Call,
     Const,
+    Grad,
     Index,
     IndexPut,
     Keep,
@@ -120,6 +121,12 @@ OPS: st.SearchStrategy[Op] = st.one_of(
     _SEVERAL.flatmap(
         lambda some: st.builds(
             Apply, st.just(some[0]), st.just(some[1]), st.integers(0, 9), st.lists(ARGS, max_size=4).map(tuple)
+        )
+    ),
+    _SEVERAL.flatmap(
+        lambda some: st.builds(
+            Grad, st.just(some[0]), st.just(some[1]), _IDS,
+            st.lists(_IDS, min_size=len(some[0]), max_size=len(some[0])).map(tuple),
         )
     ),
     st.builds(Index, _IDS, TYPES, _IDS, INDICES),

@@ -297,9 +297,10 @@ def _run(
     name: str, args: tuple[AbstractArg, ...], kwargs: AbstractKwargs, sizes: Sizes, stuff: Stuff
 ) -> tuple[tuple[TensorType, ...], bool]:
     function = resolve(name)
-    plain = [_concrete(arg, sizes, stuff) for arg in args]
-    named = {key: _concrete(value, sizes, stuff) for key, value in kwargs}
     try:
+        # A size that no operand has cannot be made a number.
+        plain = [_concrete(arg, sizes, stuff) for arg in args]
+        named = {key: _concrete(value, sizes, stuff) for key, value in kwargs}
         with torch.no_grad(), _ONE_AT_A_TIME, warnings.catch_warnings():
             warnings.simplefilter(
                 "ignore"
