@@ -265,8 +265,8 @@ def test_modules_that_cannot_be_spliced() -> None:
             ShapeError, "decode gives f32[B,P,49]", "layers.1.resid_post is f32[B,P,48]", instead="this width"
         ),
         model.trace(IDS),
-        tl.splice(model.layers[1].resid_post, wide),
-    ):  # <-
+        tl.splice(model.layers[1].resid_post, wide),  # <-
+    ):
         pass
 
     class Two(Autoencoder):

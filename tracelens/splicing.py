@@ -82,9 +82,11 @@ class Splice:
         self._first: Features | None = None
         self._closed: Location | None = None
         self._pending: dict[int, Location] = {}
+        # The line of the splice itself: of a `with` over several lines, Python knows only the first afterwards.
+        self._made = here()
         self._recorder.unfinished[self] = SpliceError(
             "a splice was made and never opened, so nothing of it is in the model",
-            at=here(),
+            at=self._made,
             instead="with tl.splice(model.layers[i].resid_post, sae) as s: s.features[..., 17] = 0",
         )
 
@@ -97,7 +99,7 @@ class Splice:
             )
         try:
             self._require_unwritten()
-            with Blaming(here()):
+            with Blaming(self._made):
                 value = self._one_value("encode", self._module.encode(self._input()))
                 self._first = self._features = Features(self._recorder, value._id, self)
                 if self._keep_error:
@@ -124,7 +126,7 @@ class Splice:
         site, features = self._target._site, self._features
         assert site is not None
         assert features is not None
-        with Blaming(self._closed):
+        with Blaming(self._made):
             # As a plain value: what the module does with it in place is none of ours.
             new = self._one_value("decode", self._module.decode(Value(self._recorder, features._id)))
             self._require_shape(new)
@@ -141,7 +143,7 @@ class Splice:
             if not self._recorder.is_current(site, value._id):
                 raise StaleValueError(
                     f"{site} was written after it had been spliced, so the splice would undo that write",
-                    at=here(),
+                    at=self._made,
                     instead=f"write {spelling(site)} before the splice, or after its block",
                 )
 
@@ -201,7 +203,7 @@ class Splice:
         """What ``decode`` makes of the features before any change."""
         if self._decoded is None:
             first = self.features if self._first is None else self._first
-            with Blaming(here()):
+            with Blaming(self._made):
                 self._decoded = self._one_value(
                     "decode", self._module.decode(Value(self._recorder, first._id))
                 )
