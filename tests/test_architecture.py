@@ -64,6 +64,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("compiling", 5),
     ("tracing", 5),
     ("sweeping", 5),
+    ("module_handle", 5),
     ("model", 5),
     ("loading", 5),
     ("bridge", 5),

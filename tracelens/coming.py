@@ -17,7 +17,6 @@ ON_LAYERS: dict[str, str] = {
 }
 ON_THE_MODEL: dict[str, str] = {
     "lens": "the model's final norm and the unembedding: norm(h) @ model.unembed.T, with norm = model.hf.model.norm",
-    "module": "a site (model.sites() lists them) for what goes in and out, model.param(path) for the weights",
 }
 ON_BLOCKS: dict[str, str] = {
     "prompts": "one block for each prompt, or .tok[...] for tokens of each row",

@@ -25,6 +25,7 @@ from tracelens.errors import (
     VerificationError,
     WriteTargetError,
 )
+from tracelens.ir.dims import POSITION, symbols
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import (
     Apply,
@@ -44,6 +45,7 @@ from tracelens.ir.ops import (
 )
 from tracelens.ir.retype import mixing_operations, retype, sizes_of
 from tracelens.ir.text import op_text
+from tracelens.ir.types import TensorType
 from tracelens.ir.verify import verify
 from tracelens.leaving import leave
 from tracelens.location import Location
@@ -93,6 +95,16 @@ class Compiled:
             if isinstance(op, Index | IndexPut)
             for item in op.index
             if isinstance(item, TokenAt | TokenList | TokenSlice | TokenText)
+        )
+
+    @cached_property
+    def padded(self) -> tuple[tuple[int, TensorType], ...]:
+        """The recorded saves whose positions do not stay apart by row, so that padding could not be taken out."""
+        types = self.recorded.types
+        return tuple(
+            (number, types[op.values[0]])
+            for number, op in enumerate(self.recorded.ops)
+            if isinstance(op, Save) and keeps_padding(types[op.values[0]])
         )
 
     @cached_property
@@ -252,6 +264,12 @@ class Compiler:
             raise relocate(error, graph) from error.__cause__
 
 
+def keeps_padding(type_: TensorType) -> bool:
+    """Does a tensor hold positions in a way from which padding cannot be taken out, prompt by prompt?"""
+    carrying = [axis for axis, dim in enumerate(type_.shape) if POSITION in symbols(dim)]
+    return bool(carrying) and (carrying != list(type_.position_axes) or type_.batch_axis is None)
+
+
 def owning(graph: Graph) -> Graph:
     """The graph with constants of its own: copies of captured tensors, tensors made of those from files."""
     for number, op in enumerate(graph.ops):
@@ -315,6 +333,16 @@ def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
                 )
         except TracelensError as error:
             raise graph.blame(error, number) from None
+    if prompt.ragged and compiled.padded:
+        number, saved = compiled.padded[0]
+        raise graph.blame(
+            PositionAxisError(
+                f"the rows of this prompt differ in length, and a {saved} that is saved holds the positions of all "
+                "rows together, padding included",
+                instead="prompts of one length; or a tensor that is [B, P, ...], such as a named site",
+            ),
+            number,
+        )
     if prompt.ragged and compiled.mixing:
         number = compiled.mixing[0]
         raise graph.blame(

@@ -119,6 +119,25 @@ class UnknownParameterError(TracelensError, KeyError):
         return TracelensError.__str__(self)
 
 
+class UnknownModuleError(TracelensError, KeyError):
+    """The model has no module of that path."""
+
+    def __str__(self) -> str:  # KeyError would show the repr of the first argument
+        return TracelensError.__str__(self)
+
+
+class ModuleCallError(TracelensError):
+    """A forward pass does not call the module, or calls it several times and it was not said which call is meant."""
+
+
+class ModuleTensorError(TracelensError):
+    """A module receives or returns no such tensor, or several and it was not said which is meant."""
+
+
+class MetaForwardError(TracelensError):
+    """What the model's modules receive and return cannot be learned without running the model."""
+
+
 class SeveralDevicesError(TracelensError):
     """The model is spread over several devices or ranks, which is not supported yet."""
 

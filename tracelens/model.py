@@ -16,6 +16,7 @@ from tracelens.handles import Layers, global_site, no_target, recorder_of, unkno
 from tracelens.ir.graph import Graph
 from tracelens.ir.sites import GLOBAL_KINDS, Site
 from tracelens.location import here
+from tracelens.module_handle import ModuleHandle
 from tracelens.prompted import Prompt
 from tracelens.site_table import SiteTable, site_table
 from tracelens.tracing import Generation, Program, Record, Trace
@@ -187,6 +188,27 @@ class Model:
         """A parameter or buffer of the model as a value, by its path in the transformers model."""
         recorder = recorder_of(self.anatomy, f"model.param({path!r})")
         return Value(recorder, recorder.parameter(path))
+
+    # --- modules -------------------------------------------------------------------------------------------------
+
+    def module(self, path: str) -> ModuleHandle:
+        """A module by its path, whose inputs and outputs can be read and written as sites are.
+
+        >>> with model.trace("The capital of France is"):                             # doctest: +SKIP
+        ...     h = model.module("model.layers.3.mlp.down_proj").input.save()         # [B, P, neurons]
+        ...     model.module("model.layers.5.self_attn.k_proj").output[:, -1] = 0
+
+        Shapes and dtypes are learned when a module is first named, by a forward pass on tensors without data. Raises
+        :class:`~tracelens.errors.UnknownModuleError`, :class:`~tracelens.errors.MetaForwardError` where that pass is
+        impossible, and at use :class:`~tracelens.errors.ModuleCallError` and
+        :class:`~tracelens.errors.ModuleTensorError`.
+        """
+        return ModuleHandle(self.anatomy, path)
+
+    def modules(self) -> tuple[str, ...]:
+        """The paths of the modules that a forward pass calls, in the order in which it does so first."""
+        with Blaming(here()):
+            return self.anatomy.sides.paths()
 
     # --- sites ---------------------------------------------------------------------------------------------------
 

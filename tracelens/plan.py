@@ -9,6 +9,7 @@ from functools import cached_property
 from tracelens.ir.dims import Sizes
 from tracelens.ir.gradients import LEAF, differentiated
 from tracelens.ir.graph import Graph
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.ops import Call, Grad, Op, Read, Ref, Write
 from tracelens.ir.passes.forward_order import moments_of
 from tracelens.ir.passes.mark_leaves import mark_leaves
@@ -21,6 +22,7 @@ _REACH = {
     Effect.STREAM: "the residual stream: every later layer sees it",
     Effect.BRANCH: "one branch only: the stream changes through that sublayer",
     Effect.OUTPUT: "after the last layer: only the output changes",
+    Effect.MODULE: "one side of a module: whatever reads that tensor sees it",
 }
 
 
@@ -77,10 +79,13 @@ class Plan:
             return n_layers
         if self.stop is None:
             return 0
-        match self.stop.kind.scope:
+        last = self.stop.after if isinstance(self.stop, ModuleSite) else self.stop
+        if last is None:
+            return 0
+        match last.kind.scope:
             case Scope.LAYER:
-                assert self.stop.layer is not None
-                return self.stop.layer + 1
+                assert last.layer is not None
+                return last.layer + 1
             case Scope.AFTER:
                 return n_layers
             case Scope.BEFORE | Scope.INPUT:

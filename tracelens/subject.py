@@ -7,6 +7,7 @@ from typing import Protocol
 import torch
 
 from tracelens.ir.dims import Sizes
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.ops import TokenSelector
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
@@ -60,4 +61,6 @@ class Prompted(Protocol):
 
 def spelling(site: Site) -> str:
     """The site as one writes it in a block: ``model.layers[3].resid_post``."""
+    if isinstance(site, ModuleSite):
+        return f"model.{site}"
     return f"model.{site.name}" if site.layer is None else f"model.layers[{site.layer}].{site.name}"

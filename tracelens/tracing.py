@@ -23,7 +23,9 @@ from tracelens.errors import (
 )
 from tracelens.explain import explain
 from tracelens.ir.graph import Graph
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.retype import retype, site_types
+from tracelens.ir.sites import Scope
 from tracelens.location import here
 from tracelens.named import NamedConstants, with_values
 from tracelens.open_recordings import enter, leave, open_recorder
@@ -281,7 +283,11 @@ def generate(
     # transformers derives the positions from the mask itself, and continues them in every step.
     inputs.pop("position_ids")
     hf: Any = anatomy.model
-    if any(site.name in ("lm_head", "logits") for site in compiled.plan.sites):
+    if any(
+        site.name in ("lm_head", "logits")
+        or (isinstance(site, ModuleSite) and site.kind.scope is Scope.AFTER)
+        for site in compiled.plan.sites
+    ):
         # transformers would compute only the last position's; the sites are those of every position.
         inputs["logits_to_keep"] = 0
 

@@ -35,7 +35,7 @@ MUTANTS = (
     Mutant(
         "a write is dead although a later site is read",
         "ir/passes/drop_dead.py",
-        "return write.site.precedes(read.site)",
+        "return write.site.sequence < read.site.sequence",
         "return False",
         PASSES,
     ),

@@ -11,6 +11,7 @@ from torch import nn
 
 from tracelens.backends.architectures import FAMILIES, FAMILY_OF
 from tracelens.backends.base import Family, Side, Tap
+from tracelens.backends.module_sides import ModuleSides, language_model_passes
 from tracelens.errors import (
     AbsentSiteError,
     SeveralDevicesError,
@@ -18,6 +19,7 @@ from tracelens.errors import (
     UnknownParameterError,
 )
 from tracelens.ir.infer import dtype_of
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import KIND, KINDS, Scope, Site, near
 from tracelens.ir.types import DType, TensorType
 
@@ -61,6 +63,7 @@ class ModelAnatomy:
         self._modules: dict[str, nn.Module] = {}
         self._types: dict[str, tuple[torch.dtype, TensorType]] = {}
         self._paths: dict[int, tuple[weakref.ref[torch.Tensor], str | None]] = {}
+        self.sides = ModuleSides(model, lambda: language_model_passes(model), self._hook_points)
         self._check_layout()
         self._check_one_device()
 
@@ -105,6 +108,8 @@ class ModelAnatomy:
         return self.absence(site) is None
 
     def type_of(self, site: Site) -> TensorType:
+        if isinstance(site, ModuleSite):
+            return self.sides.type_of(site)
         reason = self.absence(site)
         if reason is not None:
             raise AbsentSiteError(
@@ -119,6 +124,18 @@ class ModelAnatomy:
         shape = tuple(self.widths[dim] if isinstance(dim, str) else dim for dim in kind.shape)
         found = TensorType(DType.BOOL if kind.scope is Scope.INPUT else dtype_of(dtype), shape)
         self._types[site.name] = (dtype, found)
+        return found
+
+    def _hook_points(self) -> dict[tuple[str, str], list[Site]]:
+        """The named sites at each side of a module."""
+        found: dict[tuple[str, str], list[Site]] = {}
+        for kind in KINDS:
+            tap = self.family.taps.get(kind.name)
+            if tap is None or tap.side not in (Side.IN, Side.OUT):
+                continue
+            for layer in range(self.n_layers) if kind.scope is Scope.LAYER else (None,):
+                site = Site(kind.name, layer)
+                found.setdefault((self.module_path(tap, layer), tap.side.value), []).append(site)
         return found
 
     @property

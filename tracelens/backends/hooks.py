@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 from torch import nn
@@ -60,6 +60,13 @@ class Seat:
         while handles:
             handles[-1].remove()
             handles.pop()
+
+
+def watch(modules: Iterable[nn.Module], before: PreHook, after: PostHook) -> None:
+    """Calls ``before`` and ``after`` around every module of a copy that nobody else uses; they stay on it."""
+    for module in modules:
+        module.register_forward_pre_hook(before, with_kwargs=True)
+        module.register_forward_hook(after)
 
 
 _seats: weakref.WeakKeyDictionary[nn.Module, Seat] = weakref.WeakKeyDictionary()

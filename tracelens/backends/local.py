@@ -17,6 +17,7 @@ from tracelens.backends.body import Body, body
 from tracelens.backends.differentiate import gradients_of, with_autograd
 from tracelens.backends.execute import State
 from tracelens.backends.hooks import Seat, seat_of
+from tracelens.backends.module_hooks import ModuleHook
 from tracelens.errors import (
     ModelClosedError,
     NestedTraceError,
@@ -25,6 +26,7 @@ from tracelens.errors import (
     TracelensError,
 )
 from tracelens.ir.graph import Graph
+from tracelens.ir.module_sites import INPUT, ModuleSite
 from tracelens.ir.ops import Call, IndexPut, results
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
@@ -57,6 +59,18 @@ class HookCode:
     writes: bool
     stops: bool
 
+    def steps(self, state: State, tensor: Any) -> Any:
+        """The tensor after the steps. An error is given the step's number; after the last step the pass is left."""
+        try:
+            found = self.body.run(state, tensor)
+        except TracelensError as error:
+            raise _Blamed(error, self.body.number(error)) from None
+        except Exception as error:
+            raise _Blamed(error, self.body.number(error)) from error
+        if self.stops:
+            raise ForwardStopped
+        return found
+
 
 @dataclass(frozen=True, slots=True)
 class LocalCode:
@@ -65,7 +79,7 @@ class LocalCode:
     graph: Graph
     program: Program
     before: Body | None
-    hooks: tuple[_Hook, ...]
+    hooks: tuple[_Hook | ModuleHook, ...]
     count: int
     seat: Seat
     differentiates: bool
@@ -99,17 +113,22 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
     )
     gradients = gradients_of(graph)
     before: Body | None = None
-    points: dict[tuple[str, Tap], list[Block]] = {}
+    points: dict[tuple[str, Tap] | ModuleSite, list[Block]] = {}
     shapes: dict[TensorType, int] = {}
     for block in program.blocks:
         if block.site is None:
             before = body(block.steps, graph.types, fresh, shapes, gradients)
+        elif isinstance(block.site, ModuleSite):
+            points[block.site] = [block]
         else:
             # Sites of one hook point may differ in where the tensor lies in the output: one hook each, in order.
             _, tap, path = anatomy.tap(block.site)
             points.setdefault((path, Tap("", tap.side, tap.key)), []).append(block)
-    codes = [
-        HookCode(
+    seat = seat_of(anatomy.model)
+    hooks: list[_Hook | ModuleHook] = []
+    for point, blocks in points.items():
+        path, tap = _ends(point) if isinstance(point, ModuleSite) else point
+        code = HookCode(
             anatomy.module(path),
             path,
             tap,
@@ -118,11 +137,17 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
             any(block.writes for block in blocks),
             program.stop is not None and program.stop in {block.site for block in blocks},
         )
-        for (path, tap), blocks in points.items()
-    ]
-    seat = seat_of(anatomy.model)
-    hooks = tuple(_Before(code, seat) if code.tap.side is Side.IN else _After(code, seat) for code in codes)
-    return LocalCode(graph, program, before, hooks, graph.next_value, seat, bool(gradients), tuple(shapes))
+        if isinstance(point, ModuleSite):
+            calls, copies = anatomy.sides.calls_of(point), anatomy.sides.leaf(point).mutated
+            hooks.append(ModuleHook(code, seat, calls=calls, copies=copies))
+        else:
+            hooks.append(_Before(code, seat) if tap.side is Side.IN else _After(code, seat))
+    count, differentiates = graph.next_value, bool(gradients)
+    return LocalCode(graph, program, before, tuple(hooks), count, seat, differentiates, tuple(shapes))
+
+
+def _ends(site: ModuleSite) -> tuple[str, Tap]:
+    return site.path, Tap(site.path, Side.IN if site.side == INPUT else Side.OUT)
 
 
 # Functions that make a new tensor, rather than perhaps a view of their operand.
@@ -281,17 +306,30 @@ class Run:
                     hook.register()
                 if not self.code.differentiates:
                     with plain_mode():
-                        return forward()
-                seat.freeze(self.model)
-                with with_autograd():
-                    return forward()
+                        result = forward()
+                else:
+                    seat.freeze(self.model)
+                    with with_autograd():
+                        result = forward()
+                self._require_reached()
+                return result
             except ForwardStopped:
+                self._require_reached()
                 return None
             except _Blamed as blamed:
                 raise self._explained(blamed) from blamed.__cause__
             finally:
                 seat.run = None
                 seat.clear()
+
+    def _require_reached(self) -> None:
+        """A pass must have come by every site that is named by a module's path before it ended."""
+        for hook in self.code.hooks:
+            if isinstance(hook, ModuleHook) and hook.fired != self.forward_number:
+                raise SiteMismatchError(
+                    f"the forward pass ended without reaching {hook.site}, although it did when it was learned which "
+                    "modules are called"
+                )
 
     def before_only(self, sizes: Mapping[str, int]) -> None:
         """For programs that need no site at all."""

@@ -33,7 +33,7 @@ class Sources:
         """
         return value in self.values or any(
             (other.site == read.site and other.version == read.version)
-            or (other.version == 0 and read.site.precedes(other.site))
+            or (other.version == 0 and read.site.sequence < other.site.sequence)
             for other in self.reads
         )
 

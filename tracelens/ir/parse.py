@@ -9,6 +9,7 @@ import re
 from tracelens.errors import GraphSyntaxError
 from tracelens.ir import dims
 from tracelens.ir.graph import Graph, Pin
+from tracelens.ir.module_sites import INPUT, OUTPUT, ModuleSite, module_site
 from tracelens.ir.ops import (
     Apply,
     Arg,
@@ -44,7 +45,7 @@ _TOKEN = re.compile(
     | (?P<sym><[^<>]*>)
     | (?P<number>-?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+|inf\b|nan\b))
     | (?P<word>[A-Za-z_][\w.]*)
-    | (?P<mark><-|\.\.\.|[()\[\]{},:=@*+-])
+    | (?P<mark><-|\.\.\.|\.(?=[a-z])|[()\[\]{},:=@*+-])
     )""",
     re.VERBOSE,
 )
@@ -245,13 +246,45 @@ def _grad(line: _Line, outs: tuple[int, ...]) -> Grad:
 
 
 def _versioned(line: _Line) -> tuple[Site, int]:
-    word = line.take()
-    try:
-        site = parse_site(word)
-    except ValueError as error:
-        raise line.error(str(error)) from None
+    site = _module_site(line) if line.next == "module" else _named_site(line)
     line.take("@")
     return site, line.integer()
+
+
+def _named_site(line: _Line) -> Site:
+    try:
+        return parse_site(line.take())
+    except ValueError as error:
+        raise line.error(str(error)) from None
+
+
+def _module_site(line: _Line) -> ModuleSite:
+    """``module("lm_head").call(1).inputs[0] after final_norm+2``."""
+    line.take("module")
+    line.take("(")
+    path = line.string()
+    line.take(")")
+    line.take(".")
+    call = None
+    if line.accept("call"):
+        line.take("(")
+        call = line.integer()
+        line.take(")")
+        line.take(".")
+    side = line.take()
+    key: list[int | str] = []
+    while line.accept("["):
+        key.append(line.string() if line.next.startswith('"') else line.integer())
+        line.take("]")
+    if side not in (INPUT, OUTPUT, "inputs") or (side == "inputs") != (bool(key) and side != OUTPUT):
+        raise line.error(f"{side!r} is no side of a module")
+    amid = line.accept("amid")
+    if not amid:
+        line.take("after")
+    after = None if line.accept("start") else _named_site(line)
+    line.take("+")
+    side = OUTPUT if side == OUTPUT else INPUT
+    return module_site(path, side, tuple(key), call, after=after, number=line.integer(), amid=amid)
 
 
 def _type(line: _Line) -> TensorType:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from tracelens.errors import TracelensError, VerificationError
 from tracelens.ir.gradients import is_one_number, site_read, sources
 from tracelens.ir.graph import Graph
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.ops import Const, Grad, Read, Save, Write, operands, results
 from tracelens.ir.retype import retype, site_types, sizes_of
 from tracelens.ir.sites import AFTER_ALL, KIND, Effect, Order, Scope, Site
@@ -42,7 +43,10 @@ def sites_exist(graph: Graph) -> Iterator[Complaint]:
     for number, op in enumerate(graph.ops):
         if isinstance(op, Read | Write):
             kind = KIND.get(op.site.name)
-            if kind is None:
+            if isinstance(op.site, ModuleSite):
+                if problem := op.site.problem:
+                    yield number, f"{op.site} {problem}"
+            elif kind is None:
                 yield number, f"{op.site.name!r} is not a site"
             elif (kind.scope is Scope.LAYER) != (op.site.layer is not None):
                 yield number, f"{op.site} has {'no' if op.site.layer is None else 'a'} layer"

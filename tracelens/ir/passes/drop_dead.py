@@ -11,7 +11,8 @@ def drop_dead(graph: Graph) -> Graph:
     """Keeps saves and applies, and all that they depend on.
 
     A write is kept if some kept read sees it: a read of the same site and a version not before it, or of any site that
-    the forward pass reaches later. A graph that saves nothing (one for generation) is there for its writes: all stay.
+    the forward pass reaches later, also where values cannot flow (sites of one level). A graph that saves nothing (one
+    for generation) is there for its writes: all stay.
     """
     keep_writes = not any(isinstance(op, Save | Apply) for op in graph.ops)
     needed: set[int] = set()
@@ -40,4 +41,4 @@ def drop_dead(graph: Graph) -> Graph:
 def _sees(read: Read, write: Write) -> bool:
     if read.site == write.site:
         return read.version >= write.version
-    return write.site.precedes(read.site)
+    return write.site.sequence < read.site.sequence
