@@ -476,19 +476,24 @@ class Sometimes(nn.Module):
         return x
 
 
+def looking(model: tl.Model, path: str) -> tl.Program:
+    """A program that saves what a module returns, and the logits."""
+    with model.record() as r:
+        model.module(path).output.save()
+        model.logits.save()
+    return model.compile(r)
+
+
 @pytest.mark.parametrize("times", [0, 2])
 def test_a_module_that_is_called_more_or_less_often_than_learned_fails_the_run(times) -> None:
     hf = FAMILIES["llama"].build()
     hf.model.norm = nn.Sequential(hf.model.norm, Sometimes())
     model = tl.wrap(hf)
-    with model.trace(EVEN_ROWS):
-        model.module("model.norm.1.inner").output.save()
-        model.logits.save()
+    program = looking(model, "model.norm.1.inner")
+    program(EVEN_ROWS)
     hf.model.norm[1].times = times
-    with untouched(hf):
-        refused(
-            SiteMismatchError, model, "model.module('model.norm.1.inner').output.save()\nmodel.logits.save()"
-        )
+    with untouched(hf), pytest.raises(SiteMismatchError, match=r"model\.norm\.1\.inner"):
+        program(EVEN_ROWS)
 
 
 class InPlace(nn.Module):
@@ -514,7 +519,7 @@ def test_a_tensor_that_the_model_changes_in_place_later_is_what_it_was_when_it_w
     assert torch.equal(difference.value, after.value - saved.value)
 
 
-# --- errors ------------------------------------------------------------------------------------------------------------
+# --- errors ----------------------------------------------------------------------------------------------------------
 
 
 def refused(error: type[tl.TracelensError], model: tl.Model, code: str) -> tl.TracelensError:

@@ -333,16 +333,6 @@ def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
                 )
         except TracelensError as error:
             raise graph.blame(error, number) from None
-    if prompt.ragged and compiled.padded:
-        number, saved = compiled.padded[0]
-        raise graph.blame(
-            PositionAxisError(
-                f"the rows of this prompt differ in length, and a {saved} that is saved holds the positions of all "
-                "rows together, padding included",
-                instead="prompts of one length; or a tensor that is [B, P, ...], such as a named site",
-            ),
-            number,
-        )
     if prompt.ragged and compiled.mixing:
         number = compiled.mixing[0]
         raise graph.blame(
@@ -350,6 +340,16 @@ def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
                 "the rows of this prompt differ in length, and an operation of the graph needs positions that line up: "
                 f"{op_text(graph.ops[number])}",
                 instead="prompts of one length, .tok[...] or tl.masked_mean",
+            ),
+            number,
+        )
+    if prompt.ragged and compiled.padded:
+        number, saved = compiled.padded[0]
+        raise graph.blame(
+            PositionAxisError(
+                f"the rows of this prompt differ in length, and a {saved} that is saved holds the positions of all "
+                "rows together, padding included",
+                instead="prompts of one length; or a tensor that is [B, P, ...], such as a named site",
             ),
             number,
         )

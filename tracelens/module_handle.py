@@ -206,6 +206,10 @@ class _Choice(Operand):
             raise AttributeError(name)
         self._refuse()
 
+    def save(self, *_: Any, **__: Any) -> NoReturn:
+        """Refused like the rest; said here because other libraries give every object a method of this name."""
+        self._refuse()
+
     def _is_recording(self) -> bool:
         return True
 

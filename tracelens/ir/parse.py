@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 
 from tracelens.errors import GraphSyntaxError
 from tracelens.ir import dims
 from tracelens.ir.graph import Graph, Pin
+from tracelens.ir.line import Line
 from tracelens.ir.module_sites import INPUT, OUTPUT, ModuleSite, module_site
 from tracelens.ir.ops import (
     Apply,
@@ -37,93 +37,10 @@ from tracelens.ir.ops import (
 from tracelens.ir.sites import Site, parse_site
 from tracelens.ir.types import DTYPE_BY_SHORT, DType, TensorType, parse_type
 
-_TOKEN = re.compile(
-    r"""\s*(?:
-      (?P<string>"(?:[^"\\]|\\.)*")
-    | (?P<value>%\d+)
-    | (?P<entry>\#\d+)
-    | (?P<sym><[^<>]*>)
-    | (?P<number>-?(?:\d+\.?\d*(?:[eE][+-]?\d+)?|\.\d+|inf\b|nan\b))
-    | (?P<word>[A-Za-z_][\w.]*)
-    | (?P<mark><-|\.\.\.|\.(?=[a-z])|[()\[\]{},:=@*+-])
-    )""",
-    re.VERBOSE,
-)
-
-
-class _Line:
-    """One line of text, read from left to right."""
-
-    def __init__(self, source: str, number: int) -> None:
-        self.source = source
-        self.number = number
-        self.tokens: list[str] = []
-        position = 0
-        stripped = source.rstrip()
-        while position < len(stripped):
-            match = None
-            if (arrow := re.compile(r"\s*<-").match(stripped, position)) is not None:
-                match = arrow
-            else:
-                match = _TOKEN.match(stripped, position)
-            if match is None:
-                raise self.error("unreadable text")
-            self.tokens.append(match.group().strip())
-            position = match.end()
-        self.position = 0
-
-    def error(self, problem: str) -> GraphSyntaxError:
-        return GraphSyntaxError(f"line {self.number} of the graph text: {problem}: {self.source.strip()!r}")
-
-    @property
-    def next(self) -> str:
-        return self.tokens[self.position] if self.position < len(self.tokens) else ""
-
-    def take(self, expected: str | None = None) -> str:
-        token = self.next
-        if not token or (expected is not None and token != expected):
-            raise self.error(f"expected {expected!r}, found {token!r}" if expected else "it ends too early")
-        self.position += 1
-        return token
-
-    def accept(self, token: str) -> bool:
-        if self.next == token:
-            self.position += 1
-            return True
-        return False
-
-    def integer(self) -> int:
-        token = self.take()
-        if not re.fullmatch(r"-?\d+", token):
-            raise self.error(f"expected an integer, found {token!r}")
-        return int(token)
-
-    def value(self) -> int:
-        token = self.take()
-        if not token.startswith("%"):
-            raise self.error(f"expected a value, found {token!r}")
-        return int(token[1:])
-
-    def entry(self) -> int:
-        token = self.take()
-        if not token.startswith("#"):
-            raise self.error(f"expected an entry, found {token!r}")
-        return int(token[1:])
-
-    def string(self) -> str:
-        token = self.take()
-        try:
-            found: object = json.loads(token)
-        except ValueError:
-            found = None
-        if not isinstance(found, str):
-            raise self.error(f"expected a quoted string, found {token!r}")
-        return found
-
 
 def parse(source: str) -> Graph:
     """The graph that ``source`` describes; :class:`GraphSyntaxError` names the first line that is wrong."""
-    lines = [_Line(line, number) for number, line in enumerate(source.splitlines(), 1) if line.strip()]
+    lines = [Line(line, number) for number, line in enumerate(source.splitlines(), 1) if line.strip()]
     if len(lines) < 2:
         raise GraphSyntaxError("the text is not a graph: it has no lines between 'graph {' and '}'")
     pins = _header(lines[0])
@@ -132,7 +49,7 @@ def parse(source: str) -> Graph:
     return Graph(tuple(_op(line) for line in lines[1:-1]), pins)
 
 
-def _header(line: _Line) -> tuple[Pin, ...]:
+def _header(line: Line) -> tuple[Pin, ...]:
     line.take("graph")
     pins: list[Pin] = []
     while line.accept("pin"):
@@ -147,7 +64,7 @@ def _header(line: _Line) -> tuple[Pin, ...]:
     return tuple(pins)
 
 
-def _op(line: _Line) -> Op:
+def _op(line: Line) -> Op:
     if line.next == "write":
         line.take()
         site, version = _versioned(line)
@@ -200,13 +117,13 @@ def _op(line: _Line) -> Op:
     return _end(line, op)
 
 
-def _end(line: _Line, op: Op) -> Op:
+def _end(line: Line, op: Op) -> Op:
     if line.next:
         raise line.error(f"unexpected {line.next!r}")
     return op
 
 
-def _save(line: _Line) -> Save:
+def _save(line: Line) -> Save:
     name = line.string()
     line.take("<-")
     stacked = line.accept("stack")
@@ -233,7 +150,7 @@ def _save(line: _Line) -> Save:
     return Save(name, tuple(values), stacked, keep, dtype, to)
 
 
-def _grad(line: _Line, outs: tuple[int, ...]) -> Grad:
+def _grad(line: Line, outs: tuple[int, ...]) -> Grad:
     loss = line.value()
     line.take("wrt")
     wrt = [line.value()]
@@ -245,20 +162,20 @@ def _grad(line: _Line, outs: tuple[int, ...]) -> Grad:
     return Grad(outs, types, loss, tuple(wrt))
 
 
-def _versioned(line: _Line) -> tuple[Site, int]:
+def _versioned(line: Line) -> tuple[Site, int]:
     site = _module_site(line) if line.next == "module" else _named_site(line)
     line.take("@")
     return site, line.integer()
 
 
-def _named_site(line: _Line) -> Site:
+def _named_site(line: Line) -> Site:
     try:
         return parse_site(line.take())
     except ValueError as error:
         raise line.error(str(error)) from None
 
 
-def _module_site(line: _Line) -> ModuleSite:
+def _module_site(line: Line) -> ModuleSite:
     """``module("lm_head").call(1).inputs[0] after final_norm+2``."""
     line.take("module")
     line.take("(")
@@ -287,11 +204,11 @@ def _module_site(line: _Line) -> ModuleSite:
     return module_site(path, side, tuple(key), call, after=after, number=line.integer(), amid=amid)
 
 
-def _type(line: _Line) -> TensorType:
+def _type(line: Line) -> TensorType:
     return _types(line, single=True)[0]
 
 
-def _types(line: _Line, *, single: bool = False) -> tuple[TensorType, ...]:
+def _types(line: Line, *, single: bool = False) -> tuple[TensorType, ...]:
     """Types run to the end of the line; they are cut out of its source, where they are unambiguous."""
     line.take(":")
     line.position = len(line.tokens)
@@ -305,14 +222,14 @@ def _types(line: _Line, *, single: bool = False) -> tuple[TensorType, ...]:
     return found
 
 
-def _dtype(line: _Line) -> DType:
+def _dtype(line: Line) -> DType:
     word = line.take()
     if word not in DTYPE_BY_SHORT:
         raise line.error(f"unknown dtype {word!r}")
     return DTYPE_BY_SHORT[word]
 
 
-def _arguments(line: _Line) -> tuple[tuple[Arg, ...], tuple[tuple[str, Arg], ...]]:
+def _arguments(line: Line) -> tuple[tuple[Arg, ...], tuple[tuple[str, Arg], ...]]:
     line.take("(")
     args: list[Arg] = []
     kwargs: list[tuple[str, Arg]] = []
@@ -331,7 +248,7 @@ def _arguments(line: _Line) -> tuple[tuple[Arg, ...], tuple[tuple[str, Arg], ...
     return tuple(args), tuple(kwargs)
 
 
-def _arg(line: _Line) -> Arg:
+def _arg(line: Line) -> Arg:
     token = line.next
     if token == "(":
         line.take()
@@ -377,11 +294,11 @@ def _arg(line: _Line) -> Arg:
     return _scalar(line)
 
 
-def _scalar_or_ref(line: _Line) -> Ref | Scalar:
+def _scalar_or_ref(line: Line) -> Ref | Scalar:
     return Ref(line.value()) if line.next.startswith("%") else _scalar(line)
 
 
-def _scalar(line: _Line) -> Scalar:
+def _scalar(line: Line) -> Scalar:
     token = line.take()
     if token == "complex":
         line.take("(")
@@ -400,14 +317,14 @@ def _scalar(line: _Line) -> Scalar:
     return Special.NAN if math.isnan(number) else number
 
 
-def _float(line: _Line, token: str) -> float:
+def _float(line: Line, token: str) -> float:
     try:
         return float(token)
     except ValueError:
         raise line.error(f"unreadable argument {token!r}") from None
 
 
-def _index(line: _Line) -> tuple[IndexItem, ...]:
+def _index(line: Line) -> tuple[IndexItem, ...]:
     line.take("[")
     items: list[IndexItem] = []
     while not line.accept("]"):
@@ -417,7 +334,7 @@ def _index(line: _Line) -> tuple[IndexItem, ...]:
     return tuple(items)
 
 
-def _item(line: _Line) -> IndexItem:
+def _item(line: Line) -> IndexItem:
     if line.accept("None"):
         return None
     if line.next.startswith("%"):
@@ -431,7 +348,7 @@ def _item(line: _Line) -> IndexItem:
     return found if isinstance(found, int) else Slice(*found)
 
 
-def _selector(line: _Line) -> TokenAt | TokenSlice | TokenList | TokenText:
+def _selector(line: Line) -> TokenAt | TokenSlice | TokenList | TokenText:
     if line.next.startswith('"'):
         text = line.string()
         pick = line.integer() if line.accept(",") else None
@@ -447,14 +364,14 @@ def _selector(line: _Line) -> TokenAt | TokenSlice | TokenList | TokenText:
     return TokenAt(found) if isinstance(found, int) else TokenSlice(*found, _width(line))
 
 
-def _width(line: _Line) -> int | None:
+def _width(line: Line) -> int | None:
     if not line.accept("width"):
         return None
     line.take("=")
     return line.integer()
 
 
-def _bounds(line: _Line) -> int | tuple[int | None, int | None, int | None]:
+def _bounds(line: Line) -> int | tuple[int | None, int | None, int | None]:
     """``3`` or ``1:5:2``."""
     parts: list[int | None] = [None]
     while line.next not in ("]", ",", ")", "width", ""):
