@@ -60,6 +60,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("results", 5),
     ("explain", 5),
     ("site_table", 5),
+    ("prompt_tokens", 5),
     ("leaving", 5),
     ("compiling", 5),
     ("tracing", 5),

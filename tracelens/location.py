@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 _PACKAGE = str(Path(__file__).resolve().parent) + "/"
 # A recorded line may run through libraries before it reaches us (a tokenizer, copy.deepcopy): not the user's either.
@@ -33,7 +34,8 @@ class Location:
     function: str = ""
 
     def __str__(self) -> str:
-        return f"{self.filename}:{self.line}"
+        cell = _cell(self.filename)
+        return f"{self.filename}:{self.line}" if cell is None else f"cell {cell}, line {self.line}"
 
     @property
     def text(self) -> str:
@@ -42,7 +44,15 @@ class Location:
     @property
     def short(self) -> str:
         """The file's own name and the line, for places with little room."""
-        return f"{Path(self.filename).name}:{self.line}"
+        return f"{_cell(self.filename) or Path(self.filename).name}:{self.line}"
+
+
+def _cell(filename: str) -> str | None:
+    """The name of a notebook's cell, ``In[3]``, which IPython keeps under the name of a file that is not there."""
+    shell: Any = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    named = getattr(getattr(shell, "compile", None), "format_code_name", None)
+    found = None if named is None else named(filename)
+    return None if found is None else str(found[1])
 
 
 NOWHERE = Location("<unknown>", 0)

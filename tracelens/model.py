@@ -17,10 +17,12 @@ from tracelens.ir.graph import Graph
 from tracelens.ir.sites import GLOBAL_KINDS, Site
 from tracelens.location import here
 from tracelens.module_handle import ModuleHandle
+from tracelens.prompt_tokens import PromptTokens
 from tracelens.prompted import Prompt
 from tracelens.site_table import SiteTable, site_table
 from tracelens.tracing import Generation, Program, Record, Trace
 from tracelens.values import Value
+from tracelens.view import display
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -167,6 +169,23 @@ class Model:
     def sites(self) -> SiteTable:
         """All sites: name, shape, dtype, what a write changes, and for absent ones the reason."""
         return site_table(self.anatomy)
+
+    def tokens(self, prompt: Any) -> PromptTokens:
+        """The tokens of a prompt, or of several, with their positions and ids: what ``.tok[...]`` addresses."""
+        return PromptTokens(self.prepare(prompt))
+
+    def show(self, prompt: Any) -> None:
+        """Shows the tokens of a prompt, or of several: a grid in a notebook, lines of text elsewhere.
+
+        Positions are those of ``.tok``: real tokens, from 0; the padding before a shorter prompt is marked.
+
+        >>> model.show("The capital of France is")                                   # doctest: +SKIP
+        5 tokens
+          position  0      1           2      3          4
+          token     "The"  " capital"  " of"  " France"  " is"
+          id        504    3575        282    4649       314
+        """
+        display(self.tokens(prompt))
 
     def describe(self) -> str:
         """One line: family, size, device."""

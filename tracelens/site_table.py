@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from html import escape
 
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.ir.sites import KINDS, Effect, Scope, Site, near
+from tracelens.view import Line, Shown, Stack, Table, View
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +29,7 @@ class SiteRow:
         return self.absent is None and self.effect is not Effect.NONE
 
 
-class SiteTable(Sequence[SiteRow]):
+class SiteTable(Sequence[SiteRow], Shown):
     """The sites of a model, as a table; ``table["post_ln"]`` is one row."""
 
     def __init__(self, rows: tuple[SiteRow, ...], title: str) -> None:
@@ -64,23 +64,8 @@ class SiteTable(Sequence[SiteRow]):
             for row in self.rows
         ]
 
-    def __repr__(self) -> str:
-        rows = [_HEADS, *self._cells()]
-        widths = [max(len(row[column]) for row in rows) for column in range(len(_HEADS))]
-        lines = [
-            "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
-            for row in rows
-        ]
-        return "\n".join([self.title, *lines])
-
-    def _repr_html_(self) -> str:
-        head = "".join(f"<th>{escape(cell)}</th>" for cell in _HEADS)
-        body = "".join(
-            "<tr>" + "".join(f"<td>{escape(cell)}</td>" for cell in row) + "</tr>" for row in self._cells()
-        )
-        return (
-            f"<p>{escape(self.title)}</p><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table>"
-        )
+    def _view(self) -> View:
+        return Stack((Line(self.title), Table(_HEADS, tuple(self._cells()))))
 
 
 _HEADS = ("site", "alias", "shape", "dtype", "a write changes", "meaning")

@@ -25,7 +25,7 @@ from tracelens.operand import Operand
 from tracelens.prompted import Prompt
 from tracelens.results import Results, SavedTensor
 from tracelens.tracing import Program
-from tracelens.view import Line, Stack, View
+from tracelens.view import Line, Stack, View, in_notebook
 
 if TYPE_CHECKING:
     import pandas
@@ -344,7 +344,7 @@ def _watched(
 ) -> Iterator[Sequence[Point]]:
     """The chunks, with a bar that grows as they are done, where somebody is looking."""
     if progress is None:
-        progress = len(chunks) > 1 and (sys.stderr.isatty() or _in_notebook())
+        progress = len(chunks) > 1 and (sys.stderr.isatty() or in_notebook())
     if not progress:
         yield from chunks
         return
@@ -357,8 +357,3 @@ def _watched(
         for chunk in chunks:
             yield chunk
             bar.update(len(chunk))
-
-
-def _in_notebook() -> bool:
-    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
-    return shell is not None and "IPKernelApp" in getattr(shell, "config", {})

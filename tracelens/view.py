@@ -6,6 +6,7 @@ Whatever shows itself (graphs, blocks, results, tables of sites, prompts) says i
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from html import escape
 
@@ -89,6 +90,22 @@ class Shown:
         return html(self._view())
 
 
+def display(shown: Shown) -> None:
+    """Shows something where the user looks: as HTML in a notebook, else printed."""
+    if in_notebook():
+        import IPython.display  # it is there: the notebook runs on it
+
+        IPython.display.display(shown)  # pyright: ignore[reportUnknownMemberType]
+    else:
+        print(text(shown._view()))
+
+
+def in_notebook() -> bool:
+    """Does this process serve a notebook?"""
+    shell = getattr(sys.modules.get("IPython"), "get_ipython", lambda: None)()
+    return shell is not None and hasattr(shell, "kernel")
+
+
 # --- for a terminal --------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +162,8 @@ def _token_lines(row: tuple[Token, ...], pads: int, title: str) -> str:
         while fitting < len(cells) and margin + sum(widths[: fitting + 1]) + 2 * fitting <= WIDTH:
             fitting += 1
         for number, head in enumerate(_HEADS):
+            if not any(cell[number] for cell in cells):
+                continue  # without a tokenizer, tokens spell nothing
             parts = [cell[number].ljust(width) for cell, width in zip(cells[:fitting], widths, strict=False)]
             lines.append(f"  {head.ljust(margin - 4)}  {'  '.join(parts)}".rstrip())
         cells = cells[fitting:]

@@ -144,9 +144,9 @@ class Graph:
         return self.text()
 
     def _repr_html_(self) -> str:
-        from html import escape
+        from tracelens.view import Code, html
 
-        return f"<pre>{escape(self.text())}</pre>"
+        return html(Code(self.text()))
 
     def blame(self, error: TracelensError, number: int) -> TracelensError:
         """``error`` with the line and the surroundings of operation ``number`` filled in."""

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from html import escape
 from typing import TYPE_CHECKING
 
 from tracelens.errors import TracelensError
+from tracelens.view import Code, Fold, Line, Stack, View, html
 
 if TYPE_CHECKING:
     from tracelens.tracing import Recording
@@ -16,12 +16,10 @@ def recording_html(recording: Recording) -> str:
     try:
         sections = recording.explain().split("\n\n")
     except TracelensError as error:
-        return f"<pre>{escape(str(error))}</pre>"
+        return html(Code(str(error)))
+    parts: list[View] = [Line(sections[0])]
     results = getattr(recording, "_results", None)
-    shown = results._repr_html_() if results is not None and len(results) else ""
-    folds = "".join(_fold(section.splitlines()[0].rstrip(" {"), section) for section in sections[1:])
-    return f"<div><p>{escape(sections[0])}</p>{shown}{folds}</div>"
-
-
-def _fold(title: str, text: str) -> str:
-    return f"<details><summary>{escape(title)}</summary><pre>{escape(text)}</pre></details>"
+    if results is not None and len(results):
+        parts.append(results._view())
+    parts += [Fold(section.splitlines()[0].rstrip(" {"), Code(section)) for section in sections[1:]]
+    return html(Stack(tuple(parts)))
