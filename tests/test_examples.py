@@ -50,6 +50,18 @@ def test_activation_patching(model: tl.Model) -> None:
     assert grid[0, 3] > 0.9
 
 
+def test_attribution_patching(model: tl.Model) -> None:
+    estimate, patched = example("attribution_patching").main(model)
+    assert estimate.shape == patched.shape == (30, 5)
+    pair = torch.stack([estimate.flatten(), patched.flatten()])
+    assert torch.corrcoef(pair)[0, 1] > 0.98
+    # Also without the one place that stands out: both find the same candidates.
+    assert patched.argmax() == estimate.argmax()
+    pair[:, patched.argmax()] = 0
+    assert torch.corrcoef(pair)[0, 1] > 0.9
+    assert set(pair[0].topk(3).indices.tolist()) == set(pair[1].topk(3).indices.tolist())
+
+
 def test_steering(model: tl.Model) -> None:
     found = example("steering").main(model, new_tokens=4)
     assert found[-1] > found[2] > found[0]

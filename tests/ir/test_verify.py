@@ -112,6 +112,12 @@ BROKEN: list[tuple[str, int, str, str]] = [
         _H + _SUM + "%2 = read token_mask@0 : bool[B,P]\n%3 = grad %1 wrt %2 : bool[B,P]",
         "%2 is not a site that can be written",
     ),
+    (
+        "constants_have_one_name",
+        1,
+        '%0 = const #0 "v" : f32[3]\n%1 = const #1 "v" : f32[3]',
+        "names constant #0 and constant #1",
+    ),
     ("saves_are_named_apart", 2, _H + 'save "h" <- %0\nsave "h" <- %0', "two saves are named 'h'"),
     ("saves_are_named_apart", 1, _H + 'save "h" <- %0, %0', "holds one value"),
     (

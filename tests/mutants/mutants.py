@@ -21,6 +21,7 @@ GRAPHS = ("tests/properties/test_mutated_graphs.py",)
 MODEL = ("tests/test_model.py",)
 BITS = ("tests/conformance/test_writes.py", "-k", "bit_for_bit and bf16 and eager and llama")
 RESULTS = ("tests/test_results.py",)
+GRADIENTS = ("tests/test_gradients.py", "-k", "version or names or written or losses or llama and order")
 BLAME = ("tests/properties/test_blame.py",)
 GENERATION = ("tests/test_generation.py",)
 
@@ -157,6 +158,48 @@ MUTANTS = (
         "if not (origin.order < site.order or",
         "if False and not (origin.order < site.order or",
         (*GENERATION, "-k", "refuses"),
+    ),
+    Mutant(
+        "two names of one tensor have one gradient",
+        "ir/infer.py",
+        "return value.view_as(value) if value.requires_grad",
+        "return value if value.requires_grad",
+        GRADIENTS,
+    ),
+    Mutant(
+        "the model does not go on from the leaf",
+        "ir/passes/mark_leaves.py",
+        "if op.version == last.get(op.site, 0):",
+        "if op.version < last.get(op.site, 0):",
+        GRADIENTS,
+    ),
+    Mutant(
+        "a gradient is taken at the value that was written and not at the site",
+        "ir/passes/fold_writes.py",
+        "                and (op.site, op.version) not in kept_apart\n            ):",
+        "            ):",
+        GRADIENTS,
+    ),
+    Mutant(
+        "autograd's graph is freed after the first of several gradients",
+        "backends/differentiate.py",
+        "retain_graph=not last",
+        "retain_graph=False",
+        GRADIENTS,
+    ),
+    Mutant(
+        "frozen parameters stay frozen",
+        "backends/hooks.py",
+        "            frozen[-1].requires_grad_(True)\n",
+        "            pass\n",
+        ("tests/test_gradient_runs.py", "-k", "parameters"),
+    ),
+    Mutant(
+        "saves keep the history that leads to them",
+        "backends/body.py",
+        'kept = [f"{value}.detach()" for value in given] if self.gradients else given',
+        "kept = given",
+        ("tests/test_gradient_runs.py",),
     ),
     Mutant(
         "saves share their memory",
