@@ -28,6 +28,7 @@ from tracelens.errors import (
     StaleValueError,
     UnknownModuleError,
     UnknownSiteError,
+    UnusedGradientError,
     VerificationError,
 )
 from tracelens.ir.module_sites import INPUT, ModuleSite
@@ -622,3 +623,48 @@ def test_threads_learn_once_and_read_alike() -> None:
     assert all(torch.equal(tensor, expected[site]) for tensor in found)
     assert len(set(map(id, surveys))) == 1
     assert Site("k_proj") != site
+
+
+# --- gradients -------------------------------------------------------------------------------------------------------
+
+
+@main_family
+def test_the_gradient_at_every_module_is_that_of_autograd(family) -> None:
+    """With respect to what a write would replace: of a module's input, what the module makes of it."""
+    hf = FAMILIES[family].build(attn="eager")
+    model, weights = tl.wrap(hf), torch.linspace(-1, 1, 97)
+    checked = 0
+    for site, seen in present(hf, module_sites(model), EVEN_ROWS).items():
+        if not seen.dtype.is_floating_point or "layers.2" in site.name or "h.2" in site.name:
+            continue
+        if not site.path and site.side != INPUT:
+            continue  # what the model returns comes after the loss
+        leaves: list[Tensor] = []
+
+        def leaf(tensor: Tensor, leaves: list[Tensor] = leaves) -> Tensor:
+            leaves.append(tensor.detach().requires_grad_())
+            return leaves[0]
+
+        hook = hooked(hf, site, leaf)
+        loss = (plain_logits(hf, batch(EVEN_ROWS)) * weights).sum()
+        hook.remove()
+        (wanted,) = torch.autograd.grad(loss, leaves, allow_unused=True)
+        program = gradient_program(model, site, weights)
+        if wanted is None:
+            with pytest.raises(UnusedGradientError), untouched(hf):
+                program()
+            continue
+        with untouched(hf):
+            found = program()
+        torch.testing.assert_close(found, wanted, rtol=1e-5, atol=1e-5)
+        checked += 1
+    assert checked > 40
+
+
+def gradient_program(model: tl.Model, site: ModuleSite, weights: Tensor) -> Callable[[], Tensor]:
+    def run() -> Tensor:
+        with model.trace(EVEN_ROWS) as t:
+            tl.grad((model.logits * weights).sum(), read(model, site)).save("g")
+        return t["g"]
+
+    return run

@@ -195,13 +195,6 @@ MUTANTS = (
         ("tests/test_gradient_runs.py", "-k", "parameters"),
     ),
     Mutant(
-        "saves keep the history that leads to them",
-        "backends/body.py",
-        'kept = [f"{value}.detach()" for value in given] if self.gradients else given',
-        "kept = given",
-        ("tests/test_gradient_runs.py",),
-    ),
-    Mutant(
         "saves share their memory",
         "leaving.py",
         "if not whole or storage.data_ptr() in taken:",

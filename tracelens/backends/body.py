@@ -206,12 +206,7 @@ class _Writer:
                 self._write(op)
             case Save():
                 # Each with its version, by which changes made after the save are found.
-                # Where there are gradients, without the history that leads to them.
-                given = [self.ref(value) for value in op.values]
-                kept = [f"{value}.detach()" for value in given] if self.gradients else given
-                members = "".join(
-                    f"({tensor}, {value}._version), " for tensor, value in zip(kept, given, strict=True)
-                )
+                members = "".join(f"({self.ref(value)}, {self.ref(value)}._version), " for value in op.values)
                 self.line(f"state.saved[{self.name(op.name)}] = ({members})")
             case Apply():
                 given = "".join(self.arg(arg) + ", " for arg in op.args)

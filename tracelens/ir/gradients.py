@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracelens.ir.graph import Graph
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.ops import Call, Grad, Op, Read, Ref, Write, operands, results
 from tracelens.ir.sites import Effect, Site
 from tracelens.ir.types import TensorType
@@ -33,9 +34,18 @@ class Sources:
         """
         return value in self.values or any(
             (other.site == read.site and other.version == read.version)
-            or (other.version == 0 and read.site.sequence < other.site.sequence)
+            or (other.version == 0 and _leads_to(read.site, other.site))
             for other in self.reads
         )
+
+
+def _leads_to(site: Site, later: Site) -> bool:
+    """Can the model's own computation lead from one site to the other?"""
+    if isinstance(site, ModuleSite) or isinstance(later, ModuleSite):
+        return (
+            site.sequence < later.sequence
+        )  # where it lies among sites of one level is for the run to find out
+    return site.precedes(later)
 
 
 def sources(ops: Sequence[Op], loss: int) -> Sources:
