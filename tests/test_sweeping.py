@@ -248,6 +248,35 @@ def test_a_write_to_some_rows_runs_one_by_one(index: Any) -> None:
     assert_same(found, program, ROWS["even"], None)
 
 
+def test_sites_by_module_path_run_together_where_their_axes_are_known() -> None:
+    mlp = "model.layers.1.mlp"
+    with model.record() as r:
+        model.module(mlp).output += tl.constant(V, name="v")
+        model.logits[:, -1].save("logits")
+    program = model.compile(r)
+    found = tl.sweep(program, ROWS["even"], v=VECTORS)
+    assert found.one_by_one is None
+    assert_same(found, program, ROWS["even"], 1e-5)
+    with model.record() as r:
+        model.module(mlp).output = tl.constant(1.0, name="a")
+        model.logits[:, -1].save("logits")
+    program = model.compile(r)
+    found = tl.sweep(program, ROWS["even"], a=STRENGTHS)
+    assert "which axes" in (found.one_by_one or "")
+    assert_same(found, program, ROWS["even"], None)
+
+
+def test_gradients_run_one_by_one() -> None:
+    with model.record() as r:
+        h = model.layers[1].resid_post
+        model.layers[1].resid_post = h * tl.constant(1.0, name="a")
+        tl.grad(model.logits[:, -1].amax(-1).sum(), h).save("g")
+    program = model.compile(r)
+    found = tl.sweep(program, ROWS["even"], a=STRENGTHS)
+    assert found.one_by_one
+    assert_same(found, program, ROWS["even"], None)
+
+
 def test_a_graph_that_is_tied_to_a_size_runs_one_by_one() -> None:
     with model.record(IDS) as r:
         h = model.layers[1].resid_post + tl.constant(V, name="v")

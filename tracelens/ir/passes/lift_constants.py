@@ -43,7 +43,8 @@ from tracelens.ir.ops import (
     results,
 )
 from tracelens.ir.passes.rebuild import rebuild, substitute
-from tracelens.ir.retype import retype
+from tracelens.ir.retype import retype, site_types
+from tracelens.ir.sites import Site
 from tracelens.ir.text import op_text
 from tracelens.ir.types import TensorType
 
@@ -102,6 +103,7 @@ class _Lifting:
         self.names = names
         self.next = graph.next_value
         self.first = max((op.index + 1 for op in graph.ops if isinstance(op, Const)), default=0)
+        self.sites = site_types(graph)
         self.types: dict[int, TensorType] = {}
         self.points: set[int] = set()  # what the points differ in, before any site
         self.rows: set[int] = set()  # what has a row for each row of the batch
@@ -159,7 +161,7 @@ class _Lifting:
             case Call() if FUNCTIONS[op.function].kind is Kind.POINTWISE and len(op.outs) == 1:
                 ndim = op.types[0].ndim
             case Write() if isinstance(op.value, Ref):
-                ndim = len(op.site.kind.shape)
+                ndim = self._site_ndim(op.site)
             case IndexPut() if isinstance(op.value, Ref) and varying == [op.value.id]:
                 ndim = infer_index(self.types[op.base], self._index(op.index)).types[0].ndim
             case _:
@@ -195,7 +197,7 @@ class _Lifting:
         missing = ndim - 1 - own.ndim
         index: tuple[IndexItem, ...] = (WHOLE, *[None] * missing)
         if missing < 0:
-            if missing < -1 or own.shape[0] != 1:
+            if missing < -1 or own.shape[:1] != (1,):
                 raise _Mixes(f"a swept value of type {own} leaves no axis for the rows of the batch")
             index = (WHOLE, 0)
         aligned = constant.out
@@ -205,6 +207,14 @@ class _Lifting:
             self.ops.append((number, Index(aligned, type_, constant.out, index)))
         self.aligned[value, ndim] = aligned
         return aligned
+
+    def _site_ndim(self, site: Site) -> int:
+        """How many axes a written site has: from the vocabulary, or for a module's side from its reads."""
+        known = self.sites.get(site)
+        ndim = len(site.kind.shape) if known is None else known.ndim
+        if not ndim:
+            raise _Mixes("the graph does not say which axes the written side of the module has")
+        return ndim
 
     def _new(self, type_: TensorType) -> int:
         value, self.next = self.next, self.next + 1
@@ -228,10 +238,9 @@ class _Lifting:
                 raise _Mixes("it stacks values with rows and values without")
             return
         if isinstance(op, Write):
-            if isinstance(op.value, Ref) and op.value.id in self.rows:
-                ndim = self.types[op.value.id].ndim
-                if ndim != len(op.site.kind.shape):
-                    raise _Mixes("the value's rows do not stand where the site's do")
+            value = op.value.id if isinstance(op.value, Ref) else None
+            if value in self.rows and self.types[value].ndim != self._site_ndim(op.site):
+                raise _Mixes("the value's rows do not stand where the site's do")
             return
         if isinstance(op, Index | IndexPut):
             # An index of the last row, or a write to it, would pass as one of the last position.
