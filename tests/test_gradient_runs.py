@@ -242,3 +242,25 @@ def test_no_run_is_left_open_by_a_gradient_in_a_nested_function() -> None:
     with untouched(MODEL.hf), pytest.raises(TracelensError):
         gradient_through(MODEL, again)
     gradients()
+
+
+# --- programs whose constants change ---------------------------------------------------------------------------------
+
+
+def test_a_sweep_takes_the_gradient_at_each_point() -> None:
+    """Points that ran in one batch would add up to one loss."""
+    with MODEL.record() as r:
+        h = MODEL.layers[0].resid_post
+        strength = tl.constant(1.0, name="strength")
+        MODEL.layers[1].resid_post *= strength
+        tl.grad(last_loss(MODEL.logits), h).save("g")
+    program = MODEL.compile(r)
+    points = [0.5, 1.0, 3.0]
+    swept = tl.sweep(program, ROWS, strength=points)
+    for number, point in enumerate(points):
+        with MODEL.trace(ROWS) as t:
+            h = MODEL.layers[0].resid_post
+            MODEL.layers[1].resid_post *= point
+            tl.grad(last_loss(MODEL.logits), h).save("g")
+        torch.testing.assert_close(swept["g"][number], t["g"], rtol=1e-5, atol=1e-6)
+        assert torch.equal(program(ROWS, strength=point)["g"], t["g"])
