@@ -118,10 +118,14 @@ def test_the_notebook_runs_and_shows_what_it_prints(tmp_path: Path, monkeypatch:
 
 
 def printed(cell: nbformat.NotebookNode) -> str:
-    """What a cell wrote to its output."""
-    return "".join(
-        output.text for output in cell.outputs if output.output_type == "stream" and output.name == "stdout"
-    )
+    """What a cell wrote to its output, and what it displayed, as text."""
+    found = ""
+    for output in cell.outputs:
+        if output.output_type == "stream" and output.name == "stdout":
+            found += output.text
+        elif output.output_type == "display_data":
+            found += output.data["text/plain"]
+    return found
 
 
 def test_notebook_outputs_are_small() -> None:
