@@ -14,7 +14,8 @@ from benchmarks import ours
 from benchmarks.peers import by_hooks
 from benchmarks.peers.client import PeerFailedError, PeerProcess
 from benchmarks.peers.subject import (
-    CASES,
+    CHANGING,
+    STREAM,
     TOLERANCE,
     Answer,
     Subject,
@@ -39,9 +40,17 @@ class Bout:
     """One model, and all that is measured on it."""
 
     def __init__(
-        self, name: str, model_folder: str, *, tokens: int, scratch: Path, peers: Sequence[PeerProcess]
+        self,
+        name: str,
+        model_folder: str,
+        *,
+        tokens: int,
+        scratch: Path,
+        peers: Sequence[PeerProcess],
+        cases: Sequence[str] = tuple(STREAM),
     ) -> None:
         self.scratch = scratch
+        self.cases = tuple(cases)
         inputs = scratch / "inputs.safetensors"
         write_inputs(model_folder, inputs, tokens)
         self.subject = load_subject(name, model_folder, inputs)
@@ -53,7 +62,7 @@ class Bout:
             try:
                 peer.ask("open", name=name, folder=model_folder, inputs=str(inputs))
             except PeerFailedError as error:
-                self.failures |= {(peer.name, case): str(error) for case in CASES}
+                self.failures |= {(peer.name, case): str(error) for case in self.cases}
         self.notes = {peer.name: peer.notes for peer in peers}
         self.errors: dict[tuple[str, str], float] = {}
         self.very_first: dict[tuple[str, str], float] = {}
@@ -64,17 +73,17 @@ class Bout:
 
     def contestants(self) -> list[tuple[str, str]]:
         """Who answers which case."""
-        own = [(name, case) for name, answers in self.own.items() for case in CASES if case in answers]
-        return own + [(peer, case) for peer in self.peers for case in CASES]
+        own = [(name, case) for name, answers in self.own.items() for case in self.cases if case in answers]
+        return own + [(peer, case) for peer in self.peers for case in self.cases]
 
     def check(self) -> None:
         """Compares all answers with the hooks', so that nobody is timed for doing nothing."""
         plain = self.plain()["logits"]
-        for case in CASES:
+        for case in self.cases:
             expected = self.own["hooks"][case]()
             changed = (expected["logits"] - plain).abs().max().item() if "logits" in expected else 0.0
             # An edit that changes nothing would make every wrong answer right, and a read must change nothing.
-            if (changed > 1e-3) != case.startswith("edit"):
+            if (changed > 1e-3) != (case in CHANGING):
                 raise AssertionError(f"{self.subject.name}: {case} changes the logits by {changed}")
             reference = self.scratch / f"{case}.safetensors"
             save_file({name: tensor.contiguous() for name, tensor in expected.items()}, reference)
@@ -117,7 +126,7 @@ class Bout:
 
     def round(self, shuffle: random.Random, *, keep: bool) -> None:
         """Each contestant once in each case, in a new order."""
-        cases = list(CASES)
+        cases = list(self.cases)
         shuffle.shuffle(cases)
         for case in cases:
             processes = [None, *(name for name in self.peers if (name, case) not in self.failures)]
@@ -150,7 +159,7 @@ class Bout:
     def rows(self) -> list[dict[str, Any]]:
         """The measured figures; milliseconds throughout."""
         rows: list[dict[str, Any]] = []
-        for case in CASES:
+        for case in self.cases:
             # The own processes' contestants of a case share their bare forward passes.
             base = self.beside["hooks", case]
             rows.append(self._row("plain", case, base, base))

@@ -30,9 +30,10 @@ import transformers
 from benchmarks.bout import Bout
 from benchmarks.overhead_report import table, write
 from benchmarks.peers.client import PeerProcess
-from benchmarks.peers.subject import TOLERANCE
+from benchmarks.peers.subject import INSIDE, STREAM, TOLERANCE
 
 PEERS = ("nnsight", "transformer_lens")
+MEASURED = ("tiny", "smollm2", "inside", "sweep")
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,7 @@ class Measurement:
     rounds: int
     firsts: int = 3
     warmups: int = 2
+    cases: tuple[str, ...] = tuple(STREAM)
 
 
 @dataclass(frozen=True)
@@ -132,7 +134,14 @@ def measure(
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model = measurement.model
-        bout = Bout(measurement.name, model.write(folder), tokens=model.tokens, scratch=folder, peers=peers)
+        bout = Bout(
+            measurement.name,
+            model.write(folder),
+            tokens=model.tokens,
+            scratch=folder,
+            peers=peers,
+            cases=measurement.cases,
+        )
         say(f"{measurement.name}: checking that all answers agree")
         bout.check()
         say(f"{measurement.name}: first calls")
@@ -191,7 +200,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--quick", action="store_true", help="few rounds: to see that it works, not to measure"
     )
-    parser.add_argument("--models", nargs="+", choices=("tiny", "smollm2"), default=["tiny", "smollm2"])
+    parser.add_argument("--models", nargs="+", choices=MEASURED, default=list(MEASURED))
     parser.add_argument("--rounds", type=int, help="rounds on the tiny model (200), a tenth of it on SmolLM2")
     parser.add_argument("--threads", type=int, default=1, help="torch threads in every process (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the order in each round")
@@ -220,6 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     known = {
         "tiny": Measurement("tiny", Tiny(), rounds),
         "smollm2": Measurement("smollm2", SmolLM2(), max(4, rounds // 10)),
+        "inside": Measurement("inside", SmolLM2(), max(4, rounds // 10), cases=tuple(INSIDE)[:4]),
+        "sweep": Measurement(
+            "sweep", SmolLM2(tokens=16), max(2, rounds // 50), firsts=1, warmups=0, cases=("sweep",)
+        ),
     }
     settings = Settings(tuple(known[name] for name in options.models), pythons, options.threads, options.seed)
     report = run(settings, say=lambda text: print(text, file=sys.stderr, flush=True))

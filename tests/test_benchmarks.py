@@ -17,7 +17,7 @@ from benchmarks.overhead import Measurement, Settings, Tiny, run
 from benchmarks.overhead_report import COLUMNS, aims, markdown, table, write
 from benchmarks.peers import by_hooks
 from benchmarks.peers.client import PeerProcess
-from benchmarks.peers.subject import CASES, Subject, largest_error, load_subject
+from benchmarks.peers.subject import STREAM, Subject, largest_error, load_subject
 from benchmarks.ratios import Ratio, Spread
 
 SMALL = Tiny(layers=3, d_model=16, neurons=24, heads=2, vocabulary=40, tokens=6)
@@ -33,7 +33,7 @@ def report() -> dict[str, Any]:
 def test_every_contestant_has_a_row_for_every_case(report: dict[str, Any]) -> None:
     found = {(row["contestant"], row["case"]) for row in report["rows"]}
     everywhere = {"plain", "hooks", "tracelens trace", "tracelens program"}
-    expected = {(name, case) for name in everywhere for case in CASES}
+    expected = {(name, case) for name in everywhere for case in STREAM}
     expected |= {("tracelens trace, mapped", case) for case in ("read-all", "edit-all")}
     assert found == expected
     assert len(report["rows"]) == len(expected)
@@ -70,7 +70,7 @@ def test_tables_hold_every_row(report: dict[str, Any]) -> None:
     assert len(rows) == 2 + len(report["rows"])
     assert all(line.count("|") == len(COLUMNS) + 1 for line in rows)
     shown = table(report)
-    for case in CASES.values():
+    for case in STREAM.values():
         assert shown.count(f"\n{case} ") == 1
     assert "aim, tracelens program" in shown
 
@@ -135,7 +135,7 @@ def test_a_worker_answers_like_the_process_that_asks(tmp_path: Path) -> None:
         bout.firsts(1)
         bout.round(random.Random(0), keep=True)
     rows = [row for row in bout.rows() if row["contestant"] == "hooks elsewhere"]
-    assert [row["case"] for row in rows] == list(CASES)
+    assert [row["case"] for row in rows] == list(STREAM)
     assert all(row["error"] == 0.0 and row["first_ms"] > 0 for row in rows)
     assert rows[-1]["note"] == "a note"
 

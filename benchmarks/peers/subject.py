@@ -14,11 +14,11 @@ import torch
 from safetensors.torch import load_file
 
 Results = dict[str, torch.Tensor]
-"""``logits`` and, for layer i that is read, ``h{i}``: the residual stream after it; or ``h``, that of all layers."""
+"""By name. ``h{i}`` is what was read at layer i; ``h`` alone is all layers in one tensor."""
 
 Answer = Callable[[], Results]
 
-CASES: dict[str, str] = {
+STREAM: dict[str, str] = {
     "read-one": "1 read",
     "read-all": "a read in every layer",
     "edit-one": "1 edit",
@@ -26,6 +26,23 @@ CASES: dict[str, str] = {
     "stop": "read the first layer only",
 }
 """Each is over the residual stream after a layer. All but ``stop`` need the logits too, so the whole pass runs."""
+
+INSIDE: dict[str, str] = {
+    "pattern": "the attention pattern of every layer",
+    "z": "z of every layer",
+    "ablate": "one head ablated in every layer",
+    "attribution": "attribution patching, all layers and positions",
+    "sweep": "a sweep over 100 strengths",
+}
+"""The inside of attention, gradients, and many runs of one intervention."""
+
+CASES = STREAM | INSIDE
+
+CHANGING = ("edit-one", "edit-all", "ablate")
+"""The cases whose logits are not those of the bare forward pass."""
+
+HEAD = 1
+"""The head that is ablated."""
 
 TOLERANCE = 1e-5
 """By how much a result may differ, relative to the largest number in the tensor."""
@@ -40,6 +57,7 @@ class Subject:
     model: Any
     ids: torch.Tensor
     vector: torch.Tensor
+    _eager: Any = None
 
     @property
     def blocks(self) -> Any:
@@ -53,7 +71,39 @@ class Subject:
         """The layers that a case reads or edits."""
         if case == "stop":
             return (0,)
-        return tuple(range(self.n_layers)) if case.endswith("all") else (self.n_layers // 2,)
+        return (self.n_layers // 2,) if case.endswith("one") else tuple(range(self.n_layers))
+
+    @property
+    def heads(self) -> tuple[int, int]:
+        """How many heads there are, and how wide each is."""
+        config = self.model.config
+        count = config.num_attention_heads
+        return count, getattr(config, "head_dim", None) or config.hidden_size // count
+
+    @property
+    def other_ids(self) -> torch.Tensor:
+        """A second prompt, which differs from the first in one token in the middle."""
+        ids = self.ids.clone()
+        middle = ids.shape[1] // 2
+        ids[0, middle] = (ids[0, middle] + 1) % self.model.config.vocab_size
+        return ids
+
+    @property
+    def tokens(self) -> tuple[int, int]:
+        """The two tokens whose logits are compared at the last position: the loss of the attribution."""
+        return 5, 7
+
+    @property
+    def strengths(self) -> list[float]:
+        return [number / 100 for number in range(100)]
+
+    def eager(self) -> Any:
+        """The model with attention written out, which is how its patterns can be had from outside."""
+        if self._eager is None:
+            model = copy.deepcopy(self.model)
+            model.set_attn_implementation("eager")
+            object.__setattr__(self, "_eager", model)
+        return self._eager
 
     def separate(self) -> Subject:
         """The same with a model of its own, for a library that leaves something behind on the model."""
