@@ -188,7 +188,7 @@ def attribute(subject: Subject) -> Answer:
             ((there - here) * gradient).sum(-1)
             for there, here, gradient in zip(other.values(), clean.values(), gradients, strict=True)
         ]
-        return {"attribution": torch.stack(parts).detach()}
+        return {"attribution": torch.stack(parts).detach()[:, 0]}
 
     return answer
 

@@ -107,7 +107,7 @@ def build(subject: Subject) -> dict[str, Answer]:
             ((far - near) * gradient).sum(-1)
             for far, near, gradient in zip(there, hidden, gradients, strict=True)
         ]
-        return {"attribution": torch.stack(parts).detach()}
+        return {"attribution": torch.stack(parts).detach()[:, 0]}
 
     def sweep() -> Results:
         rows: list[torch.Tensor] = []

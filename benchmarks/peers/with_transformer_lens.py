@@ -100,7 +100,7 @@ def build(subject: Subject) -> dict[str, Answer]:
             ((there[point] - here[point]) * gradient).sum(-1)
             for point, gradient in zip(points, gradients, strict=True)
         ]
-        return {"attribution": torch.stack(parts).detach()}
+        return {"attribution": torch.stack(parts).detach()[:, 0]}
 
     def sweep() -> Results:
         rows: list[torch.Tensor] = []
