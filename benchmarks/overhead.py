@@ -231,7 +231,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "smollm2": Measurement("smollm2", SmolLM2(), max(4, rounds // 10)),
         "inside": Measurement("inside", SmolLM2(), max(4, rounds // 10), cases=tuple(INSIDE)[:4]),
         "sweep": Measurement(
-            "sweep", SmolLM2(tokens=16), max(2, rounds // 50), firsts=1, warmups=0, cases=("sweep",)
+            "sweep", SmolLM2(tokens=8), max(2, rounds // 50), firsts=1, warmups=0, cases=("sweep",)
         ),
     }
     settings = Settings(tuple(known[name] for name in options.models), pythons, options.threads, options.seed)
