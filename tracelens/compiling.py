@@ -54,7 +54,6 @@ from tracelens.plan import Plan, make_plan
 from tracelens.program import Program, lower
 from tracelens.prompted import Prompt
 from tracelens.results import Results, SavedTensor, describe
-from tracelens.selection import Selection
 from tracelens.steps import Steps
 from tracelens.subject import PADS
 
@@ -211,7 +210,7 @@ class Compiler:
 
     # --- running -------------------------------------------------------------------------------------------------
 
-    def state(self, graph: Graph, compiled: Compiled, select: Callable[[Any], Selection]) -> State:
+    def state(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> State:
         """A fresh run state, with the constants checked and in place."""
         used, device = compiled.used, self.anatomy.device
         tensors: list[Any] = []
@@ -224,7 +223,8 @@ class Compiler:
             except TracelensError as error:
                 raise graph.blame(error, _capturing(graph, index)) from None
             tensors.append(self.constants.place(constant, device))
-        return State(compiled.code.count, tensors, graph.functions, self._parameter, select)
+        pads = prompt.batch.pads if prompt.ragged else None
+        return State(compiled.code.count, tensors, graph.functions, self._parameter, prompt.select, pads)
 
     def _parameter(self, path: str) -> torch.Tensor:
         return self.anatomy.parameter(path).detach()
@@ -239,7 +239,7 @@ class Compiler:
     def _run(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> dict[str, Callable[[], Any]]:
         device = running_device(self.anatomy)
         check_fits(graph, compiled, prompt)
-        state = self.state(graph, compiled, prompt.select)
+        state = self.state(graph, compiled, prompt)
         mask = prompt.batch.mask if device.type == "cpu" else prompt.batch.mask.to(device)
         run = Run(self.anatomy.model, compiled.code, state, mask)
         try:

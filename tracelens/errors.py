@@ -317,6 +317,10 @@ class UnknownSaveError(TracelensError, KeyError):
         return TracelensError.__str__(self)
 
 
+class SavedFileError(TracelensError):
+    """The file that a result was saved to is no longer the one that the run wrote."""
+
+
 class NotRunYetError(TracelensError):
     """The value is asked for before the block has ended."""
 
@@ -338,6 +342,10 @@ class ConstantChangedError(TracelensError):
 
 class OpFailedError(TracelensError):
     """An operation of the graph raised while the model ran."""
+
+
+class TrainingModeError(TracelensError):
+    """The model drops activations at random, because it is in training mode."""
 
 
 class ApplyResultError(TracelensError):

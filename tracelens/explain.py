@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tracelens.ir.graph import Graph
+from tracelens.ir.ops import Write
 from tracelens.ir.text import op_text
 from tracelens.plan import Plan
 from tracelens.program import Program
@@ -17,10 +18,20 @@ def explain(
     sections = [
         f"{model}{over}",
         _graph(graph),
-        plan.text(None if prompt is None else prompt.sizes),
+        "\n".join([plan.text(None if prompt is None else prompt.sizes), *_unseen(graph, plan)]),
         *(program.text() for program in programs if program.blocks),
     ]
     return "\n\n".join(sections)
+
+
+def _unseen(graph: Graph, plan: Plan) -> list[str]:
+    """The writes that are not done, because nothing that is saved comes after them."""
+    done = {op.site for op in plan.graph.writes}
+    return [
+        f"  not done: the write to {op.site} ({graph.location(number).short}), which nothing that is saved can see"
+        for number, op in enumerate(graph.ops)
+        if isinstance(op, Write) and op.site not in done
+    ]
 
 
 def _graph(graph: Graph) -> str:

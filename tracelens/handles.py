@@ -6,6 +6,8 @@ from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, Protocol, cast, overload
 
+import numpy as np
+
 from tracelens.coming import ON_LAYERS, ON_THE_MODEL, not_yet
 from tracelens.errors import (
     LayerMappingError,
@@ -144,7 +146,7 @@ class Layers:
     def __getitem__(self, key: Any) -> LayerHandle | LayersSlice:
         if type(key) is int and 0 <= key < len(self._handles):
             return self._handles[key]
-        if isinstance(key, int) and not isinstance(key, bool):
+        if isinstance(key, int | np.integer) and not isinstance(key, bool):
             return self._handles[self._checked(key)]
         if isinstance(key, slice) and all(
             part is None or type(part) is int for part in (key.start, key.stop, key.step)
@@ -152,6 +154,12 @@ class Layers:
             chosen = self._span(key)
         elif isinstance(key, list | tuple | range):
             chosen = tuple(self._checked(index) for index in cast("Sequence[int]", key))
+            if len(set(chosen)) < len(chosen):
+                raise LayerRangeError(
+                    f"model.layers[{_written(key)}] names a layer twice, and a write to it would count once",
+                    at=here(),
+                    instead="each layer once",
+                )
         else:
             raise LayerRangeError(
                 f"layers cannot be chosen with {key!r}",
@@ -190,7 +198,7 @@ class Layers:
         return tuple(range(count)[key])
 
     def _checked(self, index: Any) -> int:
-        if isinstance(index, Operand | bool) or not isinstance(index, int):
+        if isinstance(index, Operand | bool) or not isinstance(index, int | np.integer):
             raise LayerRangeError(
                 f"a layer is chosen with a number, not with {index!r}", at=here(), instead="model.layers[3]"
             )
@@ -201,7 +209,7 @@ class Layers:
                 at=here(),
                 instead="model.layers[-1] is the last layer",
             )
-        return index % count
+        return int(index) % count
 
     def __setitem__(self, key: Any, new: Any) -> None:
         raise WriteTargetError(

@@ -58,8 +58,9 @@ def apply(function: Callable[..., Any], *values: Any, like: Any = None) -> Any:
     """Runs any Python function or module on the real tensors, when they are there.
 
     ``like`` says what comes back: a value or tensor of the same shape and dtype, or a tuple of them (default: the first
-    argument). A result of another shape or dtype is refused when the model runs. The function must not change its
-    arguments. It always runs, saved or not; a graph that holds one can be written to a file only with ``trusted=True``.
+    argument). A result of another shape or dtype is refused when the model runs. Where prompts differ in length, a
+    function of positions is called for each row alone, [1, P_i, ...], so that it never sees padding. It must not change
+    its arguments. It always runs, saved or not; a graph that holds one is written to a file only with ``trusted=True``.
 
     >>> model.layers[5].resid_post = tl.apply(my_function, model.layers[5].resid_post)   # doctest: +SKIP
     """

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 
 from tracelens.backends.transfer import on_cpu
-from tracelens.errors import MutatedActivationError
+from tracelens.errors import MutatedActivationError, SavedFileError
 from tracelens.ir.infer import torch_dtype
 from tracelens.ir.ops import Keep, Save
 from tracelens.ir.types import TensorType
+from tracelens.location import here
 from tracelens.prompted import Prompt
 from tracelens.selection import unpadded
 
@@ -88,13 +91,15 @@ def _per_prompt(
 
 def _write_files(saves: Sequence[Save], found: dict[str, Callable[[], Any]]) -> None:
     """Moves the saves that name a file there; their handles read them back on demand."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     files: dict[str, dict[str, Any]] = {}
     for save in saves:
         if save.to is not None:
             files.setdefault(save.to, {})[save.name] = found[save.name]()
-    for path, tensors in files.items():
+    for written, tensors in files.items():
+        # Handles find it again after the user has gone to another folder.
+        path = os.path.abspath(written)
         flat: dict[str, torch.Tensor] = {}
         for name, value in tensors.items():
             flat |= (
@@ -102,13 +107,39 @@ def _write_files(saves: Sequence[Save], found: dict[str, Callable[[], Any]]) -> 
                 if isinstance(value, torch.Tensor)
                 else {f"{name}.{i}": v for i, v in enumerate(value)}
             )
-        save_file({key: value.contiguous() for key, value in flat.items()}, path)
+        # Under the name of the file only when it is whole; and as a file of its own, which _Stored can tell apart.
+        save_file({key: value.contiguous() for key, value in flat.items()}, f"{path}.new")
+        os.replace(f"{path}.new", path)
+        state = _state(path)
         for name, value in tensors.items():
             keys = [name] if isinstance(value, torch.Tensor) else [f"{name}.{i}" for i in range(len(value))]
-            whole = isinstance(value, torch.Tensor)
+            found[name] = _Stored(path, state, keys, isinstance(value, torch.Tensor))
 
-            def read(path: str = path, keys: list[str] = keys, whole: bool = whole) -> Any:
-                stored = load_file(path)
-                return stored[keys[0]] if whole else [stored[key] for key in keys]
 
-            found[name] = read
+def _state(path: str) -> tuple[int, int, int]:
+    """What tells one file of this name from another one."""
+    found = os.stat(path)
+    return found.st_ino, found.st_mtime_ns, found.st_size
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """Reads a saved tensor back from its file, if that is still the file that the run wrote."""
+
+    path: str
+    state: tuple[int, int, int]
+    keys: list[str]
+    whole: bool
+
+    def __call__(self) -> Any:
+        from safetensors import safe_open
+
+        if not os.path.exists(self.path) or _state(self.path) != self.state:
+            raise SavedFileError(
+                f"the file that held this result has been written again or removed: {self.path}",
+                at=here(),
+                instead='a file name of its own for each run: value.save(to=f"acts_{i}.safetensors")',
+            )
+        with safe_open(self.path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]  # untyped
+            stored: list[Any] = [file.get_tensor(key) for key in self.keys]  # pyright: ignore[reportUnknownMemberType]
+        return stored[0] if self.whole else stored

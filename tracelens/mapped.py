@@ -77,7 +77,7 @@ class MappedValue(PerLayerOperand):
 
     @property
     def T(self) -> Any:  # torch's name
-        """The value with its last two axes exchanged, in each layer."""
+        """The value with its two axes exchanged, in each layer; ``mT`` for more than two."""
         return self._result().T if self._has_result() else self._each(lambda member: member.T)
 
     @property

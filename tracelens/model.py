@@ -89,6 +89,8 @@ class Model:
         single = isinstance(prompt, str) or prepared.sizes["B"] == 1
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             single = False
+        if options.get("num_return_sequences", 1) != 1:
+            single = False
         settings: dict[str, Any] = {"do_sample": False, **options, "max_new_tokens": max_new_tokens}
         if settings["do_sample"] is False:
             # Sampling settings of the model's own generation_config do not belong to a greedy run (and warn).

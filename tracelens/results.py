@@ -14,7 +14,7 @@ import torch
 from tracelens.errors import UnknownSaveError
 from tracelens.ir import dims
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Grad, Index, IndexItem, Read, Ref, Save, TokenSelector
+from tracelens.ir.ops import Grad, Index, IndexItem, Read, Ref, Save, TokenSelector, operands
 from tracelens.ir.sites import Site
 from tracelens.ir.text import index_text
 from tracelens.ir.types import TensorType
@@ -188,16 +188,50 @@ def describe(graph: Graph, save: Save) -> SavedTensor:
     if save.stacked:
         type_ = replace(type_, shape=(len(save.values), *type_.shape))
     axes = tuple(_axis(dim, number) for number, dim in enumerate(type_.shape))
-    if save.stacked:
-        axes = ("layer", *axes[1:])
     found = [_site(graph, value) for value in save.values]
     site, part, gradient = found[0]
     layers = tuple(where.layer for where, *_ in found if where is not None and where.layer is not None)
+    if save.stacked:
+        layers = layers if len(layers) == len(save.values) else _layers(graph, save.values)
+        axes = ("layer" if layers else "member", *axes[1:])
     return SavedTensor(save.name, _nothing, type_, axes, site, layers, part, gradient)
 
 
 def _nothing() -> Any:
     return None
+
+
+def _layers(graph: Graph, members: tuple[int, ...]) -> tuple[int, ...]:
+    """The layers that computed members of a stack belong to: the one that each uses and not all do; none if unclear."""
+    used = [_layers_behind(graph, member) for member in members]
+    common = frozenset[int].intersection(*used)
+    found: list[int] = []
+    for layers in used:
+        own = layers - common or layers
+        if len(own) != 1:
+            return ()
+        found += own
+    return tuple(found) if len(set(found)) == len(found) else ()
+
+
+def _layers_behind(graph: Graph, value: int) -> frozenset[int]:
+    """The layers of the sites that a value is computed from."""
+    seen: set[int] = set()
+    layers: set[int] = set()
+    waiting = [value]
+    while waiting:
+        value = waiting.pop()
+        if value in seen:
+            continue
+        seen.add(value)
+        op = graph.ops[graph.producer[value]]
+        if isinstance(op, Read) and op.site.layer is not None:
+            layers.add(op.site.layer)
+        elif isinstance(op, Grad):
+            waiting.append(op.wrt[op.outs.index(value)])
+        else:
+            waiting += operands(op)
+    return frozenset(layers)
 
 
 def _axis(dim: dims.Dim, number: int) -> str:

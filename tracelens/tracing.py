@@ -278,7 +278,7 @@ def generate(
     anatomy = model.anatomy
     device = running_device(anatomy)
     check_fits(graph, compiled, prompt)
-    run = Run(anatomy.model, compiled.code, compiler.state(graph, compiled, prompt.select), None)
+    run = Run(anatomy.model, compiled.code, compiler.state(graph, compiled, prompt), None)
     inputs = inputs_on(prompt.batch.model_inputs(), device)
     # transformers derives the positions from the mask itself, and continues them in every step.
     inputs.pop("position_ids")

@@ -17,6 +17,7 @@ from tracelens.errors import (
     StaleValueError,
     TracelensError,
     UnsavedValueError,
+    UnsupportedFunctionError,
     WriteTargetError,
 )
 from tracelens.indexing import index_of
@@ -133,8 +134,14 @@ class Value(Operand):
 
     @property
     def T(self) -> Any:  # torch's name
-        """The value with its last two axes exchanged (a value of one axis as it is)."""
-        return apply_torch(torch.t, (self,), {}) if self.ndim <= 2 else self.mT
+        """The value with its two axes exchanged; with more than two, :class:`UnsupportedFunctionError`: see ``mT``."""
+        if self.ndim > 2:
+            raise UnsupportedFunctionError(
+                f".T would turn round all {self.ndim} axes, which hardly anybody means",
+                at=here(),
+                instead="value.mT exchanges the last two",
+            )
+        return apply_torch(torch.t, (self,), {})
 
     @property
     def mT(self) -> Any:  # torch's name

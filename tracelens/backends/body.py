@@ -210,7 +210,8 @@ class _Writer:
                 self.line(f"state.saved[{self.name(op.name)}] = ({members})")
             case Apply():
                 given = "".join(self.arg(arg) + ", " for arg in op.args)
-                self._several(op.outs, f"{self.name(applied(op))}(state, ({given}))")
+                given_types = [self.types[arg.id] if isinstance(arg, Ref) else None for arg in op.args]
+                self._several(op.outs, f"{self.name(applied(op, given_types))}(state, ({given}))")
             case Grad():
                 wrt = "".join(self.ref(value) + ", " for value in op.wrt)
                 self._several(

@@ -7,7 +7,13 @@ from typing import Any
 
 import torch
 
-from tracelens.errors import ApplyResultError, MutatedActivationError, SiteMismatchError, VerificationError
+from tracelens.errors import (
+    ApplyResultError,
+    MutatedActivationError,
+    PositionAxisError,
+    SiteMismatchError,
+    VerificationError,
+)
 from tracelens.ir.infer import torch_dtype
 from tracelens.ir.ops import (
     WHOLE,
@@ -23,6 +29,7 @@ from tracelens.ir.ops import (
     TokenSlice,
     TokenText,
 )
+from tracelens.ir.types import TensorType
 
 _SELECTORS = (TokenAt, TokenSlice, TokenList, TokenText)
 
@@ -34,6 +41,7 @@ class State:
         "constants",
         "foreign",
         "functions",
+        "pads",
         "parameter",
         "saved",
         "select",
@@ -49,7 +57,10 @@ class State:
         functions: Sequence[Any],
         parameter: Callable[[str], torch.Tensor],
         select: Callable[[TokenSelector], Any],
+        pads: Sequence[int] | None = None,
     ) -> None:
+        # How much padding stands before each row, where rows differ in length.
+        self.pads = pads
         self.values: list[Any] = [None] * count
         # Tensors in memory of the user's or the model's: a save that lies in it is copied.
         self.foreign: list[torch.Tensor] = []
@@ -98,41 +109,97 @@ def fitted(new: torch.Tensor, site: torch.Tensor) -> torch.Tensor:
     return new.clone() if new.shape == site.shape else new.expand(site.shape).contiguous()
 
 
-def applied(op: Apply) -> Callable[[State, tuple[Any, ...]], tuple[torch.Tensor, ...]]:
-    """The user's own Python, held to what it promised."""
-    types, index = op.types, op.index
-    dtypes = [torch_dtype(type_.dtype) for type_ in types]
+def applied(
+    op: Apply, given_types: Sequence[TensorType | None]
+) -> Callable[[State, tuple[Any, ...]], tuple[torch.Tensor, ...]]:
+    """The user's own Python, held to what it promised.
+
+    ``given_types``: those of the arguments that are values. Where rows differ in length, a function of positions is
+    called for each row alone, without its padding: every row gets the numbers that it would get alone.
+    """
+    by_position = any(type_ is not None and type_.position_axes for type_ in given_types)
 
     def apply(state: State, given: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         before = [arg._version for arg in given if isinstance(arg, torch.Tensor)]
-        result = state.functions[index](*given)
+        # A step of a generation with a cache has one position in each row, and no padding.
+        if by_position and state.pads is not None and state.sizes["P"] > 1:
+            parts = _row_by_row(op, given_types, state, given)
+        else:
+            parts = _called(op, state, given, state.sizes)
         if before != [arg._version for arg in given if isinstance(arg, torch.Tensor)]:
             raise MutatedActivationError(
                 "the applied function changed one of its arguments in place",
                 instead="a function that returns new tensors",
             )
-        parts: tuple[Any, ...] = tuple(result) if isinstance(result, tuple | list) else (result,)
-        if len(parts) != len(types):
-            raise ApplyResultError(
-                f"the applied function gave {_counted(len(parts))}, where like= declares {len(types)}",
-                instead="like=(a, b) with one value or tensor for each result",
-            )
-        for part, type_, dtype in zip(parts, types, dtypes, strict=True):
-            if not isinstance(part, torch.Tensor):
-                raise ApplyResultError(
-                    f"the applied function gave {part!r}, where like= declares a tensor",
-                    instead="a function that returns tensors",
-                )
-            if part.shape != type_.sizes(state.sizes) or part.dtype is not dtype:
-                raise ApplyResultError(
-                    f"the applied function gave {part.dtype} {tuple(part.shape)}, "
-                    f"where like= declares {dtype} {type_.sizes(state.sizes)}",
-                    instead="like= a value or tensor of the shape and dtype that the function returns",
-                )
-            state.foreign.append(part)
+        state.foreign.extend(parts)
         return parts
 
     return apply
+
+
+def _called(
+    op: Apply, state: State, given: tuple[Any, ...], sizes: Mapping[str, int]
+) -> tuple[torch.Tensor, ...]:
+    """One call, whose results must be what ``like=`` declares for these sizes."""
+    result = state.functions[op.index](*given)
+    parts: tuple[Any, ...] = tuple(result) if isinstance(result, tuple | list) else (result,)
+    if len(parts) != len(op.types):
+        raise ApplyResultError(
+            f"the applied function gave {_counted(len(parts))}, where like= declares {len(op.types)}",
+            instead="like=(a, b) with one value or tensor for each result",
+        )
+    for part, type_ in zip(parts, op.types, strict=True):
+        if not isinstance(part, torch.Tensor):
+            raise ApplyResultError(
+                f"the applied function gave {part!r}, where like= declares a tensor",
+                instead="a function that returns tensors",
+            )
+        dtype, shape = torch_dtype(type_.dtype), type_.sizes(sizes)
+        if part.shape != shape or part.dtype is not dtype:
+            raise ApplyResultError(
+                f"the applied function gave {part.dtype} {tuple(part.shape)}, where like= declares {dtype} {shape}",
+                instead="like= a value or tensor of the shape and dtype that the function returns",
+            )
+    return parts
+
+
+def _row_by_row(
+    op: Apply, given_types: Sequence[TensorType | None], state: State, given: tuple[Any, ...]
+) -> tuple[torch.Tensor, ...]:
+    if any(type_.batch_axis is None for type_ in op.types):
+        raise PositionAxisError(
+            "rows of different lengths are given to the applied function one by one, and like= declares a result "
+            "without a row axis",
+            instead="a result with a row axis, or prompts of one length",
+        )
+    assert state.pads is not None
+    longest = state.sizes["P"]
+    wholes: list[torch.Tensor] | None = None
+    for row, pad in enumerate(state.pads):
+        alone = tuple(
+            arg if type_ is None else _row(arg, type_, row, pad)
+            for arg, type_ in zip(given, given_types, strict=True)
+        )
+        sizes = {**state.sizes, "B": 1, "P": longest - pad, "S": longest - pad}
+        parts = _called(op, state, alone, sizes)
+        if wholes is None:
+            # Nobody reads what stands at padding.
+            wholes = [
+                part.new_zeros(type_.sizes(state.sizes)) for part, type_ in zip(parts, op.types, strict=True)
+            ]
+        for whole, part, type_ in zip(wholes, parts, op.types, strict=True):
+            _row(whole, type_, row, pad).copy_(part)
+    assert wholes is not None
+    return tuple(wholes)
+
+
+def _row(tensor: torch.Tensor, type_: TensorType, row: int, pad: int) -> torch.Tensor:
+    """A view of one row without its padding; the row axis stays."""
+    if type_.batch_axis is not None:
+        tensor = tensor.narrow(type_.batch_axis, row, 1)
+    for axis in type_.position_axes:
+        tensor = tensor.narrow(axis, pad, tensor.shape[axis] - pad)
+    return tensor
 
 
 def _counted(results: int) -> str:
