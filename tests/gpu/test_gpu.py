@@ -51,3 +51,46 @@ def test_generation_on_the_gpu() -> None:
     with model.generate(ROWS[0], max_new_tokens=4) as t:
         model.logits[..., 7] = 1e9
     assert t.tokens == [7] * 4
+
+
+def test_other_values_for_constants_do_not_stay_on_the_gpu() -> None:
+    model = tl.wrap(FAMILIES["llama"].build().cuda())
+    with model.record() as r:
+        model.layers[1].resid_post += tl.constant(1.0, name="strength") * tl.constant(
+            torch.ones(48), name="v"
+        )
+        model.logits[:, -1].save("logits")
+    program = model.compile(r)
+    program(ROWS[0])
+    before = len(model._compiler.constants._moved)
+    for number in range(4):
+        program(ROWS[0], strength=float(number), v=torch.randn(48))
+    assert len(model._compiler.constants._moved) == before
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_sweep_and_a_splice_on_the_gpu_equal_those_on_the_cpu(dtype: torch.dtype) -> None:
+    class Autoencoder(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.randn(48, 64, generator=torch.Generator().manual_seed(0)) / 7)
+
+        def encode(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.relu(x @ self.w)
+
+        def decode(self, features: torch.Tensor) -> torch.Tensor:
+            return features @ self.w.T
+
+    found = []
+    for device in ("cpu", "cuda"):
+        model = tl.wrap(FAMILIES["llama"].build(dtype=dtype).to(device))
+        with model.record() as r:
+            with tl.splice(model.layers[1].resid_post, Autoencoder()) as s:
+                s.features[..., 17] += tl.constant(0.0, name="strength")
+            model.logits[:, -1].save("logits", device="keep")
+        sweep = tl.sweep(model.compile(r), ROWS, strength=[0.0, 2.0, 4.0])
+        assert sweep.one_by_one is None
+        assert sweep["logits"].device.type == device
+        found.append(sweep["logits"].float().cpu())
+    tolerance = 1e-3 if dtype is torch.float32 else 5e-2
+    torch.testing.assert_close(found[0], found[1], rtol=0, atol=tolerance * found[0].abs().max().item())
