@@ -30,6 +30,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("subject", 3),
     ("origins", 3),
     ("steps", 3),
+    ("skipping", 3),
     ("draft", 3),
     ("recorder", 3),
     ("open_recordings", 3),

@@ -13,7 +13,6 @@ ON_LAYERS: dict[str, str] = {
     **dict.fromkeys(("q", "k", "v", "q_normed", "k_normed", "q_rot", "k_rot"), _PROJECTION),
     **dict.fromkeys(("scores", "pattern"), _PATTERN),
     **dict.fromkeys(("z", "head", "head_out"), _HEADS),
-    "skip": "model.layers[i].resid_post = model.layers[i].resid_pre",
 }
 ON_THE_MODEL: dict[str, str] = {
     "lens": "the model's final norm and the unembedding: norm(h) @ model.unembed.T, with norm = model.hf.model.norm",

@@ -15,6 +15,7 @@ from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.differentiate import outside_inference, require_differentiable, usable
 from tracelens.backends.execute import State
 from tracelens.backends.local import LocalCode, Run, prepare, running_device
+from tracelens.backends.replacing import require_replaceable
 from tracelens.backends.transfer import ConstantCache, inputs_on
 from tracelens.constants import Captured, from_payload
 from tracelens.errors import (
@@ -195,6 +196,8 @@ class Compiler:
                         raise VerificationError(
                             f"{op.site} is {own} in this model; the graph was recorded for {op.type}"
                         )
+                    if isinstance(op, Write) and op.instead is not None:
+                        require_replaceable(self.anatomy, op)
                     # The verifier knows the types of the sites that the graph reads, and only those.
                     fits = retype(op, graph.types, sizes, {op.site: own})
                     if fits is not None and not fits.pins <= pinned:

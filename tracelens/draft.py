@@ -41,6 +41,7 @@ from tracelens.location import Location, here
 from tracelens.operand import Operand
 from tracelens.origins import Origin
 from tracelens.refusing import one_layer_only
+from tracelens.skipping import Skipped
 from tracelens.steps import Step, Steps
 from tracelens.subject import PADS, Anatomy, Prompted
 
@@ -95,6 +96,7 @@ class Draft:
         # The constants that have names: what was given, its value, and where.
         self.named: dict[str, tuple[object, int, Location]] = {}
         self._parameter_values: dict[str, int] = {}
+        self.skipped: list[Skipped] = []
         self._pending: dict[int, tuple[Site, Location]] = {}
 
     def _start(self) -> Step:

@@ -134,6 +134,14 @@ class ModuleTensorError(TracelensError):
     """A module receives or returns no such tensor, or several and it was not said which is meant."""
 
 
+class ReplacementError(TracelensError):
+    """The module cannot be left out, or what was named is not the output of a module."""
+
+
+class SkippedSiteError(TracelensError):
+    """The site is made by a module that the block does not run, so there is nothing there."""
+
+
 class MetaForwardError(TracelensError):
     """What the model's modules receive and return cannot be learned without running the model."""
 

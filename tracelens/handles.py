@@ -10,6 +10,7 @@ import numpy as np
 
 from tracelens.coming import ON_LAYERS, ON_THE_MODEL, not_yet
 from tracelens.errors import (
+    Blaming,
     LayerMappingError,
     LayerRangeError,
     NoTraceError,
@@ -17,13 +18,14 @@ from tracelens.errors import (
     UnknownSiteError,
     WriteTargetError,
 )
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import CANONICAL, GLOBAL_KINDS, KIND, LAYER_KINDS, Scope, Site, near
 from tracelens.location import here
 from tracelens.mapped import MappedValue, each_layer, slice_text
 from tracelens.open_recordings import open_recorder
 from tracelens.operand import Operand
 from tracelens.recorder import Recorder
-from tracelens.refusing import parameter_target
+from tracelens.refusing import one_layer_only, parameter_target
 from tracelens.subject import Anatomy
 from tracelens.values import Value
 
@@ -35,6 +37,10 @@ class Described(Anatomy, Protocol):
     """An anatomy that can also say which sites it has."""
 
     def has(self, site: Site) -> bool: ...
+
+    def begins(self, site: Site) -> ModuleSite:
+        """The moment before the module that makes a site."""
+        ...
 
 
 def recorder_of(anatomy: Anatomy, what: str) -> Recorder:
@@ -82,6 +88,35 @@ class LayerHandle:
         recorder = open_recorder(self._anatomy) or recorder_of(self._anatomy, f"{self!r}.{name}")
         recorder.write(site, new)
 
+    def skip(self) -> None:
+        """Does not run this layer: it returns what it received, ``resid_post := resid_pre``.
+
+        >>> with model.trace("The capital of France is"):                             # doctest: +SKIP
+        ...     model.layers[5].skip()
+        ...     logits = model.logits.save()
+        """
+        recorder = recorder_of(self._anatomy, f"{self!r}.skip")
+        site = _layer_site("resid_post", self._index)
+        with Blaming(here()):
+            begins = self._anatomy.begins(site)
+        recorder.replace(site, begins, Value.of_site(recorder, _layer_site("resid_pre", self._index)))
+
+    def replace(self, **new: Any) -> None:
+        """Does not run the modules that make these sites: ``model.layers[5].replace(mlp_add=value)`` skips the MLP.
+
+        A site names the module whose output it is: ``attn_add`` attention, ``mlp_add`` the MLP, ``resid_post`` the
+        layer, ``attn_out`` and ``mlp_out`` the last projection alone, ``attn_norm`` and ``mlp_norm`` a norm. Raises
+        :class:`~tracelens.errors.ReplacementError` for other sites, and as :meth:`tracelens.ModuleHandle.replace` does.
+        """
+        for name, value in new.items():
+            site = self._site(name)
+            if type(value) is MappedValue:
+                raise one_layer_only(value)
+            recorder = recorder_of(self._anatomy, f"{self!r}.replace")
+            with Blaming(here()):
+                begins = self._anatomy.begins(site)
+            recorder.replace(site, begins, value)
+
     def _site(self, name: str) -> Site:
         if name not in _LAYER_NAMES:
             raise _unknown(name, f"model.layers[{self._index}]", tuple(_LAYER_NAMES))
@@ -113,6 +148,17 @@ class LayersSlice:
         self._require_site(name)
         for handle, part in zip(self._handles, each_layer(new, self._layers), strict=True):
             setattr(handle, name, part)
+
+    def skip(self) -> None:
+        """Does not run these layers: each returns what it received."""
+        for handle in self._handles:
+            handle.skip()
+
+    def replace(self, **new: Any) -> None:
+        """Does not run the modules that make these sites, in each of the layers."""
+        for name, value in new.items():
+            for handle, part in zip(self._handles, each_layer(value, self._layers), strict=True):
+                handle.replace(**{name: part})
 
     def _require_site(self, name: str) -> None:
         if name not in _LAYER_NAMES:
@@ -242,7 +288,7 @@ def _present(anatomy: Described, layer: int) -> list[str]:
     for kind in LAYER_KINDS:
         if anatomy.has(Site(kind.name, layer)):
             names += [kind.name, *kind.aliases]
-    return sorted(names)
+    return sorted([*names, "replace", "skip"])
 
 
 def global_site(name: str) -> Site | None:

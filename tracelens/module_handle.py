@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from tracelens.backends.module_sides import shown
+from tracelens.backends.replacing import output_site
 from tracelens.backends.survey import Leaf, ModuleCall
 from tracelens.errors import Blaming, ModuleTensorError, OptionError, UnknownSiteError
 from tracelens.handles import recorder_of
@@ -79,6 +80,21 @@ class ModuleHandle:
     @input.setter
     def input(self, new: Any) -> None:
         self._side(INPUT, self._call().inputs).write(self._first(), new)
+
+    def replace(self, new: Any) -> None:
+        """Does not run the module, and goes on with ``new`` in place of the tensor that it would have returned.
+
+        ``new`` has to be there before the module would run, and follows the rules of a write. Nothing inside of the
+        module can be read or written then. Raises :class:`~tracelens.errors.ReplacementError` for modules that return
+        more than one tensor, :class:`~tracelens.errors.CausalityError` for values that come later, and
+        :class:`~tracelens.errors.SkippedSiteError` where the block has looked inside.
+        """
+        call = self._call()
+        recorder = recorder_of(self._anatomy, f"{self!r}.replace")
+        with Blaming(here()):
+            site = output_site(self._anatomy, call)
+            begins = self._anatomy.begins(site)
+        recorder.replace(site, begins, new)
 
     def _side(self, side: str, leaves: Mapping[Key, Leaf]) -> _Side:
         return _Side(self, side, leaves)

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tracelens.errors import CausalityError
+from tracelens.ir.module_sites import can_travel
 from tracelens.ir.ops import Arg, Ref
 from tracelens.ir.sites import AFTER_ALL, Order, Site
 from tracelens.location import Location
@@ -49,7 +50,11 @@ def refuse_backwards(site: Site, origin: Origin, locations: Sequence[Location], 
             also=(("the gradient was taken at", locations[origin.number]),),
             instead="save the gradient in one trace and write it in a second one",
         )
-    if not (origin.order < site.order or origin.sites == frozenset((site,))):
+    if not (
+        origin.order < site.order
+        or origin.sites == frozenset((site,))
+        or (origin.order == site.order and can_travel(origin.sites, site))
+    ):
         late = ", ".join(sorted(str(source) for source in origin.sites))
         raise CausalityError(
             f"{site} would need {late}, which the forward pass reaches "

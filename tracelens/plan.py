@@ -10,7 +10,7 @@ from tracelens.ir.dims import Sizes
 from tracelens.ir.gradients import LEAF, differentiated
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import ModuleSite
-from tracelens.ir.ops import Call, Grad, Op, Read, Ref, Write
+from tracelens.ir.ops import Call, Grad, Op, Read, Ref, Write, moment
 from tracelens.ir.passes.forward_order import moments_of
 from tracelens.ir.passes.mark_leaves import mark_leaves
 from tracelens.ir.passes.pipeline import improve
@@ -124,7 +124,12 @@ class Plan:
             if not (op.site in self.carried and op.version == 1)
             and not (isinstance(op.value, Ref) and op.value.id in leaves)
         ]
-        lines += [f"  writes {op.site} ({_REACH[op.site.kind.effect]})" for op in own]
+        lines += [
+            f"  writes {op.site} ({_REACH[op.site.kind.effect]})"
+            if op.instead is None
+            else f"  does not run {op.instead.module}, in whose place {op.site} is written"
+            for op in own
+        ]
         lines += [
             f"  {site}: the block's own sum is replaced by one with the value written in the block"
             for site in sorted(self.carried, key=lambda site: site.order)
@@ -144,9 +149,9 @@ class Plan:
 
     def _backward(self) -> list[str]:
         lines: list[str] = []
-        for op, moment in zip(self.graph.ops, self.moments, strict=True):
+        for op, known in zip(self.graph.ops, self.moments, strict=True):
             if isinstance(op, Grad):
-                at = next(site for site in self.sites if site.sequence == moment)
+                at = next(site for site in self.sites if site.sequence == known)
                 first = min(self.differentiated, key=lambda site: site.sequence)
                 lines.append(
                     f"  one backward pass from %{op.loss}, at {at}, to {_counted(op.wrt)}; autograd starts at {first}"
@@ -194,14 +199,13 @@ def make_plan(
 
 def _last_site(graph: Graph) -> Site | None:
     latest: Site | None = None
-    moment = BEFORE_ALL
+    reached = BEFORE_ALL
     for op in graph.ops:
-        if (
-            isinstance(op, Read | Write)
-            and op.site.kind.scope is not Scope.INPUT
-            and (latest is None or op.site.sequence > moment)
-        ):
-            latest, moment = op.site, op.site.sequence
+        if not isinstance(op, Read | Write):
+            continue
+        site = moment(op)
+        if site.kind.scope is not Scope.INPUT and (latest is None or site.sequence > reached):
+            latest, reached = site, site.sequence
     return latest
 
 
@@ -223,7 +227,7 @@ def _carried(graph: Graph, carry: Carry, layer: int, *, type_of: TypeOf, to_the_
         Site(name, layer) for name in (carry.site, carry.contribution, carry.target)
     )
     moments = moments_of(graph)
-    after = [number for number, moment in enumerate(moments) if moment >= target.sequence]
+    after = [number for number, known in enumerate(moments) if known >= target.sequence]
     if not after and not to_the_end:
         return graph  # nothing looks at the stream after the write
     cut = after[0] if after else len(graph.ops)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from tracelens.ir.ops import Apply, Op, Read, Write, operands, results
+from tracelens.ir.module_sites import ModuleSite
+from tracelens.ir.ops import Apply, Op, Read, Write, moment, operands, results
 from tracelens.ir.sites import BEFORE_ALL, Scope, Site
 from tracelens.ir.text import op_text
 from tracelens.placement import Place
@@ -29,6 +30,18 @@ class Block:
     steps: tuple[Step, ...]
 
     @property
+    def where(self) -> str:
+        """At which site, or in place of which module."""
+        if isinstance(self.site, ModuleSite) and self.stands_in:
+            return f"instead of {self.site.module}"
+        return f"at {self.site}"
+
+    @property
+    def stands_in(self) -> bool:
+        """Is this done in place of a module, rather than beside it?"""
+        return any(isinstance(step.op, Write) and step.op.instead is not None for step in self.steps)
+
+    @property
     def writes(self) -> bool:
         return any(isinstance(step.op, Write) for step in self.steps)
 
@@ -49,7 +62,7 @@ class Program:
         """The program, one line per step."""
         lines = [f"program for {self.place} {{"]
         for block in self.blocks:
-            lines.append("  before the pass:" if block.site is None else f"  at {block.site}:")
+            lines.append("  before the pass:" if block.site is None else f"  {block.where}:")
             for step in block.steps:
                 frees = f"   free {', '.join(f'%{value}' for value in step.frees)}" if step.frees else ""
                 lines.append(f"    {op_text(step.op)}{frees}")
@@ -72,9 +85,11 @@ def lower(plan: Plan) -> tuple[Program, ...]:
         dying.setdefault(number, []).append(value)
     steps: dict[Site | None, list[Step]] = {}
     current: Site | None = None
-    sites = {op.site.sequence: op.site for op in graph.ops if isinstance(op, Read | Write)}
-    for number, (op, moment) in enumerate(zip(graph.ops, plan.moments, strict=True)):
-        current = None if moment == BEFORE_ALL else sites[moment]
+    sites = {
+        site.sequence: site for op in graph.ops if isinstance(op, Read | Write) for site in (moment(op),)
+    }
+    for number, (op, known) in enumerate(zip(graph.ops, plan.moments, strict=True)):
+        current = None if known == BEFORE_ALL else sites[known]
         if current is not None and current.kind.scope is Scope.INPUT:
             current = None
         steps.setdefault(current, []).append(Step(op, number, tuple(sorted(dying.get(number, ())))))

@@ -17,6 +17,7 @@ from tracelens.errors import (
     LostUpdateError,
     OptionError,
     PositionAxisError,
+    ReplacementError,
     SaveInGenerationError,
     TracelensError,
     WriteTargetError,
@@ -28,6 +29,7 @@ from tracelens.ir.infer import (
     infer_index,
     infer_index_put,
 )
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.ops import (
     Apply,
     Arg,
@@ -47,6 +49,7 @@ from tracelens.ir.sites import AFTER_ALL, Effect, Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location, here
 from tracelens.origins import Origin, latest_origin, refuse_backwards
+from tracelens.skipping import Skipped, refuse_inside, refuse_late, refuse_unready
 from tracelens.steps import Step
 from tracelens.subject import spelling
 
@@ -77,6 +80,9 @@ class Recorder(Draft):
         return value
 
     def _type_of(self, site: Site, location: Location) -> TensorType:
+        if self.skipped:
+            with Blaming(location):
+                refuse_inside(self.skipped, site)
         known = self._site_types.get(site.name)
         if known is None:
             with Blaming(location):
@@ -214,6 +220,28 @@ class Recorder(Draft):
         if key is None:
             return self._step(op, (), None, inferred)
         return self._add(key, op, inferred=inferred)
+
+    def replace(self, site: Site, begins: ModuleSite, new: object) -> None:
+        """The module between ``begins`` and ``site`` is not run, and ``new`` is what it would have made."""
+        self.require_open()
+        location = here()
+        with Blaming(location):
+            if self.generating and (reason := self.anatomy.needed_in_generation(begins.path)):
+                raise ReplacementError(
+                    f"{begins.module} cannot be left out in model.generate: {reason}",
+                    instead="a later layer, a module that does no attention, or model.trace over the whole text",
+                )
+            skipped = Skipped(begins, site, location)
+            refuse_late(skipped, self.ops, self.locations)
+            arg = self._ref_or_scalar(new)
+            inferred = self._fit(self._type_of(site, location), arg)
+            self._check_positions("a write", inferred)
+            origin = self._origins[arg.id] if isinstance(arg, Ref) else None
+            if origin is not None:
+                refuse_unready(skipped, origin, self.locations)
+        self._take(self._step(Write(site, 1, arg, begins), (), None, inferred), location)
+        self._versions[site] = 1
+        self.skipped.append(skipped)
 
     def _fit(self, site: TensorType, arg: Ref | Scalar) -> Inferred:
         """How a written value fits a site; remembered for as long as the answer does not depend on the prompt."""

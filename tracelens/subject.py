@@ -31,6 +31,10 @@ class Anatomy(Protocol):
         """The site's type; raises :class:`AbsentSiteError` where the family lacks it."""
         ...
 
+    def needed_in_generation(self, path: str) -> str | None:
+        """Why a module cannot be left out in generation, if it cannot."""
+        ...
+
     def parameter_type(self, path: str) -> TensorType: ...
 
     def parameter_path(self, tensor: torch.Tensor) -> str | None:

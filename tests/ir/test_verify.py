@@ -35,6 +35,8 @@ def graph(body: str, *, pins: str = "") -> Graph:
 _H = "%0 = read layers.1.resid_post@0 : f32[B,P,48]\n"
 _SUM = "%1 = call torch.sum(%0) : f32[]\n"
 _GRADIENTS = "gradients_are_of_sites"
+_SKIPS = "modules_that_are_not_run_are_left_alone"
+_SKIP = 'write layers.2.resid_post@1 <- %0 instead of module("m").input after layers.2.resid_pre+6'
 _TYPES = "types_are_what_the_functions_give"
 
 BROKEN: list[tuple[str, int, str, str]] = [
@@ -70,6 +72,18 @@ BROKEN: list[tuple[str, int, str, str]] = [
         "%0 = read layers.1.mlp_up@0 : f32[B,P,80]\n%1 = read layers.1.mlp_pre@0 : f32[B,P,80]\n"
         "%2 = call torch.mul(%0, %1) : f32[B,P,80]\nwrite layers.1.mlp_up@1 <- %2",
         "layers.1.mlp_pre, layers.1.mlp_up",
+    ),
+    (_SKIPS, 1, _H + _SKIP.replace("@1 <-", "@2 <-"), "is written before the module"),
+    (_SKIPS, 0, _SKIP.replace("%0", "0").replace('.input', '.output'), "is not the moment before"),
+    (_SKIPS, 0, _SKIP.replace("%0", "0").replace("resid_pre+6", "resid_post+6"), "does not come after"),
+    (_SKIPS, 1, _SKIP.replace("%0", "0") + "\n%1 = read layers.2.mlp_out@0 : f32[B,P,48]", "lies inside of"),
+    (_SKIPS, 1, _SKIP.replace("%0", "0") + "\nwrite layers.2.mlp_out@1 <- 0", "lies inside of"),
+    (_SKIPS, 0, "%1 = read layers.2.resid_post@0 : f32[B,P,48]\n" + _SKIP.replace("%0", "0"), "does not exist"),
+    (
+        "nothing_travels_backwards",
+        1,
+        "%0 = read layers.2.mlp_out@0 : f32[B,P,48]\n" + _SKIP,
+        "written from layers.2.mlp_out",
     ),
     ("one_site_has_one_type", 1, _H + "%1 = read layers.1.resid_post@0 : f32[B,P,47]", "read as"),
     (_TYPES, 1, _H + "%1 = call torch.tanh(%0) : f32[B,P,47]", "it gives f32[B,P,48]"),

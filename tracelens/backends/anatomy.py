@@ -12,6 +12,7 @@ from torch import nn
 from tracelens.backends.architectures import FAMILIES, FAMILY_OF
 from tracelens.backends.base import Family, Side, Tap
 from tracelens.backends.module_sides import ModuleSides, language_model_passes
+from tracelens.backends.replacing import needed_in_generation, replacement
 from tracelens.errors import (
     AbsentSiteError,
     SeveralDevicesError,
@@ -63,6 +64,7 @@ class ModelAnatomy:
         self._modules: dict[str, nn.Module] = {}
         self._types: dict[str, tuple[torch.dtype, TensorType]] = {}
         self._paths: dict[int, tuple[weakref.ref[torch.Tensor], str | None]] = {}
+        self._points: dict[tuple[str, str], list[Site]] | None = None
         self.sides = ModuleSides(model, lambda: language_model_passes(model), self._hook_points)
         self._check_layout()
         self._check_one_device()
@@ -171,6 +173,19 @@ class ModelAnatomy:
         if known is None:
             known = self._modules[path] = self.model.get_submodule(path)
         return known
+
+    def begins(self, site: Site) -> ModuleSite:
+        """The moment before the module that makes a site; :class:`ReplacementError` where none can be left out."""
+        return replacement(self, site).begins
+
+    def needed_in_generation(self, path: str) -> str | None:
+        return needed_in_generation(self, path)
+
+    def named_at(self, path: str, side: str) -> list[Site]:
+        """The named sites at a side of a module."""
+        if self._points is None:
+            self._points = self._hook_points()
+        return self._points.get((path, side), [])
 
     # --- parameters --------------------------------------------------------------------------------------------
 

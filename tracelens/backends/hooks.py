@@ -27,6 +27,7 @@ class Seat:
         self.run: Any = None
         """The run that holds the lock."""
         self._handles: list[RemovableHandle] = []
+        self._standing: list[tuple[nn.Module, Any]] = []
         self._frozen: list[nn.Parameter] = []
         self._forwards = 0
 
@@ -43,6 +44,17 @@ class Seat:
         """Calls ``hook(module, args, output)`` after the module's forward."""
         self._handles.append(module.register_forward_hook(hook))
 
+    def stand_in(
+        self, module: nn.Module, standing_in: Callable[[Callable[..., Any]], Callable[..., Any]]
+    ) -> None:
+        """Calls ``standing_in(own)`` in place of the module's own forward, until :meth:`clear`."""
+        attributes = vars(module)
+        # Others may have given this one module a forward of its own: accelerate does, and so may the user.
+        had = attributes.get("forward", _NONE)
+        forward = standing_in(module.forward)
+        self._standing.append((module, had))
+        attributes["forward"] = forward
+
     def freeze(self, model: nn.Module) -> None:
         """Keeps the parameters out of autograd's graph, until :meth:`clear`."""
         for parameter in model.parameters():
@@ -51,7 +63,15 @@ class Seat:
                 parameter.requires_grad_(False)
 
     def clear(self) -> None:
-        """Takes all hooks off, and makes the frozen parameters what they were."""
+        """Takes all hooks off, and makes forwards and frozen parameters what they were."""
+        standing = self._standing
+        while standing:
+            module, had = standing[-1]
+            if had is _NONE:
+                vars(module).pop("forward", None)
+            else:
+                vars(module)["forward"] = had
+            standing.pop()
         frozen = self._frozen
         while frozen:
             frozen[-1].requires_grad_(True)
@@ -69,6 +89,7 @@ def watch(modules: Iterable[nn.Module], before: PreHook, after: PostHook) -> Non
         module.register_forward_hook(after)
 
 
+_NONE = object()
 _seats: weakref.WeakKeyDictionary[nn.Module, Seat] = weakref.WeakKeyDictionary()
 _registry = threading.Lock()
 

@@ -19,6 +19,8 @@ from tracelens.backends.differentiate import gradients_of, with_autograd
 from tracelens.backends.execute import State
 from tracelens.backends.hooks import Seat, seat_of
 from tracelens.backends.module_hooks import ModuleHook
+from tracelens.backends.replacing import replacement
+from tracelens.backends.stand_in import StandIn, missed
 from tracelens.errors import (
     ModelClosedError,
     NestedTraceError,
@@ -29,7 +31,7 @@ from tracelens.errors import (
 )
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import INPUT, ModuleSite
-from tracelens.ir.ops import Call, IndexPut, results
+from tracelens.ir.ops import Call, IndexPut, Write, results
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 from tracelens.location import here
@@ -81,7 +83,7 @@ class LocalCode:
     graph: Graph
     program: Program
     before: Body | None
-    hooks: tuple[_Hook | ModuleHook, ...]
+    hooks: tuple[_Hook | ModuleHook | StandIn, ...]
     count: int
     seat: Seat
     differentiates: bool
@@ -127,7 +129,8 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
             _, tap, path = anatomy.tap(block.site)
             points.setdefault((path, Tap("", tap.side, tap.key)), []).append(block)
     seat = seat_of(anatomy.model)
-    hooks: list[_Hook | ModuleHook] = []
+    hooks: list[_Hook | ModuleHook | StandIn] = []
+    standing: dict[str, StandIn] = {}
     for point, blocks in points.items():
         path, tap = _ends(point) if isinstance(point, ModuleSite) else point
         code = HookCode(
@@ -139,13 +142,23 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
             any(block.writes for block in blocks),
             program.stop is not None and program.stop in {block.site for block in blocks},
         )
-        if isinstance(point, ModuleSite):
+        if isinstance(point, ModuleSite) and blocks[0].stands_in:
+            if path not in standing:
+                standing[path] = StandIn(code.module, path, seat)
+                hooks.append(standing[path])
+            standing[path].calls[point.call or 0] = (code, replacement(anatomy, _written(blocks[0]).site))
+        elif isinstance(point, ModuleSite):
             calls, copies = anatomy.sides.calls_of(point), anatomy.sides.leaf(point).mutated
             hooks.append(ModuleHook(code, seat, calls=calls, copies=copies))
         else:
             hooks.append(_Before(code, seat) if tap.side is Side.IN else _After(code, seat))
     count, differentiates = graph.next_value, bool(gradients)
     return LocalCode(graph, program, before, tuple(hooks), count, seat, differentiates, tuple(shapes))
+
+
+def _written(block: Block) -> Write:
+    """The write of what a module that is not run would have returned."""
+    return next(step.op for step in block.steps if isinstance(step.op, Write))
 
 
 def _ends(site: ModuleSite) -> tuple[str, Tap]:
@@ -327,11 +340,8 @@ class Run:
     def _require_reached(self) -> None:
         """A pass must have come by every site that is named by a module's path before it ended."""
         for hook in self.code.hooks:
-            if isinstance(hook, ModuleHook) and hook.fired != self.forward_number:
-                raise SiteMismatchError(
-                    f"the forward pass ended without reaching {hook.site}, although it did when it was learned which "
-                    "modules are called"
-                )
+            if isinstance(hook, ModuleHook | StandIn) and (what := hook.missed(self)):
+                raise missed(what)
 
     def before_only(self, sizes: Mapping[str, int]) -> None:
         """For programs that need no site at all."""

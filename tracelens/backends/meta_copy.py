@@ -26,10 +26,12 @@ def meta_copy(model: nn.Module) -> nn.Module:
                 _replace_tensors(held, memo)
     copied = copy.deepcopy(model, memo)
     for module in copied.modules():
-        own = vars(module).get("_old_forward")
-        if own is not None:
-            # accelerate wraps forward to move weights and inputs between devices, and there are none here.
-            vars(module)["forward"] = own
+        forward = vars(module).get("forward")
+        if forward is not None and getattr(forward, "__self__", None) is not module:
+            # A function knows the module that it was made for, not this one, and runs that one's weights: accelerate's
+            # moves them between devices, of which there is only one here. What the class says has the same shapes; a
+            # run in which it had not would fail at the first tensor of another.
+            del vars(module)["forward"]
     return copied
 
 

@@ -58,6 +58,10 @@ class ModuleHook:
         else:
             self.seat.after(self.code.module, self.after)
 
+    def missed(self, run: Run) -> str | None:
+        """What a pass that has ended should have come by, and did not."""
+        return None if self.fired == run.forward_number else str(self.site)
+
     def before(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         run = self._due()
         if run is None:

@@ -7,6 +7,7 @@ depends on the model, so a site of this kind says it itself: after which named s
 from __future__ import annotations
 
 import json
+from collections.abc import Collection
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -26,7 +27,7 @@ class ModuleSite(Site):
 
     ``call``: which call of the module in a forward pass, where there are several. ``after``: the last named site that
     the pass reaches before it (``None``: there is none), ``number``: counts the tensors of modules from there on.
-    ``amid``: the site lies among named sites of one level, and can exchange values with none of them.
+    ``amid``: the site lies among named sites of one level.
     """
 
     path: str = ""
@@ -49,6 +50,11 @@ class ModuleSite(Site):
         return f"{self.name} {'amid' if self.amid else 'after'} {after}+{self.number}"
 
     @property
+    def module(self) -> str:
+        """The call of the module, as one writes it."""
+        return f"module({json.dumps(self.path)})" + ("" if self.call is None else f".call({self.call})")
+
+    @property
     def problem(self) -> str | None:
         """What is wrong with the site as it stands, whatever the model."""
         if self.number < 1 or (self.call is not None and self.call < 0):
@@ -66,7 +72,7 @@ class ModuleSite(Site):
 
     @property
     def order(self) -> Order:
-        """The site's place in the forward pass; sites with equal orders cannot feed each other."""
+        """The site's place in the forward pass, which :attr:`sequence` refines."""
         base = (self.step or 0, *_START) if self.after is None else self.after.order
         return base if self.amid else (*base, self.number)
 
@@ -99,3 +105,14 @@ def module_site(
     which = "" if call is None else f".call({call})"
     name = f"module({json.dumps(path)}){which}.{word}{keys}"
     return ModuleSite(name, path=path, side=side, key=key, call=call, after=after, number=number, amid=amid)
+
+
+def can_travel(sites: Collection[Site], target: Site) -> bool:
+    """Can values of sites of ``target``'s own order reach it?
+
+    Named sites of one level feed each other in no model. Where a module's side comes among them, the model knows.
+    """
+    return bool(sites) and all(
+        site.sequence < target.sequence and (isinstance(target, ModuleSite) or isinstance(site, ModuleSite))
+        for site in sites
+    )

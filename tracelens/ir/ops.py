@@ -12,6 +12,7 @@ from enum import Enum
 from types import EllipsisType
 
 from tracelens.ir.dims import Sym
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import Site
 from tracelens.ir.types import DType, TensorType
 
@@ -154,11 +155,16 @@ class IndexPut:
 
 @dataclass(frozen=True, slots=True)
 class Write:
-    """Replaces a site's value, making version ``version``; broadcast to the site's shape, cast once to its dtype."""
+    """Replaces a site's value, making version ``version``; broadcast to the site's shape, cast once to its dtype.
+
+    ``instead``: the module that makes the site is not run, and the value takes the place of what it would have
+    returned. It is the moment before the module, at which the value has to be there.
+    """
 
     site: Site
     version: int
     value: Ref | Scalar
+    instead: ModuleSite | None = None
 
 
 class Keep(Enum):
@@ -201,6 +207,11 @@ class Grad:
 
 
 Op = Const | Param | Read | Call | Index | IndexPut | Write | Save | Apply | Grad
+
+
+def moment(op: Read | Write) -> Site:
+    """The site at which an operation on a site is done: the site itself, or the moment before a module not run."""
+    return op.instead if isinstance(op, Write) and op.instead is not None else op.site
 
 
 def results(op: Op) -> tuple[tuple[int, TensorType], ...]:

@@ -69,7 +69,12 @@ def _op(line: Line) -> Op:
         line.take()
         site, version = _versioned(line)
         line.take("<-")
-        return _end(line, Write(site, version, _scalar_or_ref(line)))
+        value = _scalar_or_ref(line)
+        instead = None
+        if line.accept("instead"):
+            line.take("of")
+            instead = _module_site(line)
+        return _end(line, Write(site, version, value, instead))
     if line.next == "save":
         line.take()
         return _end(line, _save(line))

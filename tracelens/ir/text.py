@@ -70,7 +70,8 @@ def op_text(op: Op) -> str:
         case IndexPut():
             return f"%{op.out} = put %{op.base}[{index_text(op.index)}] <- {arg_text(op.value)} : {op.type}"
         case Write():
-            return f"write {op.site.text}@{op.version} <- {arg_text(op.value)}"
+            instead = "" if op.instead is None else f" instead of {op.instead.text}"
+            return f"write {op.site.text}@{op.version} <- {arg_text(op.value)}{instead}"
         case Save():
             values = ", ".join(f"%{value}" for value in op.values)
             options = " device=keep" if op.keep is Keep.DEVICE else ""

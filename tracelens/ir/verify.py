@@ -11,8 +11,8 @@ from collections.abc import Callable, Iterator
 from tracelens.errors import TracelensError, VerificationError
 from tracelens.ir.gradients import is_one_number, site_read, sources
 from tracelens.ir.graph import Graph
-from tracelens.ir.module_sites import ModuleSite
-from tracelens.ir.ops import Const, Grad, Read, Save, Write, operands, results
+from tracelens.ir.module_sites import INPUT, ModuleSite, can_travel
+from tracelens.ir.ops import Const, Grad, Read, Save, Write, moment, operands, results
 from tracelens.ir.retype import retype, site_types, sizes_of
 from tracelens.ir.sites import AFTER_ALL, KIND, Effect, Order, Scope, Site
 from tracelens.ir.types import TensorType
@@ -89,11 +89,35 @@ def nothing_travels_backwards(graph: Graph) -> Iterator[Complaint]:
                 origin = (origin[0], origin[1] | other[1])
         if isinstance(op, Write) and origin is not None:
             order, sites = origin
-            if not (order < op.site.order or sites == frozenset((op.site,))):
+            target = moment(op)
+            reached = order < target.order or (order == target.order and can_travel(sites, target))
+            if not reached and (op.instead is not None or sites != frozenset((op.site,))):
                 late = ", ".join(sorted(map(str, sites))) or "a gradient"
                 yield number, f"{op.site} is written from {late}, which is not reached before it"
         if origin is not None:
             latest.update(dict.fromkeys((value for value, _ in results(op)), origin))
+
+
+def modules_that_are_not_run_are_left_alone(graph: Graph) -> Iterator[Complaint]:
+    """What would have been made inside of one, or by it, does not exist."""
+    stood_in = [op for op in graph.writes if op.instead is not None]
+    for number, op in enumerate(graph.ops):
+        if not isinstance(op, Read | Write):
+            continue
+        if isinstance(op, Write) and op.instead is not None:
+            begins = op.instead
+            if begins.side != INPUT or begins.key or begins.number < 1:
+                yield number, f"{begins.text} is not the moment before a module"
+            elif not begins.sequence < op.site.sequence:
+                yield number, f"{op.site} does not come after {begins}"
+            if op.version != 1:
+                yield number, f"{op.site} is written before the module that makes it is replaced"
+        for write in stood_in:
+            assert write.instead is not None
+            if write.instead.sequence < op.site.sequence < write.site.sequence:
+                yield number, f"{op.site} lies inside of {write.instead.module}, which is not run"
+            elif isinstance(op, Read) and op.site == write.site and op.version == 0:
+                yield number, f"{op.site}@0 does not exist: {write.instead.module} is not run"
 
 
 def types_are_what_the_functions_give(graph: Graph) -> Iterator[Complaint]:
@@ -186,6 +210,7 @@ _STRUCTURE: tuple[Rule, ...] = (values_are_assigned_once, values_are_defined_bef
 _MEANING: tuple[Rule, ...] = (
     versions_count_the_writes,
     nothing_travels_backwards,
+    modules_that_are_not_run_are_left_alone,
     one_site_has_one_type,
     types_are_what_the_functions_give,
     gradients_are_of_sites,

@@ -70,7 +70,8 @@ def _drop_unseen(graph: Graph) -> Graph:
                 and (op.site, op.version) not in kept_apart
             )
             unseen = op.version < last[op.site] and (op.site, op.version) not in seen
-            dropped = unchanged or unseen
+            # That a module is not run can be seen otherwise than by its output: by the time that it takes.
+            dropped = op.instead is None and (unchanged or unseen)
             new_version[op.site, op.version] = before if dropped else before + 1
             if not dropped:
                 kept.append((number, replace(op, version=before + 1)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Op, Read, Write, operands, results
+from tracelens.ir.ops import Op, Read, Write, moment, operands, results
 from tracelens.ir.passes.rebuild import rebuild
 from tracelens.ir.sites import BEFORE_ALL, Sequence
 
@@ -20,12 +20,12 @@ def moments_of(graph: Graph) -> tuple[Sequence, ...]:
     known: dict[int, Sequence] = {}
     moments: list[Sequence] = []
     for op in graph.ops:
-        moment = max((known[value] for value in operands(op)), default=BEFORE_ALL)
-        moment = max(moment, _own(op))
-        moments.append(moment)
-        known.update(dict.fromkeys((value for value, _ in results(op)), moment))
+        latest = max((known[value] for value in operands(op)), default=BEFORE_ALL)
+        latest = max(latest, _own(op))
+        moments.append(latest)
+        known.update(dict.fromkeys((value for value, _ in results(op)), latest))
     return tuple(moments)
 
 
 def _own(op: Op) -> Sequence:
-    return op.site.sequence if isinstance(op, Read | Write) else BEFORE_ALL
+    return moment(op).sequence if isinstance(op, Read | Write) else BEFORE_ALL

@@ -1,0 +1,111 @@
+"""Which module makes a site, and whether it can be left out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from tracelens.backends.base import Side
+from tracelens.backends.stand_in import unfillable
+from tracelens.backends.survey import ModuleCall
+from tracelens.errors import AbsentSiteError, ReplacementError, VerificationError
+from tracelens.ir.module_sites import OUTPUT, Key, ModuleSite
+from tracelens.ir.ops import Write
+from tracelens.ir.sites import Site
+from tracelens.ir.types import TensorType
+
+if TYPE_CHECKING:
+    from tracelens.backends.anatomy import ModelAnatomy
+
+
+@dataclass(frozen=True, slots=True)
+class Replacement:
+    """A module that need not run: the moment before it, what it returns, and where the site's tensor lies in that."""
+
+    begins: ModuleSite
+    returns: Any
+    key: Key
+    type: TensorType
+
+
+def replacement(anatomy: ModelAnatomy, site: Site) -> Replacement:
+    """What can stand in for the module that makes a site; :class:`ReplacementError` where nothing can."""
+    type_ = anatomy.type_of(site)
+    if isinstance(site, ModuleSite):
+        call, key, needed = anatomy.sides.call_of(site.path, site.call), site.key, True
+        if site.side != OUTPUT:
+            raise ReplacementError(
+                f"{site} is what a module receives, and only what one returns can be replaced",
+                instead=f"model.{site.module}.replace(value), or a write to the input: model.{site} = value",
+            )
+    else:
+        call, key = _made_by(anatomy, site)
+        needed = False  # the family's table says that the site is all that is used of what the module returns
+    reason = unfillable(call, key, alone=not needed)
+    if reason is not None:
+        raise ReplacementError(
+            f"module {call.path!r} cannot be left out, because {reason}, and one tensor is given",
+            instead="a module inside that returns one tensor, or a write to its output",
+        )
+    return Replacement(call.begins, call.returns, key, type_)
+
+
+def _made_by(anatomy: ModelAnatomy, site: Site) -> tuple[ModuleCall, Key]:
+    _, tap, path = anatomy.tap(site)
+    if tap.side is not Side.OUT or getattr(tap, "view", None) is not None:
+        raise ReplacementError(
+            f"{site} is not the whole output of a module, so no module can be left out for it",
+            instead=f"a write: model.layers[i].{site.name} = value; or replace(attn_add=...), replace(mlp_add=...)",
+        )
+    call = anatomy.sides.call_of(path, None)
+    choices: list[Key] = [()] if tap.key is None else []
+    choices.append((0 if tap.key is None else tap.key,))
+    key = next((key for key in choices if key in call.outputs), None)
+    if key is None:
+        raise ReplacementError(f"module {path!r} does not return {site} as its table says")
+    return call, key
+
+
+def output_site(anatomy: ModelAnatomy, call: ModuleCall) -> Site:
+    """The site that a call of a module makes: the named one if there is one, so that it can be read by its name."""
+    if len(call.outputs) != 1:
+        raise ReplacementError(
+            f"module {call.path!r} cannot be left out, because it returns {len(call.outputs)} tensors: one is given",
+            instead="a module inside that returns one tensor, or a write to one of its outputs",
+        )
+    ((key, leaf),) = call.outputs.items()
+    if leaf.site.call is None:
+        for site in sorted(anatomy.named_at(call.path, OUTPUT), key=lambda site: site.sequence):
+            _, tap, _ = anatomy.tap(site)
+            if getattr(tap, "view", None) is None and _made_by(anatomy, site)[1] == key:
+                return site
+    return leaf.site
+
+
+def require_replaceable(anatomy: ModelAnatomy, op: Write) -> None:
+    """Raises where a graph, which may be from elsewhere, replaces what this model cannot leave out."""
+    assert op.instead is not None
+    try:
+        own = replacement(anatomy, op.site).begins
+    except AbsentSiteError as error:
+        raise VerificationError(error.problem) from None
+    if own != op.instead:
+        raise VerificationError(
+            f"this model makes {op.site} by {own.text}; the graph replaces {op.instead.text}",
+            instead="a graph that was recorded for this model",
+        )
+
+
+def needed_in_generation(anatomy: ModelAnatomy, path: str) -> str | None:
+    """Why a module cannot be left out in generation, if it cannot.
+
+    The lengths of the cache are asked of one layer for each kind of attention, and a layer that is left out stores
+    nothing: later steps would count their positions from zero.
+    """
+    kinds: list[str] = getattr(anatomy.config, "layer_types", None) or []
+    asked = sorted({0, *(kinds.index(kind) for kind in set(kinds))} & set(range(anatomy.n_layers)))
+    for layer in asked:
+        attention = anatomy.module_path(anatomy.family.taps["attn_in"], layer)
+        if not path or attention == path or attention.startswith(path + "."):
+            return f"the attention of layer {layer} tells all others how much is in the cache"
+    return None
