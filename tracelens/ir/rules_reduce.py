@@ -105,6 +105,8 @@ def reduction(sizing: Sizing, name: str, args: tuple[AbstractArg, ...], kwargs: 
     bound = bind(_SIGNATURES[name], args, kwargs)
     value = tensor(bound)
     if isinstance(bound.get("dim"), bool):
+        if "unbiased" not in _SIGNATURES[name]:
+            raise Defer  # no axis, whatever Python says of True and 1
         bound["unbiased"] = bound.pop("dim")  # std(x, False)
     if "keepdim" in bound and "dim" not in bound:
         raise Defer  # which some functions allow and others do not
