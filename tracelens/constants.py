@@ -56,14 +56,19 @@ class Captured:
 def capture(value: torch.Tensor | np.ndarray | np.generic, name: str | None = None) -> Captured:
     """The constant that ``value`` becomes in a graph.
 
-    Raises :class:`DtypeError` for dtypes that a graph does not know and for float64 numpy arrays, which are nearly
-    always float32 numbers that numpy widened on the way.
+    Raises :class:`DtypeError` for dtypes that a graph does not know, for tensors without numbers, and for float64
+    numpy arrays, which are nearly always float32 numbers that numpy widened on the way.
     """
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_quantized:
             raise DtypeError(
                 f"a {value.layout} tensor cannot be used in a trace",
                 instead="use a dense tensor: x.to_dense()",
+            )
+        if value.is_meta:
+            raise DtypeError(
+                "a tensor on the meta device has no numbers, so it cannot be used in a trace",
+                instead="a tensor with numbers: torch.zeros(shape)",
             )
         kind = TensorType(dtype_of(value.dtype), tuple(value.shape))
         # Inference tensors keep no version; a copy is the only way to be sure of their numbers.

@@ -106,6 +106,7 @@ class Draft:
             None if self.prompt is None else tuple(self.prompt.sizes.items()),
             self.generating,
             self.anatomy.dtype,
+            self.anatomy.vocabulary,
             torch.get_default_dtype(),
         )
         return self._known.start(kind)

@@ -61,8 +61,14 @@ class Blaming:
             error.at = self.location
 
 
+_LONGEST = 160
+"""Of a source line, in characters: a longer one (data, generated code) would hide the message."""
+
+
 def _quoted(role: str, location: Location) -> str:
     text = location.text
+    if len(text) > _LONGEST:
+        text = text[:_LONGEST] + " ..."
     return f"  {role} {location}" + (f"\n      {text}" if text else "")
 
 

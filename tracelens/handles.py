@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import lru_cache
-from typing import Any, Protocol, cast, overload
+from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast, overload
 
 import numpy as np
 
@@ -22,8 +22,9 @@ from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import CANONICAL, GLOBAL_KINDS, KIND, LAYER_KINDS, Scope, Site, near
 from tracelens.location import here
 from tracelens.mapped import MappedValue, each_layer, slice_text
-from tracelens.open_recordings import open_recorder
+from tracelens.open_recordings import open_recorder, open_recorders
 from tracelens.operand import Operand
+from tracelens.porting import elsewhere_called
 from tracelens.recorder import Recorder
 from tracelens.refusing import one_layer_only, parameter_target
 from tracelens.subject import Anatomy
@@ -46,6 +47,13 @@ class Described(Anatomy, Protocol):
 def recorder_of(anatomy: Anatomy, what: str) -> Recorder:
     """The open recording of the model; :class:`NoTraceError` outside a block."""
     recorder = open_recorder(anatomy)
+    if recorder is None and (others := open_recorders()):
+        raise NoTraceError(
+            f"{what} was used in a block of another model; no block of its own model is open",
+            at=here(),
+            also=(("the open block was opened at", others[0].opened),),
+            instead="the model of the open block, or a block of its own: with its_model.trace(prompt) as t: ...",
+        )
     if recorder is None:
         raise NoTraceError(
             f"{what} was used outside a block, where there is nothing to read or change",
@@ -183,7 +191,18 @@ class Layers:
     __slots__ = ("_handles",)
 
     def __init__(self, anatomy: Described) -> None:
-        self._handles = tuple(LayerHandle(anatomy, index) for index in range(anatomy.n_layers))
+        handles = tuple(LayerHandle(anatomy, index) for index in range(anatomy.n_layers))
+        object.__setattr__(self, "_handles", handles)
+
+    if not TYPE_CHECKING:  # type checkers know the attributes that there are
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            raise _of_which_layer(name)
+
+    def __setattr__(self, name: str, new: Any) -> None:
+        raise _of_which_layer(name)
 
     @overload
     def __getitem__(self, key: int) -> LayerHandle: ...
@@ -274,6 +293,17 @@ class Layers:
         return f"model.layers (0 to {len(self) - 1})"
 
 
+def _of_which_layer(name: str) -> UnknownSiteError:
+    """The error for ``model.layers.<name>``, which does not say which layers are meant."""
+    if name not in _LAYER_NAMES:
+        return _unknown(name, "model.layers[i]", tuple(_LAYER_NAMES))
+    return UnknownSiteError(
+        f"model.layers.{name} does not say which layers are meant",
+        at=here(),
+        instead=f"model.layers[:].{name} for all layers, model.layers[3].{name} for one",
+    )
+
+
 def _written(key: Any) -> str:
     """A choice of layers as one writes it: ``2:10``."""
     if not isinstance(key, slice):
@@ -299,6 +329,9 @@ def global_site(name: str) -> Site | None:
 def _unknown(name: str, owner: str, names: tuple[str, ...]) -> UnknownSiteError:
     if name in ON_LAYERS:
         return not_yet(f"{owner}.{name}", ON_LAYERS[name])
+    ported = elsewhere_called(name, owner)
+    if ported is not None:
+        return UnknownSiteError(f"{owner} has no site {name!r}", at=here(), instead=ported)
     candidates = near(name, names)
     elsewhere = "model." + name if name in _GLOBAL_NAMES else None
     return UnknownSiteError(

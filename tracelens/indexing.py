@@ -10,12 +10,14 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
+from tracelens.advice import instead_of_mask
 from tracelens.errors import DynamicShapeError, IndexingError, ShapeError, SymbolicSizeError
 from tracelens.ir import dims
 from tracelens.ir.ops import WHOLE, IndexItem, Ref, Slice
 from tracelens.ir.types import DType
 from tracelens.location import here
 from tracelens.operand import Operand
+from tracelens.subject import spelling
 
 if TYPE_CHECKING:
     from tracelens.values import Value
@@ -56,7 +58,7 @@ def _item(value: Value, item: Any, axis: int) -> list[IndexItem]:
             raise DynamicShapeError(
                 "indexing with a mask that is computed in the trace gives a shape that depends on the data",
                 at=here(),
-                instead="tl.where(mask, value, 0), or a concrete mask",
+                instead=instead_of_mask(here(), _spelt(value), value.ndim - item.ndim),
             )
         return [Ref(value._recorder.own(item))]
     if isinstance(item, list | range):
@@ -74,6 +76,11 @@ def _item(value: Value, item: Any, axis: int) -> list[IndexItem]:
             return [Ref(value._recorder.constant(part)) for part in item.nonzero(as_tuple=True)]
         return [Ref(value._recorder.constant(item))]
     raise _no_index(item)
+
+
+def _spelt(value: Value) -> str | None:
+    """The site that the value is, whatever the user called it."""
+    return None if value._site is None else spelling(value._site)
 
 
 def _no_index(item: object) -> IndexingError:

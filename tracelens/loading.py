@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import nn
 
+from tracelens.errors import OptionError
+from tracelens.location import here
 from tracelens.model import Model
 from tracelens.pretrained import SOURCES, embedded_model
 
@@ -24,9 +26,12 @@ def load(
     ``weights=False`` reads only the configuration: sites, shapes and recordings are there, running is refused.
     ``dtype``: the dtype of the weights, as transformers takes it. ``options`` go to ``from_pretrained``.
 
-    Raises :class:`~tracelens.errors.UnknownArchitectureError` for families without a table, and what transformers
-    raises where a model cannot be found.
+    Raises :class:`~tracelens.errors.UnknownArchitectureError` for families without a table,
+    :class:`~tracelens.errors.OptionError` for a folder that is not there, and what transformers raises where a model
+    cannot be found on the hub.
     """
+    if isinstance(name, Path) or name.startswith((".", "/", "~")):
+        _require_folder(Path(name))
     from transformers import AutoConfig, AutoModelForCausalLM
 
     embedded = str(name) in SOURCES
@@ -40,6 +45,16 @@ def load(
     if embedded:
         found.config.name_or_path = str(name)  # not the folder in the cache, whose name has a version of ours
     return Model(found, _tokenizer(source))
+
+
+def _require_folder(folder: Path) -> None:
+    """What transformers says of a missing folder speaks of names on a hub."""
+    if not folder.is_dir():
+        raise OptionError(
+            f"there is no folder {str(folder)!r} (looked for in {str(Path.cwd())!r})",
+            at=here(),
+            instead='the folder of a saved model, or a name: tl.load("smollm2-135m"), tl.load("Qwen/Qwen3-4B")',
+        )
 
 
 def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Model:

@@ -91,3 +91,15 @@ def here() -> Location:
             return Location(filename, frame.f_lineno, code.co_name)
         frame = frame.f_back
     return NOWHERE
+
+
+def raised_at(error: BaseException) -> Location | None:
+    """The innermost of the user's lines that an exception came through."""
+    found: Location | None = None
+    step = error.__traceback__
+    while step is not None:
+        code = step.tb_frame.f_code
+        if not _internal(code.co_filename):
+            found = Location(code.co_filename, step.tb_lineno, code.co_name)
+        step = step.tb_next
+    return found

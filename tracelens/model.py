@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
@@ -91,7 +92,18 @@ class Model:
             single = False
         if options.get("num_return_sequences", 1) != 1:
             single = False
-        settings: dict[str, Any] = {"do_sample": False, **options, "max_new_tokens": max_new_tokens}
+        if options.get("return_dict_in_generate"):
+            raise OptionError(
+                "return_dict_in_generate=True is not an option of model.generate, which keeps the new tokens alone",
+                at=here(),
+                instead="t.tokens and t.text; or model.hf.generate for what transformers itself returns",
+            )
+        settings: dict[str, Any] = {
+            "do_sample": False,
+            "return_dict_in_generate": False,
+            **options,
+            "max_new_tokens": max_new_tokens,
+        }
         if settings["do_sample"] is False:
             # Sampling settings of the model's own generation_config do not belong to a greedy run (and warn).
             for name in ("temperature", "top_p", "top_k"):
@@ -122,7 +134,7 @@ class Model:
                 self._tokenizer,
                 max_positions=limit,
                 room=room,
-                vocab_size=self.anatomy.widths["V"],
+                vocab_size=self.anatomy.vocabulary,
                 pad_id=self._pad_id,
             )
         except TracelensError as error:
@@ -244,6 +256,11 @@ class Model:
         if site is None:
             raise no_target(name, _PUBLIC)
         recorder_of(self.anatomy, f"model.{name}").write(site, new)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        # The weights are copied; what was compiled for the original and its tokenizer, which nobody changes, are not.
+        found = memo[id(self)] = Model(copy.deepcopy(self._hf, memo), self._tokenizer)
+        return found
 
     def __dir__(self) -> list[str]:
         present = [kind.name for kind in GLOBAL_KINDS if self.anatomy.has(Site(kind.name))]

@@ -14,6 +14,7 @@ from typing import Any, NoReturn, cast
 import numpy as np
 import torch
 
+from tracelens.advice import instead_of_branching, instead_of_len, instead_of_number
 from tracelens.errors import (
     InPlaceError,
     TracelensError,
@@ -223,30 +224,22 @@ class Operand:
     def __bool__(self) -> bool:
         if not self._is_recording():
             return bool(self._result())
-        return self._branch(
-            "branching on", "tl.where(condition, a, b), or two traces with a Python `if` between them"
-        )
+        return self._branch("branching on", instead_of_branching(here()))
 
     def __float__(self) -> float:
         if not self._is_recording():
             return float(self._result())
-        return self._branch(
-            "float() of", "compute with the value itself; .save() it to see the number after the block"
-        )
+        return self._branch("float() of", instead_of_number(here(), _ITSELF))
 
     def __int__(self) -> int:
         if not self._is_recording():
             return int(self._result())
-        return self._branch(
-            "int() of", "compute with the value itself; .save() it to see the number after the block"
-        )
+        return self._branch("int() of", instead_of_number(here(), _ITSELF))
 
     def __complex__(self) -> complex:
         if not self._is_recording():
             return complex(self._result())
-        return self._branch(
-            "complex() of", "compute with the value itself; .save() it to see the number after the block"
-        )
+        return self._branch("complex() of", instead_of_number(here(), _ITSELF))
 
     def __round__(self, digits: int = 0) -> Any:
         if not self._is_recording():
@@ -278,7 +271,7 @@ class Operand:
     def __len__(self) -> int:
         if not self._is_recording():
             return len(self._result())
-        return self._branch("len() of", "value.shape[0]; and the value itself instead of torch.tensor(value)")
+        return self._branch("len() of", instead_of_len(here()))
 
     def __iter__(self) -> Any:
         if not self._is_recording():
@@ -321,6 +314,8 @@ class Operand:
     def _has_result(self) -> bool:
         raise TypeError("Operand is abstract")
 
+
+_ITSELF = "compute with the value itself; .save() it to see the number after the block"
 
 # The functions of numpy behind Python's operators.
 _UFUNCS = {

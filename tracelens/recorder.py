@@ -10,6 +10,8 @@ import weakref
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
+from tracelens.advice import another_name
+from tracelens.destination import require_writable
 from tracelens.draft import Delivery, Draft
 from tracelens.errors import (
     Blaming,
@@ -276,9 +278,9 @@ class Recorder(Draft):
             )
         if name is None:
             name = f"#{len(self.saves)}"
-        elif not isinstance(name, str) or name.startswith("#"):  # pyright: ignore[reportUnnecessaryIsInstance]
+        elif not isinstance(name, str) or not name or name.startswith("#"):  # pyright: ignore[reportUnnecessaryIsInstance]
             raise OptionError(
-                f"{name!r} is not a name for a saved value: a name is a text that does not begin with #",
+                f"{name!r} is not a name for a saved value: a name is a text, not empty, that does not begin with #",
                 at=location,
                 instead='value.save("name")',
             )
@@ -287,8 +289,11 @@ class Recorder(Draft):
                 f"the name {name!r} is used by two saves of this trace",
                 at=location,
                 also=(("first used at", self.saves[name]),),
-                instead=f'another name, such as "{name}_2"',
+                instead=another_name(name, self.saves[name], location),
             )
+        if to is not None:
+            with Blaming(location):
+                require_writable(to)
         self.saves[name] = location
         key = (name, values, stacked, keep is Keep.CPU, dtype, to)
         step = self._at.next.get(key) or self._add(key, Save(name, values, stacked, keep, dtype, to))

@@ -22,7 +22,7 @@ from tracelens.errors import (
 from tracelens.ir.functions import nearest
 from tracelens.ir.infer import refusal_of
 from tracelens.ir.refused import Reason
-from tracelens.location import frames_inside, here
+from tracelens.location import frames_inside, here, raised_at
 
 _ERRORS: dict[Reason, type[TracelensError]] = {
     Reason.IN_PLACE: InPlaceError,
@@ -105,6 +105,30 @@ def module_called() -> str | None:
     return f"the module {type(found).__name__}"
 
 
+def module_that_failed(error: Exception) -> UnsupportedFunctionError | None:
+    """The error for a module that was called on a value and stumbled over it; ``None`` if none was."""
+    step = error.__traceback__
+    while step is not None:
+        frame = step.tb_frame
+        owner, given = frame.f_locals.get("self"), frame.f_locals.get("args")
+        if isinstance(owner, nn.Module) and isinstance(given, tuple) and any(map(_is_operand, given)):
+            return UnsupportedFunctionError(
+                f"the module {type(owner).__name__} cannot be recorded in a graph: on a value it raised "
+                f"{type(error).__name__}: {error}",
+                at=raised_at(error),
+                instead=(
+                    "tl.apply(module, value, like=value) runs the module on the real tensors; where it needs more "
+                    "arguments or returns a tuple: tl.apply(lambda h: module(h, ...)[0], value)"
+                ),
+            )
+        step = step.tb_next
+    return None
+
+
+def _is_operand(given: object) -> bool:
+    return getattr(type(given), "is_value", False) or getattr(type(given), "is_per_layer", False)
+
+
 def parameter_target(what: str) -> WriteTargetError:
     """The error for assigning to a parameter, or into one."""
     return WriteTargetError(
@@ -129,11 +153,13 @@ def one_layer_only(thing: object) -> LayerMappingError:
 def failed_block(failure: BaseException | None, what: str) -> FailedRunError:
     """The error for asking a block that ended in ``failure`` for something."""
     known = isinstance(failure, TracelensError)
-    words = failure.problem if known else f"{type(failure).__name__}: {failure}"
+    said = str(failure)
+    words = failure.problem if known else type(failure).__name__ + (f": {said}" if said else "")
+    failed_at = (failure.at if known else None) or (None if failure is None else raised_at(failure))
     error = FailedRunError(
         f"the block failed, so there is no {what}: {words}",
         at=here(),
-        also=(("it failed at", failure.at),) if known and failure.at is not None else (),
+        also=(("it failed at", failed_at),) if failed_at is not None else (),
         instead="a new block, once the cause is mended",
     )
     error.__cause__ = failure

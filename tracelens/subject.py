@@ -27,6 +27,11 @@ class Anatomy(Protocol):
         """The dtype of the residual stream."""
         ...
 
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids."""
+        ...
+
     def type_of(self, site: Site) -> TensorType:
         """The site's type; raises :class:`AbsentSiteError` where the family lacks it."""
         ...

@@ -86,7 +86,7 @@ class Tokens:
             raise DynamicShapeError(
                 f"tokens cannot be addressed with {key!r}, whose numbers do not exist before the run",
                 at=here(),
-                instead="tl.where(mask, value, other), or a concrete mask or index",
+                instead="site = tl.where(mask, new, site) to write where the mask holds; or a concrete mask or index",
             )
         selector = _selector(key)
         if recorder.prompt is not None and not recorder.generating:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 import torch
 
+from tracelens.advice import in_generation
 from tracelens.backends.local import Run, running_device
 from tracelens.backends.transfer import inputs_on
 from tracelens.coming import ON_BLOCKS, not_yet
@@ -32,7 +33,7 @@ from tracelens.open_recordings import enter, leave, open_recorder
 from tracelens.plan import Plan
 from tracelens.prompted import Prompt
 from tracelens.recorder import Recorder
-from tracelens.refusing import failed_block
+from tracelens.refusing import failed_block, module_that_failed
 from tracelens.results import Results
 
 if TYPE_CHECKING:
@@ -88,6 +89,11 @@ class Recording:
             # The recording is discarded: nothing runs, and the user's own exception goes on.
             recorder.is_open = False
             recorder.failure = error
+            if isinstance(error, TracelensError):
+                if recorder.generating:
+                    in_generation(error)
+            elif isinstance(error, Exception) and (module := module_that_failed(error)) is not None:
+                raise module from error
             return
         try:
             self._graph = recorder.finish()

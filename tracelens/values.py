@@ -12,12 +12,14 @@ import torch
 from tracelens.draft import Delivery
 from tracelens.errors import (
     BlockEndedError,
+    DtypeError,
     NotRunYetError,
     OptionError,
     StaleValueError,
     TracelensError,
     UnsavedValueError,
     UnsupportedFunctionError,
+    ValueAttributeError,
     WriteTargetError,
 )
 from tracelens.indexing import index_of
@@ -42,7 +44,18 @@ from tracelens.tokens import Tokens
 
 @lru_cache(maxsize=256)
 def _result_class(name: str, fields: tuple[str, ...]) -> Any:
-    return namedtuple(name, fields)
+    """A tuple with named fields, which says so where it is taken for a value."""
+
+    def missing(self: Any, wanted: str) -> Any:
+        if wanted.startswith("_"):
+            raise AttributeError(wanted)
+        raise ValueAttributeError(
+            f"{name} gives several values, {' and '.join(fields)}, and together they have no {wanted!r}",
+            at=here(),
+            instead=" or ".join(f".{field}.{wanted}" + "(...)" * (wanted == "save") for field in fields),
+        )
+
+    return type(name, (namedtuple(name, fields),), {"__slots__": (), "__getattr__": missing})
 
 
 class Value(Operand):
@@ -375,6 +388,13 @@ def save_dtype(dtype: torch.dtype | None) -> DType | None:
     """The ``dtype`` that a save was given; raises :class:`DtypeError` for what is none."""
     if dtype is None:
         return None
+    if isinstance(dtype, str):
+        known = isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype)
+        raise DtypeError(
+            f"dtype={dtype!r} is a text, and a save takes a dtype of torch",
+            at=here(),
+            instead=f"dtype=torch.{dtype.removeprefix('torch.')}" if known else "dtype=torch.float32",
+        )
     try:
         return dtype_of(dtype)
     except TracelensError as error:

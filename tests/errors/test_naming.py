@@ -42,7 +42,7 @@ model, gpt2 = LLAMA.model, GPT2.model
         ("resid_pots", "resid_post"),
         ("residpost", "resid_post"),
         ("attn_ot", "attn_out"),
-        ("ln1", "model.sites()"),
+        ("ln1", ".attn_norm"),
     ],
 )
 def test_an_unknown_site_of_a_layer(name: str, near: str) -> None:

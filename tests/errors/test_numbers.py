@@ -38,7 +38,7 @@ QUESTIONS = [
     (lambda h: list(h), "iterating over", "value.unbind(0)"),
     (lambda h: sum(h), "iterating over", "value.unbind(0)"),
     (lambda h: [*h], "iterating over", "value.unbind(0)"),
-    (lambda h: len(h), "len() of", "value.shape[0]"),
+    (lambda h: len(h), "len() of", "h.shape[0]"),
     (lambda h: torch.tensor(h), "len() of", "the value itself instead of torch.tensor"),
     (lambda h: float(h), "float() of", ".save()"),
     (lambda h: int(h), "int() of", ".save()"),

@@ -211,8 +211,6 @@ def test_sparse_tensors() -> None:
 @pytest.mark.parametrize(
     "compute",
     [
-        lambda h: h @ torch.ones(D, 3, dtype=torch.float64),
-        lambda h: torch.nn.Linear(D, 3).half()(h),
         lambda h: h & 3,
         lambda h: ~h,
         lambda h: torch.nn.Embedding(D, 3)(h),
@@ -225,7 +223,20 @@ def test_functions_of_dtypes_that_do_not_fit(compute) -> None:
         compute(model.layers[0].resid_post).save()
 
 
-@pytest.mark.parametrize("dtype", ["float16", torch.quint8, float])
+@pytest.mark.parametrize(
+    "compute",
+    [
+        lambda h: h @ torch.ones(D, 3, dtype=torch.float64),
+        lambda h: torch.nn.Linear(D, 3).half()(h),
+    ],
+)
+def test_products_of_several_dtypes(compute) -> None:
+    says, instead = "tensors of one dtype", "tensor.to(value.dtype)"
+    with refused(DtypeError, says, instead=instead, text="lambda h:"), model.trace(IDS):
+        compute(model.layers[0].resid_post).save()
+
+
+@pytest.mark.parametrize("dtype", [torch.quint8, float])
 def test_a_dtype_that_is_none(dtype: Any) -> None:
     with refused(DtypeError, str(dtype), instead="dtype=torch.float32"), model.trace(IDS):
         model.layers[0].resid_post.save(dtype=dtype)  # <-

@@ -68,6 +68,7 @@ class ModelAnatomy:
         self.sides = ModuleSides(model, lambda: language_model_passes(model), self._hook_points)
         self._check_layout()
         self._check_one_device()
+        self._rows = self._embedding.shape[0]
 
     def _check_layout(self) -> None:
         for kind in KINDS:
@@ -144,6 +145,17 @@ class ModelAnatomy:
     def dtype(self) -> torch.dtype:
         """The dtype of the residual stream."""
         return self._embedding.dtype
+
+    @property
+    def vocabulary(self) -> int:
+        """The number of token ids that the model knows now: ``resize_token_embeddings`` may have changed it."""
+        rows = self._embedding.shape[0]
+        if rows != self._rows:
+            self._rows = rows
+            self.widths["V"] = self.config.vocab_size
+            self._types.clear()
+            self._modules.clear()  # transformers puts another unembedding in the place of the old one
+        return self.widths["V"]
 
     @property
     def device(self) -> torch.device:

@@ -151,6 +151,13 @@ def named_error(
     if isinstance(error, NotImplementedError) and not speaks_of_dtypes(words):
         return UnsupportedFunctionError(problem)
     if any(_fits_as(dtype, args, kwargs, trial) for dtype in (DType.FLOAT32, DType.INT64)):
+        found = list(dict.fromkeys(value.dtype for value in values))
+        if len(found) > 1 and all(dtype.is_floating for dtype in found):
+            return DtypeError(
+                f"{call}{f' where {where}' if where else ''}: it takes tensors of one dtype, and here they are "
+                + " and ".join(dtype.value for dtype in found),
+                instead="tensor.to(value.dtype), or value.to(tensor.dtype) for more digits",
+            )
         return DtypeError(problem)
     if isinstance(error, IndexError) or not speaks_of_dtypes(words):
         return ShapeError(problem, instead="shapes that fit: value.shape is known inside the block")

@@ -135,7 +135,7 @@ def _check_index_tensor(base: TensorType, index: AbstractIndex, item: TensorType
     if item.dtype in (DType.BOOL, DType.UINT8):
         raise DynamicShapeError(
             f"{base}{index_text(index)}: how many elements a mask selects depends on the data",
-            instead="tl.where(mask, value, other); or a concrete mask",
+            instead="site = tl.where(mask, new, site) to write where the mask holds; or a concrete mask",
         )
     if item.dtype not in (DType.INT64, DType.INT32):
         raise DtypeError(

@@ -1,0 +1,61 @@
+"""Names of other libraries: each is refused with what it is called here, and that is there."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from tests.errors import GPT2, IDS, LLAMA, refused
+from tracelens.errors import UnknownSiteError
+from tracelens.ir.sites import CANONICAL, GLOBAL_KINDS
+from tracelens.porting import ON_A_LAYER, ON_THE_MODEL
+
+model = LLAMA.model
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("model", "model.hf.model"),
+        ("transformer", "model.hf.transformer"),
+        ("blocks", "model.layers[i].resid_post"),
+        ("run_with_cache", "with model.trace(prompt)"),
+        ("hook_resid_post", "model.layers[i].resid_post"),
+        ("W_U", "model.unembed"),
+    ],
+)
+def test_names_on_the_model(name: str, said: str) -> None:
+    with refused(UnknownSiteError, repr(name), instead=said), model.trace(IDS):
+        getattr(model, name)  # <-
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("output", "model.layers[1].resid_post"),
+        ("save", "model.layers[1].resid_post.save()"),
+        ("hook_resid_post", "model.layers[1].resid_post"),
+        ("self_attn", "model.layers[1].attn_out"),
+        ("mlp", "model.layers[1].mlp_out"),
+    ],
+)
+def test_names_on_a_layer(name: str, said: str) -> None:
+    with refused(UnknownSiteError, repr(name), instead=said), model.trace(IDS):
+        getattr(model.layers[1], name)  # <-
+    with refused(UnknownSiteError, instead=said.replace("[1]", "[0:2]")), model.trace(IDS):
+        getattr(model.layers[0:2], name)  # <-
+
+
+def test_the_table_names_what_there_is() -> None:
+    for hint in ON_A_LAYER.values():
+        sites: list[str] = re.findall(r"(?:\{owner\}|or )\.(\w+)", hint)
+        assert sites
+        assert set(sites) <= CANONICAL.keys()
+    known = {kind.name for kind in GLOBAL_KINDS} | set(dir(model))
+    for name, hint in ON_THE_MODEL.items():
+        assert name not in known, f"model.{name} is there"
+        used = re.findall(r"\bmodel\.(\w+)", hint)
+        assert used
+        assert set(used) <= known, hint
+    assert not ON_A_LAYER.keys() & set(dir(GPT2.model.layers[0]))

@@ -1,0 +1,106 @@
+"""Names that transformers and other libraries have for parts of a model, each with what it is called here."""
+
+from __future__ import annotations
+
+from tracelens.ir.sites import CANONICAL
+
+_RAW = "model.hf.{name}: model.hf is the transformers model"
+_STREAM = "with model.trace(prompt) as t: model.layers[i].resid_post; model.layers holds the layers"
+_HOOKS = "with model.trace(prompt) as t: h = model.layers[i].resid_post.save(), or an assignment to it"
+
+ON_THE_MODEL: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "base_model",
+            "buffers",
+            "children",
+            "cpu",
+            "cuda",
+            "device",
+            "double",
+            "dtype",
+            "eval",
+            "float",
+            "forward",
+            "half",
+            "load_state_dict",
+            "lm",
+            "model",
+            "named_buffers",
+            "named_modules",
+            "named_parameters",
+            "parameters",
+            "requires_grad_",
+            "save_pretrained",
+            "state_dict",
+            "to",
+            "train",
+            "training",
+            "transformer",
+            "zero_grad",
+        ),
+        _RAW,
+    ),
+    **dict.fromkeys(("block", "blocks", "decoder", "encoder", "h", "hidden_states"), _STREAM),
+    **dict.fromkeys(
+        (
+            "add_hook",
+            "activations",
+            "cache",
+            "hook",
+            "hook_dict",
+            "hook_points",
+            "hooks",
+            "inspect",
+            "register_hook",
+            "reset_hooks",
+            "run_with_cache",
+            "run_with_hooks",
+            "invoke",
+            "session",
+            "scan",
+        ),
+        _HOOKS,
+    ),
+    **dict.fromkeys(("edit", "edits"), "model.compile(r), where r is from: with model.record() as r: ..."),
+    **dict.fromkeys(("embed_tokens", "hook_embed", "wte"), "model.embed"),
+    **dict.fromkeys(("W_U", "W_unembed"), "model.unembed, the unembedding matrix [V, D]"),
+    **dict.fromkeys(("W_E", "W_embed"), "model.param(path); model.hf.named_parameters() lists the paths"),
+    **dict.fromkeys(("to_str_tokens", "to_tokens"), "model.tokens(prompt)"),
+    **dict.fromkeys(("ln_f", "ln_final", "norm"), "model.final_norm"),
+    "cfg": "model.config",
+    "output": "model.logits, or model.layers[i].resid_post",
+    "input": "model.embed, or model.layers[i].resid_pre",
+}
+
+ON_A_LAYER: dict[str, str] = {
+    **dict.fromkeys(("hidden_states", "output", "outputs", "save", "value"), "{owner}.resid_post"),
+    **dict.fromkeys(("input", "inputs"), "{owner}.resid_pre"),
+    **dict.fromkeys(
+        ("attention", "attn", "hook_attn_out", "self_attn", "self_attention"),
+        "{owner}.attn_out, or .attn_in for what it receives; other modules by path: model.module(path).output",
+    ),
+    **dict.fromkeys(
+        ("feed_forward", "ffn", "hook_mlp_out", "mlp"),
+        "{owner}.mlp_out, or .mlp_in for what it receives; other modules by path: model.module(path).output",
+    ),
+    **dict.fromkeys(("hook_post", "act_fn"), "{owner}.mlp_act"),
+    "hook_pre": "{owner}.mlp_pre",
+    **dict.fromkeys(("input_layernorm", "ln1", "ln_1"), "{owner}.attn_norm"),
+    **dict.fromkeys(
+        ("ln2", "ln_2", "post_attention_layernorm"), "{owner}.mlp_norm"
+    ),
+}  # fmt: skip
+
+
+def elsewhere_called(name: str, owner: str) -> str | None:
+    """What ``owner.name`` of another library is called here; ``None`` where that is not known."""
+    on_model = owner == "the model"
+    said = (ON_THE_MODEL if on_model else ON_A_LAYER).get(name)
+    if said is not None:
+        hint = said.format(name=name, owner=owner)
+        return hint + ".save()" if name == "save" else hint
+    plain = name.removeprefix("hook_")
+    if plain != name and plain in CANONICAL:
+        return f"{'model.layers[i]' if on_model else owner}.{plain}"
+    return None
