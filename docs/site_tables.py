@@ -5,10 +5,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tracelens.backends.architectures import FAMILIES
-from tracelens.backends.base import Family, Side, Tap
+from tracelens.backends.base import Family, HeadsView, Side, Tap
 from tracelens.ir.sites import KINDS, Effect, Kind, Scope
 
-_WIDTHS = {"D": "d_model", "M": "neurons", "V": "vocabulary"}
+_WIDTHS = {
+    "D": "d_model",
+    "M": "neurons",
+    "V": "vocabulary",
+    "H": "heads",
+    "K": "kv heads",
+    "d": "head width",
+}
 _REACH = {
     Effect.STREAM: "**stream**",
     Effect.BRANCH: "branch",
@@ -74,9 +81,19 @@ def _hook_point(family: Family, kind: Kind, tap: Tap) -> str:
     if kind.scope is Scope.LAYER:
         layer = family.layers.format("i")
         module = f"{layer}.{tap.module}" if tap.module else layer
+    where = f"`{module}`" if module else "the model"
+    if tap.side is Side.INSIDE:
+        return f"the attention function that {where} calls"
     side = "input" if tap.side is Side.IN else "output"
     field = f" (field `{tap.key}`)" if tap.side is Side.OUT and isinstance(tap.key, str) else ""
-    return f"{side} of {f'`{module}`' if module else 'the model'}{field}"
+    return f"{_part(tap.view)}{side} of {where}{field}"
+
+
+def _part(view: HeadsView | None) -> str:
+    if view is None:
+        return ""
+    parts = len(view.parts)
+    return "per head, " + (f"part {view.index + 1} of {parts} of the " if parts > 1 else "")
 
 
 def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.batches import Batch
-from tests.support.families import D_MODEL, LAYERS, NEURONS, VOCABULARY
+from tests.support.families import D_MODEL, HEAD_DIM, HEADS, KV_HEADS, LAYERS, NEURONS, VOCABULARY
 from tracelens.constants import Captured, capture
 from tracelens.errors import TracelensError
 from tracelens.ir.dims import B, P
@@ -59,8 +59,8 @@ def as_held(number: float) -> float | Special:
 
 # --- graphs that obey the law ------------------------------------------------------------------------------------
 
-WIDTHS = {"D": D_MODEL, "M": NEURONS, "V": VOCABULARY}
-_ABSENT = ("pos_embed",)
+WIDTHS = {"D": D_MODEL, "M": NEURONS, "V": VOCABULARY, "H": HEADS, "K": KV_HEADS, "d": HEAD_DIM}
+_ABSENT = ("pos_embed", "q_normed", "k_normed")
 READABLE = tuple(
     Site(kind.name, layer)
     for kind in KINDS

@@ -45,6 +45,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("mapped", 3),
     ("coming", 3),
     ("porting", 3),
+    ("heads", 3),
     ("handles", 3),
     ("language", 3),
     ("named", 3),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import ExitStack
 from typing import Any
 
 import pytest
@@ -14,7 +13,7 @@ import tracelens as tl
 from tests.properties.drawn import traceable_sites
 from tests.support.batches import EVEN, RAGGED, batch, random_rows
 from tests.support.families import D_MODEL, EVERY, FAMILIES, LAYERS, VOCABULARY
-from tests.support.plain import edited, plain_logits, untouched
+from tests.support.plain import can_edit, edited_at, plain_logits, untouched
 from tracelens.ir.sites import Site
 
 ROWS, RAGGED_ROWS = random_rows(EVEN), random_rows(RAGGED)
@@ -42,18 +41,17 @@ def plain_gradients(
         found[site] = tensor.clone() if found else tensor.detach().requires_grad_()
         return found[site]
 
-    with ExitStack() as stack:
-        for site in sites:
-            stack.enter_context(edited(hf, site, lambda tensor, site=site: apart(tensor, site)))
+    with edited_at(hf, {site: lambda tensor, site=site: apart(tensor, site) for site in sites}):
         logits = plain_logits(hf, batch(rows))
     return list(torch.autograd.grad(loss(logits), [found[site] for site in sites]))
 
 
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("name", EVERY)
-def test_the_gradient_at_every_site_is_that_of_autograd_to_the_last_bit(name: str) -> None:
-    hf = EVERY[name].build()
+def test_the_gradient_at_every_site_is_that_of_autograd_to_the_last_bit(name: str, attention: str) -> None:
+    hf = EVERY[name].build(attn=attention)
     model = tl.wrap(hf)
-    for site in traceable_sites(hf):
+    for site in (site for site in traceable_sites(hf) if can_edit(hf, site)):
         with untouched(hf), model.trace(ROWS) as t:
             tl.grad(last_loss(model.logits), site_value(model, site)).save("g")
         (wanted,) = plain_gradients(hf, ROWS, [site])
@@ -66,7 +64,7 @@ def test_the_gradient_at_every_site_is_that_of_autograd_to_the_last_bit(name: st
 def test_gradients_at_all_sites_come_from_one_backward_pass_in_any_order(name: str, attention: str) -> None:
     hf = FAMILIES[name].build(attn=attention)
     model = tl.wrap(hf)
-    sites = traceable_sites(hf)
+    sites = [site for site in traceable_sites(hf) if can_edit(hf, site)]
     shuffled = [sites[i] for i in torch.randperm(len(sites), generator=torch.Generator().manual_seed(0))]
     with untouched(hf), model.trace(ROWS) as t:
         wrt = [site_value(model, site) for site in shuffled]

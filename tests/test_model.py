@@ -106,13 +106,16 @@ def test_sites_lists_what_there_is_and_why_the_rest_is_not() -> None:
     for name, family in FAMILIES.items():
         model = tl.wrap(family.build())
         table = model.sites()
-        assert {row.name for row in table} == {kind.name for kind in (*LAYER_KINDS, *GLOBAL_KINDS)}
+        assert {row.name for row in table} == {"head_out"} | {
+            kind.name for kind in (*LAYER_KINDS, *GLOBAL_KINDS)
+        }
         for row in table:
             assert (row.absent is None) == (row.shape != ""), row
             assert row.absent is None or len(row.absent) > 20
         assert table["post_ln"].name == "mlp_norm"
         absent = {row.name for row in table if row.absent}
-        assert absent == ({"mlp_up"} if name == "gpt2" else {"pos_embed"})
+        normed = set() if name == "qwen3" else {"q_normed", "k_normed"}
+        assert absent == normed | ({"mlp_up", "q_rot", "k_rot"} if name == "gpt2" else {"pos_embed"})
         text, html = repr(table), table._repr_html_()
         for row in table:
             assert row.path in text

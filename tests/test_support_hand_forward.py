@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 
 from tests.support.batches import EVEN, RAGGED, SINGLE, Batch, random_batch
 from tests.support.families import EVERY, LAYERS
-from tests.support.hand_forward import hand_forward, hand_sites, unchanged
+from tests.support.hand_forward import hand_forward, hand_sites, head_dim, unchanged
 from tests.support.plain import captured, edited, hook_point, plain_logits, untouched
 from tracelens.ir.sites import Effect, Site
 
@@ -179,7 +179,8 @@ def test_sites_come_in_order_and_complete(family: str) -> None:
 def test_shapes_are_those_of_the_vocabulary(family: str) -> None:
     model, batch = built(family), BATCHES["ragged"]
     batch_size, width = batch.input_ids.shape
-    sizes = {"B": batch_size, "P": width, "D": 48, "M": 80, "V": 97}
+    heads = {"H": 4, "K": 4 if family.startswith("gpt2") else 2, "d": head_dim(model.config)}
+    sizes = {"B": batch_size, "P": width, "S": width, "D": 48, "M": 80, "V": 97, **heads}
     for site, tensor in hand_tensors(model, batch).items():
         assert tensor.shape == tuple(sizes[str(dim)] for dim in site.kind.shape), site
         assert tensor.dtype == (torch.bool if site.name == "token_mask" else torch.float32), site

@@ -5,15 +5,6 @@ from __future__ import annotations
 from tracelens.errors import UnknownSiteError
 from tracelens.location import here
 
-_PROJECTION = "its weights on what attention reads: model.layers[i].attn_in @ model.param(path).T"
-_HEADS = "model.layers[i].attn_out, the sum of what the heads add"
-_PATTERN = 'tl.load(name, attn_implementation="eager").hf(ids, output_attentions=True).attentions[i]'
-
-ON_LAYERS: dict[str, str] = {
-    **dict.fromkeys(("q", "k", "v", "q_normed", "k_normed", "q_rot", "k_rot"), _PROJECTION),
-    **dict.fromkeys(("scores", "pattern"), _PATTERN),
-    **dict.fromkeys(("z", "head", "head_out"), _HEADS),
-}
 ON_THE_MODEL: dict[str, str] = {
     "lens": "the model's final norm and the unembedding: norm(h) @ model.unembed.T, with norm = model.hf.model.norm",
 }

@@ -160,7 +160,7 @@ class Compiler:
     def _compiled(self, graph: Graph, generating: bool) -> Compiled:
         anatomy = self.anatomy
         verify(graph)
-        self._check_sites(graph)
+        self._check_sites(graph, generating)
         # Lines differ between recordings of one structure: the compiled graph names operations, and the recording that
         # runs turns these into its own lines.
         numbered = replace(
@@ -181,7 +181,7 @@ class Compiler:
         saves = tuple(planned[save.name] for save in graph.saves)
         return Compiled(numbered, plan, programs, prepare(programs[0], plan.graph, anatomy), saves)
 
-    def _check_sites(self, graph: Graph) -> None:
+    def _check_sites(self, graph: Graph, generating: bool) -> None:
         """A graph from elsewhere may name layers, sites or types that this model does not have."""
         sizes, pinned = sizes_of(graph), {pin.symbol for pin in graph.pins}
         for number, op in enumerate(graph.ops):
@@ -190,6 +190,12 @@ class Compiler:
                     if op.site.layer is not None and op.site.layer >= self.anatomy.n_layers:
                         raise LayerRangeError(
                             f"the graph names {op.site}; the model has {self.anatomy.n_layers} layers"
+                        )
+                    if generating and op.site.name == "k_rot":
+                        raise WriteTargetError(
+                            f"{op.site} cannot be used in a generation: behind it stands the cache, which keeps the "
+                            "keys as the model made them, so that a change would hold for one step",
+                            instead="k, which stands before the cache, or scores",
                         )
                     own = self.anatomy.type_of(op.site)
                     if isinstance(op, Read) and op.type != own:
@@ -244,7 +250,7 @@ class Compiler:
         check_fits(graph, compiled, prompt)
         state = self.state(graph, compiled, prompt)
         mask = prompt.batch.mask if device.type == "cpu" else prompt.batch.mask.to(device)
-        run = Run(self.anatomy.model, compiled.code, state, mask)
+        run = Run(self.anatomy.model, compiled.code, state, mask, mask if prompt.ragged else None)
         try:
             if compiled.plan.stop is None:
                 run.before_only(prompt.sizes)
@@ -318,7 +324,7 @@ def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
         if pin.symbol == PADS:
             problem = "the graph addresses tokens by a mask that was made for prompts of other lengths"
         else:
-            what = {"B": "rows", "P": "positions"}.get(pin.symbol, pin.symbol)
+            what = {"B": "rows", "P": "positions", "S": "attended positions"}.get(pin.symbol, pin.symbol)
             problem = f"the graph was recorded for {pin.size} {what}, and this prompt has {size}"
         raise graph.blame(
             SpecialisedGraphError(

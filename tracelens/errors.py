@@ -118,6 +118,10 @@ class LayerRangeError(TracelensError, IndexError):
     """The layer index is outside the model."""
 
 
+class HeadRangeError(TracelensError, IndexError):
+    """There is no such head, or heads cannot be chosen that way."""
+
+
 class UnknownParameterError(TracelensError, KeyError):
     """The model has no parameter or buffer of that name."""
 
@@ -160,6 +164,10 @@ class UnknownArchitectureError(TracelensError):
     """There is no table for this family of models."""
 
 
+class AttentionImplementationError(TracelensError):
+    """The model computes attention in a way whose inside cannot be reached."""
+
+
 class OptionError(TracelensError, ValueError):
     """An option was given something that it does not take."""
 
@@ -185,6 +193,10 @@ class WriteTargetError(TracelensError):
 
 class CausalityError(TracelensError):
     """A value would have to travel backwards in the forward pass."""
+
+
+class SharedHeadError(TracelensError):
+    """A key or value head serves several query heads, so it cannot be changed for one of them alone."""
 
 
 class ValueBranchError(TracelensError, TypeError):

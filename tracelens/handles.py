@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast, overload
 
 import numpy as np
 
-from tracelens.coming import ON_LAYERS, ON_THE_MODEL, not_yet
+from tracelens.coming import ON_THE_MODEL, not_yet
 from tracelens.errors import (
     Blaming,
     LayerMappingError,
@@ -18,6 +18,7 @@ from tracelens.errors import (
     UnknownSiteError,
     WriteTargetError,
 )
+from tracelens.heads import Headed, HeadHandle, HeadsOfLayers, head_out, read_only
 from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import CANONICAL, GLOBAL_KINDS, KIND, LAYER_KINDS, Scope, Site, near
 from tracelens.location import here
@@ -34,7 +35,7 @@ _LAYER_NAMES = frozenset(name for name, kind in CANONICAL.items() if KIND[kind].
 _GLOBAL_NAMES = frozenset(kind.name for kind in GLOBAL_KINDS)
 
 
-class Described(Anatomy, Protocol):
+class Described(Anatomy, Headed, Protocol):
     """An anatomy that can also say which sites it has."""
 
     def has(self, site: Site) -> bool: ...
@@ -96,6 +97,22 @@ class LayerHandle:
         recorder = open_recorder(self._anatomy) or recorder_of(self._anatomy, f"{self!r}.{name}")
         recorder.write(site, new)
 
+    def head(self, heads: int | Sequence[int]) -> HeadHandle:
+        """One head, or several: ``.head(3).z`` is [B, P, d], ``.head([1, 4]).pattern`` [B, 2, P, S].
+
+        All sites with an axis for heads, and ``head_out``. Keys and values are those that serve the head. Assigning
+        changes these heads alone. Raises :class:`~tracelens.errors.HeadRangeError` for heads that there are not, and
+        :class:`~tracelens.errors.SharedHeadError` for writing a key or value that other heads use too.
+
+        >>> model.layers[8].head(3).z = 0                                            # doctest: +SKIP
+        """
+        return HeadHandle(self._anatomy, self, self._index, heads)
+
+    @property
+    def head_out(self) -> Value:
+        """What each head adds to ``attn_out`` (without the bias): [B, P, H, D], computed from ``z``. Read-only."""
+        return head_out(self._anatomy, self.z, self._index)
+
     def skip(self) -> None:
         """Does not run this layer: it returns what it received, ``resid_post := resid_pre``.
 
@@ -156,6 +173,15 @@ class LayersSlice:
         self._require_site(name)
         for handle, part in zip(self._handles, each_layer(new, self._layers), strict=True):
             setattr(handle, name, part)
+
+    def head(self, heads: int | Sequence[int]) -> HeadsOfLayers:
+        """The same heads in each of the layers; see :meth:`LayerHandle.head`."""
+        return HeadsOfLayers(tuple(handle.head(heads) for handle in self._handles), self._layers)
+
+    @property
+    def head_out(self) -> MappedValue:
+        """What each head adds to ``attn_out``, in each of the layers: [B, P, H, D]. Read-only."""
+        return MappedValue(self._layers, tuple(handle.head_out for handle in self._handles))
 
     def skip(self) -> None:
         """Does not run these layers: each returns what it received."""
@@ -318,7 +344,7 @@ def _present(anatomy: Described, layer: int) -> list[str]:
     for kind in LAYER_KINDS:
         if anatomy.has(Site(kind.name, layer)):
             names += [kind.name, *kind.aliases]
-    return sorted([*names, "replace", "skip"])
+    return sorted([*names, "head", "head_out", "replace", "skip"])
 
 
 def global_site(name: str) -> Site | None:
@@ -326,9 +352,9 @@ def global_site(name: str) -> Site | None:
     return Site(name) if name in _GLOBAL_NAMES else None
 
 
-def _unknown(name: str, owner: str, names: tuple[str, ...]) -> UnknownSiteError:
-    if name in ON_LAYERS:
-        return not_yet(f"{owner}.{name}", ON_LAYERS[name])
+def _unknown(name: str, owner: str, names: tuple[str, ...]) -> TracelensError:
+    if name == "head_out":  # it is there, so it was assigned to
+        return read_only(f"{owner}.{name}")
     ported = elsewhere_called(name, owner)
     if ported is not None:
         return UnknownSiteError(f"{owner} has no site {name!r}", at=here(), instead=ported)
@@ -360,14 +386,12 @@ def no_target(name: str, also: tuple[str, ...]) -> TracelensError:
     )
 
 
-def unknown_global(name: str, also: tuple[str, ...]) -> UnknownSiteError:
+def unknown_global(name: str, also: tuple[str, ...]) -> TracelensError:
     """The error for ``model.<name>`` where there is neither a site nor an attribute of that name."""
     if name in _LAYER_NAMES:
         return UnknownSiteError(
             f"{name!r} is a site of a layer, not of the model", at=here(), instead=f"model.layers[i].{name}"
         )
-    if name in ON_THE_MODEL or name in ON_LAYERS:
-        on_layers = name in ON_LAYERS
-        what = f"model.layers[i].{name}" if on_layers else f"model.{name}"
-        return not_yet(what, ON_LAYERS[name] if on_layers else ON_THE_MODEL[name])
+    if name in ON_THE_MODEL:
+        return not_yet(f"model.{name}", ON_THE_MODEL[name])
     return _unknown(name, "the model", (*sorted(_GLOBAL_NAMES), *also))

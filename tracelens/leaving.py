@@ -51,7 +51,7 @@ def leave(
             tensor = tensor.to(torch_dtype(save.dtype))
         if save.keep is Keep.CPU:
             tensor = on_cpu(tensor)
-        if prompt.ragged and types[save.values[0]].position_axes:
+        if prompt.ragged and types[save.values[0]].padded_axes:
             value: Any = _per_prompt(tensor, types[save.values[0]], prompt, stacked=save.stacked)
         else:
             value = _own(tensor, taken)
@@ -83,7 +83,7 @@ def _per_prompt(
     shift = 1 if stacked else 0
     batch_axis = type_.batch_axis
     assert batch_axis is not None  # the recorder refuses positions without rows where rows differ
-    axes = tuple(axis + shift for axis in type_.position_axes)
+    axes = tuple(axis + shift for axis in type_.padded_axes)
     # Each prompt keeps its row axis, so that code for one prompt runs unchanged on each of them.
     parts = unpadded(tensor, prompt.batch, batch_axis + shift, axes)
     return [part.unsqueeze(batch_axis + shift) for part in parts]

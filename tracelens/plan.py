@@ -134,6 +134,11 @@ class Plan:
             f"  {site}: the block's own sum is replaced by one with the value written in the block"
             for site in sorted(self.carried, key=lambda site: site.order)
         ]
+        if replaced := sorted(replaced_layers(self.graph)):
+            lines.append(
+                f"  layer{'s' if len(replaced) > 1 else ''} {', '.join(map(str, replaced))}: the model's attention "
+                "kernel is replaced by plain products and a softmax, as what is done to scores or pattern needs"
+            )
         lines += self._backward()
         for name, type_ in self.saved_types().items():
             if sizes is None:
@@ -170,6 +175,16 @@ class Plan:
     def __str__(self) -> str:
         return self.text()
 
+
+def replaced_layers(graph: Graph) -> frozenset[int]:
+    """The layers whose values are mixed with a pattern of ours: the model's own function has no place for another."""
+    return frozenset(
+        op.site.layer for op in graph.writes if op.site.name in _MADE_BY_KERNELS and op.site.layer is not None
+    )
+
+
+# Tensors that a fused attention kernel never holds.
+_MADE_BY_KERNELS = ("scores", "pattern")
 
 TypeOf = Callable[[Site], TensorType]
 

@@ -22,7 +22,8 @@ class Prompt:
         self.owner = owner
         self.batch = batch
         self.tokenizer = tokenizer
-        self.sizes = batch.sizes
+        # Without a cache, attention looks at the very positions of the pass.
+        self.sizes = {**batch.sizes, "S": batch.sizes["P"]}
         self.ragged = batch.ragged
         self._selections: dict[TokenSelector, Selection] = {}
 

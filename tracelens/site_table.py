@@ -86,4 +86,15 @@ def site_table(anatomy: ModelAnatomy) -> SiteTable:
             shape, dtype = str(list(type_.shape)).replace("'", ""), type_.dtype.value
         path = f"layers[i].{kind.name}" if in_layer else kind.name
         rows.append(SiteRow(kind.name, kind.aliases, path, shape, dtype, kind.effect, kind.meaning, absent))
-    return SiteTable(tuple(rows), f"{anatomy.family.name}, {anatomy.n_layers} layers (B rows, P positions)")
+        if kind.name == "z":
+            rows.append(_head_out(anatomy, dtype))
+    return SiteTable(
+        tuple(rows), f"{anatomy.family.name}, {anatomy.n_layers} layers (B rows, P positions, S keys)"
+    )
+
+
+def _head_out(anatomy: ModelAnatomy, dtype: str) -> SiteRow:
+    """What is computed from ``z`` where it is read."""
+    shape = f"[B, P, {anatomy.widths['H']}, {anatomy.widths['D']}]"
+    meaning = "what each head adds to attn_out, computed from z (the bias belongs to no head)"
+    return SiteRow("head_out", (), "layers[i].head_out", shape, dtype, Effect.NONE, meaning, None)

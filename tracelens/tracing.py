@@ -300,7 +300,11 @@ def generate(
     def sizes(args: Any, kwargs: Mapping[str, Any]) -> dict[str, int]:
         ids = kwargs.get("input_ids")
         ids = args[0] if ids is None else ids
-        return {"B": ids.shape[0], "P": ids.shape[1]}
+        cache = kwargs.get("past_key_values")
+        if prompt.ragged:
+            run.real = kwargs["attention_mask"].bool()
+        seen = 0 if cache is None else int(cache.get_seq_length())
+        return {"B": ids.shape[0], "P": ids.shape[1], "S": seen + ids.shape[1]}
 
     def forward() -> torch.Tensor:
         return hf.generate(**inputs, **options)

@@ -28,16 +28,25 @@ def read(model, site: Site):
     return getattr(model if site.layer is None else model.layers[site.layer], site.name)
 
 
-def real_rows(value: object, prompt: Batch) -> list[Tensor]:
-    """What was saved, as one tensor [P_i, width] for each prompt."""
+def real_rows(value: object, prompt: Batch, site: Site | None = None) -> list[Tensor]:
+    """What was saved, as one tensor [P_i, width] for each prompt ([H, P_i, P_i] for scores and pattern)."""
     if isinstance(value, Tensor):
-        return [value[row][mask] for row, mask in enumerate(prompt.mask)]
-    assert [tuple(part.shape[:2]) for part in value] == [(1, length) for length in prompt.lengths]
+        return expected_rows(value, prompt, site)
+    axis = 2 if looks(site) else 1
+    assert [part.shape[axis] for part in value] == prompt.lengths
+    assert all(part.shape[0] == 1 for part in value)
     return [part[0] for part in value]
 
 
-def expected_rows(tensor: Tensor, prompt: Batch) -> list[Tensor]:
+def expected_rows(tensor: Tensor, prompt: Batch, site: Site | None = None) -> list[Tensor]:
+    if looks(site):
+        return [tensor[row][:, mask][:, :, mask] for row, mask in enumerate(prompt.mask)]
     return [tensor[row][mask] for row, mask in enumerate(prompt.mask)]
+
+
+def looks(site: Site | None) -> bool:
+    """Is it a site [B, H, P, S], which says where queries look?"""
+    return site is not None and site.name in ("scores", "pattern")
 
 
 @every_family
@@ -56,7 +65,9 @@ def test_all_sites_at_once(family: str, rows: list[list[int]], attn: str) -> Non
             saved = {site: read(model, site).save(str(site)) for site in sites}
         for site in sites:
             for actual, tensor in zip(
-                real_rows(saved[site].value, prompt), expected_rows(expected[site], prompt), strict=True
+                real_rows(saved[site].value, prompt, site),
+                expected_rows(expected[site], prompt, site),
+                strict=True,
             ):
                 close(actual, tensor)
             assert t[str(site)] is not None
@@ -77,8 +88,13 @@ def test_each_site_alone(family: str) -> None:
         hand_forward(hf, *prompt, lambda site, tensor: expected.setdefault(site, tensor))
     for site in hand_sites(hf)[1:]:
         with untouched(hf), model.trace(rows):
-            saved = read(model, site)[:, -1].save()
-        close(saved.value, expected[site][:, -1])
+            saved = (read(model, site) if looks(site) else read(model, site)[:, -1]).save()
+        if not looks(site):
+            close(saved.value, expected[site][:, -1])
+            continue
+        wanted = expected_rows(expected[site], prompt, site)
+        for actual, tensor in zip(real_rows(saved.value, prompt, site), wanted, strict=True):
+            close(actual, tensor)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

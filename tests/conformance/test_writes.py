@@ -13,11 +13,11 @@ from transformers import PreTrainedModel
 
 import tracelens as tl
 from tests.conformance.spellings import SPELLINGS, Spelling, spelled
-from tests.conformance.test_reads import close, expected_rows, read, real_rows
+from tests.conformance.test_reads import close, expected_rows, looks, read, real_rows
 from tests.support.batches import EVEN, RAGGED, SINGLE, Batch, batch, random_rows
 from tests.support.families import EVERY, FAMILIES, LAYERS
-from tests.support.hand_forward import Intercept, hand_forward, hand_sites, unchanged
-from tests.support.plain import edited, plain_logits, untouched
+from tests.support.hand_forward import Intercept, hand_forward, hand_sites, head_dim, unchanged
+from tests.support.plain import can_edit, edited, plain_logits, untouched
 from tracelens.errors import PositionAxisError
 from tracelens.ir.sites import Effect, Site
 
@@ -31,12 +31,27 @@ GRAD_MODES = {
 
 
 def writable(hf: PreTrainedModel) -> list[Site]:
-    return [site for site in hand_sites(hf) if site.kind.effect is not Effect.NONE]
+    """The sites whose last axis has a width of the model; scores and pattern have a test of their own."""
+    return [site for site in hand_sites(hf) if site.kind.effect is not Effect.NONE and not looks(site)]
+
+
+def forgotten(hf: PreTrainedModel, site: Site, code: str) -> bool:
+    """Does the model itself forget the edit?
+
+    One vector added to all keys that queries meet moves all scores of a query alike, which the softmax forgets; a norm
+    that follows forgets a factor.
+    """
+    family = hf.config.model_type
+    met = "k" if family == "gpt2" else "k_rot"
+    added = ("SITE += v", "SITE = SITE + v", "SITE = v + SITE", "h = SITE; h += v; SITE = h", "SITE[1] += v")
+    if site.name == met:
+        return code in added
+    return family == "qwen3" and site.name in ("q", "k") and code == "SITE *= 0.5"
 
 
 def vectors(hf: PreTrainedModel, site: Site) -> tuple[Tensor, Tensor]:
     """What is added and what is assigned at a site: two random vectors of its width."""
-    sizes = {"D": 48, "M": 80, "V": 97}
+    sizes = {"D": 48, "M": 80, "V": 97, "d": head_dim(hf.config)}
     width = sizes[str(site.kind.shape[-1])]
     generator = torch.Generator().manual_seed(17 + len(site.name))
     return 0.5 * torch.randn(width, generator=generator), torch.randn(width, generator=generator)
@@ -67,7 +82,8 @@ def test_every_spelling_at_every_kind(family: str, spelling: Spelling) -> None:
             continue
         v, x = vectors(hf, site)
         expected = oracle(hf, prompt, spelling.intercept(site, prompt, v, x))
-        matters(expected, hf, prompt)
+        if not forgotten(hf, site, spelling.code):
+            matters(expected, hf, prompt)
         with untouched(hf), model.trace(rows):
             spelling.run(site, model=model, v=v, x=x)
             logits = model.logits.save()
@@ -87,7 +103,7 @@ def test_every_site_of_every_layer(family: str, rows: list[list[int]]) -> None:
     model = tl.wrap(hf)
     for site in writable(hf):
         v, x = vectors(hf, site)
-        spelling = SPELLINGS["SITE += v"]
+        spelling = SPELLINGS["SITE *= 0.5" if forgotten(hf, site, "SITE += v") else "SITE += v"]
         expected = oracle(hf, prompt, spelling.intercept(site, prompt, v, x))
         matters(expected, hf, prompt)
         with untouched(hf), model.trace(rows):
@@ -102,7 +118,17 @@ def test_the_grad_mode_does_not_matter(family: str, mode) -> None:
     hf, rows = FAMILIES[family].build(), PROMPTS["ragged"]
     model, prompt = tl.wrap(hf), batch(rows)
     for code in ("SITE += v", "SITE[:, -1] += v", "SITE = x", "SITE.tok[2] = x"):
-        for name in ("resid_pre", "resid_mid", "mlp_norm", "mlp_act", "attn_add", "resid_post"):
+        for name in (
+            "resid_pre",
+            "resid_mid",
+            "q",
+            "v",
+            "z",
+            "mlp_norm",
+            "mlp_act",
+            "attn_add",
+            "resid_post",
+        ):
             site, spelling = Site(name, 1), SPELLINGS[code]
             v, x = vectors(hf, site)
             expected = oracle(hf, prompt, spelling.intercept(site, prompt, v, x))
@@ -144,11 +170,14 @@ def test_writes_equal_an_edited_model_bit_for_bit(family: str, attn: str, dtype:
     with torch.no_grad():
         clean = plain_logits(hf, prompt)
     for site in writable(hf):
+        if not can_edit(hf, site):
+            continue
         v, _ = vectors(hf, site)
         for code, edit in edits.items():
             with torch.no_grad(), edited(hf, site, lambda h, v=v, edit=edit: edit(h, v)):
                 expected = plain_logits(hf, prompt)
-            assert (expected - clean)[prompt.mask].abs().max() > 1e-3, (site, code)
+            if not forgotten(hf, site, code):
+                assert (expected - clean)[prompt.mask].abs().max() > 1e-3, (site, code)
             with untouched(hf), model.trace(rows):
                 exec(code.replace("SITE", spelled(site)), {"model": model, "v": v})
                 logits = model.logits.save()
@@ -189,7 +218,8 @@ def test_mapped_writes_are_one_write_for_each_layer(family: str) -> None:
                 return torch.cat((tensor[:, :-1], tensor[:, -1:] + added[at.layer]), dim=1)
 
             expected = oracle(hf, prompt, intercept)
-            matters(expected, hf, prompt)
+            if only_last or not forgotten(hf, Site(name, 0), "SITE += v"):
+                matters(expected, hf, prompt)
             with untouched(hf), model.trace(rows):
                 exec(code, {"model": model, "tl": tl, "v": v, "V": rows_of_v})
                 logits = model.logits.save()

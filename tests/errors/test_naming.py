@@ -15,7 +15,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import tracelens as tl
 from tests.errors import GPT2, IDS, LLAMA, D, refused
-from tracelens.coming import ON_BLOCKS, ON_LAYERS, ON_THE_MODEL
+from tracelens.coming import ON_BLOCKS, ON_THE_MODEL
 from tracelens.errors import (
     AbsentSiteError,
     LayerRangeError,
@@ -28,7 +28,6 @@ from tracelens.errors import (
     UnknownSiteError,
     WriteTargetError,
 )
-from tracelens.ir.sites import CANONICAL
 
 model, gpt2 = LLAMA.model, GPT2.model
 
@@ -54,24 +53,6 @@ def test_an_unknown_site_of_a_layer(name: str, near: str) -> None:
         getattr(model.layers[0:2], name)  # <-
     with refused(UnknownSiteError, "model.layers[[0, 2]] has", repr(name), instead=near), model.trace(IDS):
         setattr(model.layers[[0, 2]], name, 0)  # <-
-
-
-@pytest.mark.parametrize(("name", "meanwhile"), ON_LAYERS.items())
-def test_a_site_of_layers_that_is_to_come(name: str, meanwhile: str) -> None:
-    assert name not in CANONICAL, "it has come: its entry in coming.py can go"
-    with refused(UnknownSiteError, f"model.layers[1].{name} is planned", instead=meanwhile), model.trace(IDS):
-        getattr(model.layers[1], name)  # <-
-    with refused(UnknownSiteError, f"model.layers[1].{name} is planned", instead=meanwhile), model.trace(IDS):
-        setattr(model.layers[1], name, 0)  # <-
-    with (
-        refused(UnknownSiteError, f"model.layers[0:2].{name} is planned", instead=meanwhile),
-        model.trace(IDS),
-    ):
-        getattr(model.layers[0:2], name)  # <-
-    # On the model itself it is in the wrong place, too.
-    with refused(UnknownSiteError, f"model.layers[i].{name} is planned", instead=meanwhile), model.trace(IDS):
-        getattr(model, name)  # <-
-    assert not hasattr(model.layers[1], name)
 
 
 @pytest.mark.parametrize(("name", "meanwhile"), ON_THE_MODEL.items())

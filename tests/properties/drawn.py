@@ -29,7 +29,7 @@ from tests.properties.programs import (
     must_follow,
 )  # fmt: skip
 from tests.strategies import WIDTHS
-from tests.support.families import LAYERS
+from tests.support.families import HEADS, LAYERS
 from tests.support.hand_forward import hand_sites
 from tracelens.ir.sites import Effect, Order, Scope, Site
 
@@ -67,7 +67,9 @@ class _Writer:
 
     def site(self, wanted: Callable[[Site], bool] = lambda _: True) -> Known:
         site = self.one(site for site in self.sites if site.kind.effect is not Effect.NONE and wanted(site))
-        shape = ("B", "P", WIDTHS[site.kind.shape[-1]])
+        gpt2 = Site("pos_embed") in self.sites
+        widths = {**WIDTHS, "K": HEADS} if gpt2 else WIDTHS
+        shape = tuple(widths.get(str(dim), str(dim)) for dim in site.kind.shape)
         return Known(At(site), shape, site.order, frozenset((site,)))
 
     def number(self) -> Num:
@@ -87,7 +89,7 @@ class _Writer:
 
     def known(self) -> Known:
         """A site, a name, or a part of one of them."""
-        base = self.one(self.variables) if self.variables and self.one([True, False]) else self.site()
+        base = self.one(self.variables) if self.variables and self.one([True, False]) else self.site(_is_tame)
         keys, shape = self.keys(base.shape)
         if not keys:
             return base
@@ -144,6 +146,8 @@ class _Writer:
         own = Part(target.expression, keys) if keys else target.expression
         choices = [self.operand(shape), Do("tanh", (own,)), *fitting * 3]
         symbol = self.one(["add", "add", "sub", "mul", None, None])
+        if not _is_tame(site):
+            choices, symbol = [self.number()], self.one(["add", "sub", None])
         spelling = self.one(["augmented", "spelled out", "handle"])
         self.statements.append(Change(site, keys, symbol, self.one(choices), spelling))
 
@@ -158,7 +162,7 @@ class _Writer:
             if Site(name, 0).order < Site(site.name, 0).order and Site(name, 0).kind.shape == site.kind.shape
         ]  # fmt: skip
         values += [f"rows{shape[-1]}"] if f"rows{shape[-1]}" in CONSTANTS else []
-        symbol = self.one(["add", "mul", None])
+        symbol = self.one(["add", "mul", None] if _is_tame(site) else ["add", None])
         self.statements.append(ChangeLayers(layers, site.name, keys, symbol, self.one(values)))
 
     def keep(self) -> None:
@@ -167,6 +171,11 @@ class _Writer:
     def keep_layers(self) -> None:
         site = self.site(lambda site: site.layer is not None).expression.site
         self.statements.append(KeepLayers(self.one([(0, LAYERS), (1, 3)]), site.name, self.fresh("s")))
+
+
+def _is_tame(site: Site) -> bool:
+    """Can any arithmetic be done with it?  Scores hold the lowest number there is, and soon infinities."""
+    return site.name != "scores"
 
 
 @st.composite

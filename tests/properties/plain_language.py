@@ -141,9 +141,20 @@ def unpadded(tensor: Tensor, batch: Batch) -> Tensor | list[Tensor]:
     """One tensor per prompt, if the tensor has the padded positions on an axis after the rows (stacked or not)."""
     rows, width = batch.mask.shape
     for axis in (0, 1):
-        if tensor.shape[axis : axis + 2] == (rows, width):
-            return [
-                tensor.narrow(axis, row, 1).narrow(axis + 1, width - length, length)
-                for row, length in enumerate(batch.lengths)
-            ]
+        if tensor.shape[axis : axis + 1] != (rows,):
+            continue
+        # [B, P, ...], or scores and pattern: [B, H, P, S].
+        if tensor.shape[axis + 1 : axis + 2] == (width,):
+            padded = (axis + 1,)
+        elif tensor.shape[axis + 2 : axis + 4] == (width, width):
+            padded = (axis + 2, axis + 3)
+        else:
+            continue
+        parts = []
+        for row, length in enumerate(batch.lengths):
+            part = tensor.narrow(axis, row, 1)
+            for place in padded:
+                part = part.narrow(place, width - length, length)
+            parts.append(part)
+        return parts
     return tensor

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 import tracelens as tl
-from tests.support.families import D_MODEL, LAYERS, NEURONS, VOCABULARY
+from tests.support.families import D_MODEL, HEAD_DIM, LAYERS, NEURONS, VOCABULARY
 from tracelens.ir.sites import Site
 
 # --- keys: how a part of a value is named -----------------------------------------------------------------------------
@@ -176,10 +176,12 @@ def _numbers(seed: int, *shape: int) -> Tensor:
 
 
 CONSTANTS: dict[str, Tensor] = {
-    f"c{width}": _numbers(width, width) for width in (D_MODEL, NEURONS, VOCABULARY, 7, 5)
+    f"c{width}": _numbers(width, width) for width in (D_MODEL, NEURONS, VOCABULARY, HEAD_DIM, 7, 5)
 }
-CONSTANTS |= {f"m{width}": _numbers(width, width, 5) / 4 for width in (D_MODEL, NEURONS, VOCABULARY)}
-CONSTANTS |= {f"rows{width}": _numbers(width + 1, LAYERS, width) for width in (D_MODEL, NEURONS)}
+CONSTANTS |= {
+    f"m{width}": _numbers(width, width, 5) / 4 for width in (D_MODEL, NEURONS, VOCABULARY, HEAD_DIM)
+}
+CONSTANTS |= {f"rows{width}": _numbers(width + 1, LAYERS, width) for width in (D_MODEL, NEURONS, HEAD_DIM)}
 
 FUNCTIONS: dict[str, tuple[str, Callable[..., Any]]] = {
     "add": ("{} + {}", operator.add),

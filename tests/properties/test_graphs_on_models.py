@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
+import functools
 
 import pytest
 from hypothesis import given, settings
@@ -16,7 +16,7 @@ from tests.strategies import assert_same, graphs, plain_select
 from tests.support.batches import EVEN, RAGGED, batch, random_rows
 from tests.support.families import FAMILIES
 from tests.support.hand_forward import Intercept
-from tests.support.plain import edited, plain_logits, untouched
+from tests.support.plain import edited_at, plain_logits, untouched
 from tracelens.errors import UnusedGradientError
 from tracelens.ir.graph import Graph
 from tracelens.ir.sites import Site
@@ -43,9 +43,8 @@ def reference(graph: Graph, name: str, rows: list[list[int]]) -> dict[str, Tenso
 
     def forward(intercept: Intercept) -> None:
         """The model itself, with a hook of its own at every site, and blocks that add up the stream in the open."""
-        with ExitStack() as stack:
-            for site in traceable_sites(hf):
-                stack.enter_context(edited(hf, site, lambda tensor, site=site: intercept(site, tensor)))
+        edits = {site: functools.partial(intercept, site) for site in traceable_sites(hf)}
+        with edited_at(hf, edits):
             intercept(Site("token_mask"), prompt.mask)
             plain_logits(hf, prompt)
 
@@ -74,7 +73,7 @@ def test_a_random_graph_equals_its_reference_to_the_last_bit(name, found):
         results = program(rows)
     assert list(results) == list(wanted)
     for save in graph.saves:
-        carries_positions = bool(graph.types[save.values[0]].position_axes)
+        carries_positions = bool(graph.types[save.values[0]].padded_axes)
         expected = wanted[save.name]
         if rows is RAGGED_ROWS and carries_positions:
             parts = unpadded(expected, batch(rows))

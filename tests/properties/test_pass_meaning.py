@@ -61,7 +61,7 @@ def meaning(graph: Graph, batch: object, forward: Forward | None = None) -> dict
 def test_drawn_graphs_verify_and_their_types_are_true(found):
     graph, batch = found
     assert complaints(graph) == []
-    sizes = {"B": batch.mask.shape[0], "P": batch.mask.shape[1]}
+    sizes = {"B": batch.mask.shape[0], "P": batch.mask.shape[1], "S": batch.mask.shape[1]}
     for name, tensor in meaning(graph, batch).items():
         save = next(save for save in graph.saves if save.name == name)
         declared = graph.types[save.values[0]]

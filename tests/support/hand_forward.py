@@ -62,8 +62,8 @@ def hand_forward(
 def hand_sites(model: PreTrainedModel) -> list[Site]:
     """The sites that this model has, in the order of the forward pass: what :func:`hand_forward` intercepts."""
     gpt2 = model.config.model_type == "gpt2"
-    inside = ["q", "k", "v"]
-    inside += ["q_normed", "k_normed"] if model.config.model_type == "qwen3" else []
+    qwen3 = model.config.model_type == "qwen3"
+    inside = ["q", "q_normed", "k", "k_normed", "v"] if qwen3 else ["q", "k", "v"]
     inside += [] if gpt2 else ["q_rot", "k_rot"]
     inside += ["scores", "pattern", "z"]
     names = ["resid_pre", "attn_norm", "attn_in", *(name for name in inside if name in KIND)]
@@ -127,13 +127,17 @@ def _gelu_new(x: Tensor) -> Tensor:
 
 def _rotary_attention(layer: Layer, attn_in: Tensor) -> Tensor:
     heads = (*attn_in.shape[:-1], -1, layer.head_dim)
-    q, k, v = (
-        layer.inside(name, layer.weights.linear(layer.path(f"self_attn.{name}_proj"), attn_in).view(heads))
-        for name in ("q", "k", "v")
-    )
-    if layer.weights.family == "qwen3":
-        q = layer.inside("q_normed", layer.weights.rms_norm(layer.path("self_attn.q_norm"), q))
-        k = layer.inside("k_normed", layer.weights.rms_norm(layer.path("self_attn.k_norm"), k))
+
+    def projected(name: str) -> Tensor:
+        found = layer.inside(
+            name, layer.weights.linear(layer.path(f"self_attn.{name}_proj"), attn_in).view(heads)
+        )
+        if layer.weights.family == "qwen3" and name != "v":
+            gain = layer.path(f"self_attn.{name}_norm")
+            found = layer.inside(f"{name}_normed", layer.weights.rms_norm(gain, found))
+        return found
+
+    q, k, v = projected("q"), projected("k"), projected("v")
     cos, sin = layer.weights.rotation(layer.position_ids, q.dtype)
     q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
     q, k = layer.inside("q_rot", q), layer.inside("k_rot", k)
@@ -167,7 +171,11 @@ def _attended(
         k, v = k.repeat_interleave(shared, dim=1), v.repeat_interleave(shared, dim=1)
     scores = torch.matmul(q, k.transpose(2, 3)) * scale + layer.additive_mask(q.dtype)
     scores = layer.inside("scores", scores)
+    # Whatever the caller puts there: a row of a batch sees what it sees alone, and that is no padding.
+    real = layer.mask[:, None, None, :]
+    scores = scores.masked_fill(~real, torch.finfo(scores.dtype).min)
     pattern = layer.inside("pattern", F.softmax(scores, dim=-1, dtype=softmax_dtype).to(q.dtype))
+    pattern = pattern.masked_fill(~real & layer.mask[:, None, :, None], 0.0)
     z = torch.matmul(pattern, v).transpose(1, 2).contiguous()
     return layer.inside("z", z)
 

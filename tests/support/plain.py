@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import functools
+import sys
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Literal
@@ -15,7 +17,7 @@ from transformers import PreTrainedModel
 from tests.support.batches import Batch
 from tracelens.ir.sites import Site
 
-Side = Literal["input", "output"]
+Side = Literal["input", "output", "inside"]
 Edit = Callable[[Tensor], Tensor]
 
 
@@ -83,8 +85,20 @@ def _on_output(edit: Edit) -> Callable[..., object]:
 @contextmanager
 def captured(model: PreTrainedModel, sites: list[Site]) -> Iterator[dict[Site, list[Tensor]]]:
     """Captures several sites at once, each by a hook of its own."""
+    seen: dict[Site, list[Tensor]] = {site: [] for site in sites}
+
+    def look(site: Site, tensor: Tensor) -> Tensor:
+        seen[site].append(tensor.detach().clone())
+        return tensor
+
     with ExitStack() as stack:
-        yield {site: stack.enter_context(capture(model, *hook_point(model, site))) for site in sites}
+        for site in sites:
+            if site.name == "resid_mid":
+                path, side = hook_point(model, site)
+                stack.enter_context(replace(model, path, side, functools.partial(look, site)))
+        others = [site for site in sites if site.name != "resid_mid"]
+        stack.enter_context(edited_at(model, {site: functools.partial(look, site) for site in others}))
+        yield seen
 
 
 # --- where a site is, found by reading the modules of transformers -----------------------------------------------
@@ -94,6 +108,16 @@ _ROTARY_HOOKS: dict[str, tuple[str, Side]] = {
     "resid_pre": ("model.layers.{}", "input"),
     "attn_norm": ("model.layers.{}.input_layernorm", "output"),
     "attn_in": ("model.layers.{}.self_attn", "input"),
+    "q": ("model.layers.{}.self_attn.q_proj", "output"),
+    "k": ("model.layers.{}.self_attn.k_proj", "output"),
+    "v": ("model.layers.{}.self_attn.v_proj", "output"),
+    "q_normed": ("model.layers.{}.self_attn.q_norm", "output"),
+    "k_normed": ("model.layers.{}.self_attn.k_norm", "output"),
+    "q_rot": ("model.layers.{}.self_attn", "inside"),
+    "k_rot": ("model.layers.{}.self_attn", "inside"),
+    "scores": ("model.layers.{}.self_attn", "inside"),
+    "pattern": ("model.layers.{}.self_attn", "inside"),
+    "z": ("model.layers.{}.self_attn.o_proj", "input"),
     "attn_out": ("model.layers.{}.self_attn.o_proj", "output"),
     "attn_add": ("model.layers.{}.self_attn", "output"),
     "resid_mid": ("model.layers.{}.post_attention_layernorm", "input"),
@@ -115,6 +139,12 @@ _GPT2_HOOKS: dict[str, tuple[str, Side]] = {
     "resid_pre": ("transformer.h.{}", "input"),
     "attn_norm": ("transformer.h.{}.ln_1", "output"),
     "attn_in": ("transformer.h.{}.attn", "input"),
+    "q": ("transformer.h.{}.attn.c_attn", "output"),
+    "k": ("transformer.h.{}.attn.c_attn", "output"),
+    "v": ("transformer.h.{}.attn.c_attn", "output"),
+    "scores": ("transformer.h.{}.attn", "inside"),
+    "pattern": ("transformer.h.{}.attn", "inside"),
+    "z": ("transformer.h.{}.attn.c_proj", "input"),
     "attn_out": ("transformer.h.{}.attn.c_proj", "output"),
     "attn_add": ("transformer.h.{}.attn", "output"),
     "resid_mid": ("transformer.h.{}.ln_2", "input"),
@@ -138,15 +168,106 @@ def hook_point(model: PreTrainedModel, site: Site) -> tuple[str, Side]:
     return path.format(site.layer), side
 
 
+def can_edit(model: PreTrainedModel, site: Site) -> bool:
+    """Can the site be edited by hand?  Inside attention, only the eager function can be opened."""
+    return hook_point(model, site)[1] != "inside" or model.config._attn_implementation == "eager"
+
+
 @contextmanager
 def edited(model: PreTrainedModel, site: Site, edit: Edit) -> Iterator[None]:
     """Runs the model with ``edit`` applied at a site, by a hook or, for ``resid_mid``, in a block rewritten by hand."""
     if site.name == "resid_mid":
         with edited_block(model, site.layer or 0, edit):
             yield
-    else:
-        with replace(model, *hook_point(model, site), edit):
+        return
+    path, side = hook_point(model, site)
+    if side == "inside":
+        with edited_attention(model, path, {site.name: edit}):
             yield
+        return
+    with replace(model, path, side, _per_head(model, site, edit)):
+        yield
+
+
+@contextmanager
+def edited_at(model: PreTrainedModel, edits: Mapping[Site, Edit]) -> Iterator[None]:
+    """Runs the model with several sites edited at once."""
+    inside: dict[str, dict[str, Edit]] = {}
+    with ExitStack() as stack:
+        for site, edit in edits.items():
+            path, side = hook_point(model, site)
+            if side == "inside":
+                inside.setdefault(path, {})[site.name] = edit
+            else:
+                stack.enter_context(edited(model, site, edit))
+        for path, found in inside.items():
+            stack.enter_context(edited_attention(model, path, found))
+        yield
+
+
+def _per_head(model: PreTrainedModel, site: Site, edit: Edit) -> Edit:
+    """The edit of a module's tensor for the edit of a site in it that has an axis for heads."""
+    width = (
+        getattr(model.config, "head_dim", None)
+        or model.config.hidden_size // model.config.num_attention_heads
+    )
+
+    def split(flat: Tensor) -> Tensor:
+        return edit(flat.view(*flat.shape[:-1], -1, width)).reshape(flat.shape)
+
+    def third(fused: Tensor) -> Tensor:
+        thirds = list(fused.chunk(3, dim=-1))
+        thirds["qkv".index(site.name)] = split(thirds["qkv".index(site.name)].contiguous())
+        return torch.cat(thirds, dim=-1)
+
+    if site.name in ("q", "k", "v") and model.config.model_type == "gpt2":
+        return third
+    return split if site.name in ("q", "k", "v", "z") else edit
+
+
+@contextmanager
+def edited_attention(model: PreTrainedModel, path: str, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """Runs the model with the eager function of its modelling file rewritten by hand for one attention module."""
+    if model.config._attn_implementation != "eager":
+        raise ValueError("only eager attention has scores and a pattern that can be edited by hand")
+    attention = model.get_submodule(path)
+    modelling = sys.modules[type(attention).__module__]
+    original = modelling.eager_attention_forward
+
+    def eager(
+        module: nn.Module,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor,
+        scaling: float,
+        **kwargs: object,
+    ) -> tuple[Tensor, Tensor]:
+        if module is not attention:
+            return original(module, query, key, value, attention_mask, scaling=scaling, **kwargs)
+        # A key that its own query may not see is padding, which nobody sees, whatever is edited.
+        padding = (attention_mask.diagonal(dim1=-2, dim2=-1) != 0)[..., None, :]
+
+        def at(site: str, tensor: Tensor) -> Tensor:
+            return edits[site](tensor) if site in edits else tensor
+
+        query = at("q_rot", query.transpose(1, 2)).transpose(1, 2)
+        key = at("k_rot", key.transpose(1, 2)).transpose(1, 2)
+        shared = query.shape[1] // key.shape[1]
+        if shared > 1:
+            key, value = key.repeat_interleave(shared, dim=1), value.repeat_interleave(shared, dim=1)
+        scores = at("scores", torch.matmul(query, key.transpose(2, 3)) * scaling + attention_mask)
+        scores = scores.masked_fill(padding, torch.finfo(scores.dtype).min)
+        gpt2 = model.config.model_type == "gpt2"
+        weights = nn.functional.softmax(scores, dim=-1, dtype=None if gpt2 else torch.float32).to(query.dtype)
+        weights = at("pattern", weights).masked_fill(padding & ~padding.transpose(-1, -2), 0.0)
+        return torch.matmul(weights, value).transpose(1, 2).contiguous(), weights
+
+    modelling.eager_attention_forward = eager
+    try:
+        yield
+    finally:
+        modelling.eager_attention_forward = original
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -55,10 +56,20 @@ class ModelAnatomy:
         self.family = family_of(config)
         self.n_layers: int = config.num_hidden_layers
         neurons = getattr(config, self.family.neurons, None)
+        heads: int = config.num_attention_heads
         self.widths: dict[str, int] = {
             "D": config.hidden_size,
             "M": neurons if neurons is not None else 4 * config.hidden_size,
             "V": config.vocab_size,
+            "H": heads,
+            "K": getattr(config, "num_key_value_heads", None) or heads,
+            "d": getattr(config, "head_dim", None) or config.hidden_size // heads,
+        }
+        self._withheld: dict[str, str] = {
+            name: reason
+            for option, (names, reason) in self.family.withheld.items()
+            if getattr(config, option, False)
+            for name in names
         }
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._modules: dict[str, nn.Module] = {}
@@ -104,7 +115,7 @@ class ModelAnatomy:
         """Why the model lacks a site, or ``None`` if it has it."""
         kind = KIND[site.name]
         if kind.scope is Scope.INPUT or site.name in self.family.taps:
-            return None
+            return self._withheld.get(site.name)
         return self.family.absent.get(site.name, f"the {self.family.name} table does not name it")
 
     def has(self, site: Site) -> bool:
@@ -199,12 +210,26 @@ class ModelAnatomy:
             self._points = self._hook_points()
         return self._points.get((path, side), [])
 
+    @cached_property
+    def attention_configs(self) -> tuple[Any, ...]:
+        """The configurations that modules look in for the implementation of attention: mostly one."""
+        found = {
+            id(config): config
+            for module in self.model.modules()
+            if hasattr(config := getattr(module, "config", None), "_attn_implementation")
+        }
+        return tuple(found.values())
+
     # --- parameters --------------------------------------------------------------------------------------------
 
     @property
     def unembedding(self) -> str:
         """The path of the unembedding matrix [V, D]."""
         return self.family.taps["lm_head"].module + ".weight"
+
+    def output_projection(self, layer: int) -> tuple[str, bool]:
+        """The path of the matrix that a layer's heads write through, and whether it is [D, H * d] or [H * d, D]."""
+        return self.module_path(self.family.taps["z"], layer) + ".weight", self.family.out_by_in
 
     def parameter(self, path: str) -> torch.Tensor:
         """A parameter or buffer of the model, by its path."""

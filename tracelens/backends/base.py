@@ -11,10 +11,23 @@ from tracelens.plan import Carry
 
 
 class Side(Enum):
-    """Which side of a module a hook point is on."""
+    """Which side of a module a hook point is on; the inside is where an attention module computes attention."""
 
     IN = "input"
     OUT = "output"
+    INSIDE = "inside"
+
+
+@dataclass(frozen=True, slots=True)
+class HeadsView:
+    """A site with an axis for heads, in a tensor whose last axis holds the heads side by side.
+
+    ``parts`` are what lies there one after the other, each named by the width that counts its heads (``H`` or ``K``);
+    the site is part number ``index``.
+    """
+
+    parts: tuple[str, ...]
+    index: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +36,15 @@ class Tap:
 
     ``key`` for an input is the name of a keyword argument that may carry the tensor instead of the first positional
     one; for an output it is a position in a tuple or the name of a field, and ``None`` is the tensor itself (or the
-    first element, where a version of transformers returns a tuple).
+    first element, where a version of transformers returns a tuple). Inside attention it names one of the tensors there:
+    ``q_rot``, ``k_rot``, ``scores`` or ``pattern``. ``view`` finds the site in a tensor that holds more, or in another
+    shape.
     """
 
     module: str
     side: Side
     key: str | int | None = None
+    view: HeadsView | None = None
 
 
 @dataclass(frozen=True)
@@ -37,7 +53,9 @@ class Family:
 
     ``model_types``: the values of ``config.model_type`` that it serves. ``layers``: the path of the layers with ``{}``
     for the index. ``taps``: site name to hook point. ``absent``: site name to the reason why the family lacks it.
-    ``neurons``: the configuration's word for the width of the MLP.
+    ``neurons``: the configuration's word for the width of the MLP. ``withheld``: settings of a configuration without
+    some of the sites, with the reason. ``out_by_in``: does the output projection keep its matrix as [out, in], as
+    ``nn.Linear`` does? ``wide_softmax``: does eager attention take its softmax in float32, or in the model's dtype?
     """
 
     name: str
@@ -48,6 +66,11 @@ class Family:
     neurons: str = "intermediate_size"
     carries: tuple[Carry, ...] = (Carry("resid_mid", "mlp_add", "resid_post"),)
     refusals: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    withheld: Mapping[str, tuple[tuple[str, ...], str]] = field(
+        default_factory=dict[str, tuple[tuple[str, ...], str]]
+    )
+    out_by_in: bool = True
+    wide_softmax: bool = True
 
     def refused(self, config: Any) -> str | None:
         """The reason why a configuration of this family cannot be served, if there is one."""

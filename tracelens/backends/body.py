@@ -29,6 +29,7 @@ from tracelens.backends.execute import (
     selector_place,
 )
 from tracelens.backends.selecting import put_tokens, take_tokens
+from tracelens.backends.views import Put, Take
 from tracelens.ir import dims
 from tracelens.ir.infer import resolve, torch_dtype
 from tracelens.ir.ops import (
@@ -87,17 +88,25 @@ def body(
     fresh: frozenset[int],
     shapes: dict[TensorType, int],
     gradients: Mapping[int, Gradients],
+    view: tuple[Take, Put] | None = None,
 ) -> Body:
     """The function for some steps.
 
     ``fresh``: the values that no one else holds, so that a write need not copy them. ``shapes`` numbers the types whose
     sizes the run has to know, in ``state.shapes``; types that are new to it are added. ``gradients``: what takes the
-    gradients of the program, by the numbers of the operations.
+    gradients of the program, by the numbers of the operations. ``view`` finds the site in the module's tensor, and
+    makes a new one of it.
     """
     writer = _Writer(steps, types, fresh, shapes, gradients)
+    if view is not None:
+        writer.line("whole = tensor")
+        writer.line(f"tensor = {writer.name(view[0])}(tensor)")
     for step in steps:
         writer.write(step)
-    writer.line("return tensor")
+    if view is not None and any(isinstance(step.op, Write) for step in steps):
+        writer.line(f"return {writer.name(view[1])}(whole, tensor)")
+    else:
+        writer.line("return tensor")
     source = "\n".join(writer.lines) + "\n"
     run = FunctionType(_compiled(source), writer.names)
     return Body(run, source, tuple(writer.numbers))

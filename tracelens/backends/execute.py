@@ -92,7 +92,13 @@ def mismatch(state: State, tensor: Any, read: Read) -> SiteMismatchError:
     dtype, shape = torch_dtype(read.type.dtype), read.type.sizes(state.sizes)
     return SiteMismatchError(
         f"the model produced {tensor.dtype} {tuple(tensor.shape)} at {read.site}; {dtype} {shape} was expected",
-        instead="a model whose sublayers compute in one dtype, outside torch.autocast",
+        instead=(
+            "a model whose sublayers compute in one dtype, outside torch.autocast"
+            if tensor.shape == shape
+            else "a trace of the whole text: in generation, the cache of this layer does not hold each key once"
+            if "S" in read.type.symbols
+            else None
+        ),
     )
 
 

@@ -5,13 +5,18 @@ from __future__ import annotations
 import threading
 import weakref
 from collections.abc import Callable, Iterable
-from typing import Any
+from typing import Any, Protocol
 
 from torch import nn
-from torch.utils.hooks import RemovableHandle
 
 PreHook = Callable[[nn.Module, tuple[Any, ...], dict[str, Any]], Any]
 PostHook = Callable[[nn.Module, tuple[Any, ...], Any], Any]
+
+
+class Removable(Protocol):
+    """Something on a model that comes off; a second time does no harm."""
+
+    def remove(self) -> None: ...
 
 
 class Seat:
@@ -26,7 +31,7 @@ class Seat:
         """Held while the model runs: one run at a time, however many handles and threads there are."""
         self.run: Any = None
         """The run that holds the lock."""
-        self._handles: list[RemovableHandle] = []
+        self._handles: list[Removable] = []
         self._standing: list[tuple[nn.Module, Any]] = []
         self._frozen: list[nn.Parameter] = []
         self._forwards = 0
@@ -43,6 +48,10 @@ class Seat:
     def after(self, module: nn.Module, hook: PostHook) -> None:
         """Calls ``hook(module, args, output)`` after the module's forward."""
         self._handles.append(module.register_forward_hook(hook))
+
+    def hold(self, handle: Removable) -> None:
+        """Takes care of something else that a run puts on the model and that has to come off with the hooks."""
+        self._handles.append(handle)
 
     def stand_in(
         self, module: nn.Module, standing_in: Callable[[Callable[..., Any]], Callable[..., Any]]

@@ -18,9 +18,11 @@ from tracelens.backends.body import Body, body
 from tracelens.backends.differentiate import gradients_of, with_autograd
 from tracelens.backends.execute import State
 from tracelens.backends.hooks import Seat, seat_of
+from tracelens.backends.inside_hooks import InsideHook, join
 from tracelens.backends.module_hooks import ModuleHook
 from tracelens.backends.replacing import replacement
 from tracelens.backends.stand_in import StandIn, missed
+from tracelens.backends.views import taking_and_putting
 from tracelens.errors import (
     ModelClosedError,
     NestedTraceError,
@@ -35,6 +37,7 @@ from tracelens.ir.ops import Call, IndexPut, Write, results
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 from tracelens.location import here
+from tracelens.plan import replaced_layers
 from tracelens.program import Block, Program
 
 
@@ -63,6 +66,10 @@ class HookCode:
     writes: bool
     stops: bool
 
+    def blamed(self, error: TracelensError) -> Exception:
+        """The error with the number of the first step, where it came before any."""
+        return _Blamed(error, self.body.numbers[0])
+
     def steps(self, state: State, tensor: Any) -> Any:
         """The tensor after the steps. An error is given the step's number; after the last step the pass is left."""
         try:
@@ -83,7 +90,7 @@ class LocalCode:
     graph: Graph
     program: Program
     before: Body | None
-    hooks: tuple[_Hook | ModuleHook | StandIn, ...]
+    hooks: tuple[_Hook | ModuleHook | StandIn | InsideHook, ...]
     count: int
     seat: Seat
     differentiates: bool
@@ -127,9 +134,9 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
         else:
             # Sites of one hook point may differ in where the tensor lies in the output: one hook each, in order.
             _, tap, path = anatomy.tap(block.site)
-            points.setdefault((path, Tap("", tap.side, tap.key)), []).append(block)
+            points.setdefault((path, Tap("", tap.side, tap.key, tap.view)), []).append(block)
     seat = seat_of(anatomy.model)
-    hooks: list[_Hook | ModuleHook | StandIn] = []
+    hooks: list[_Hook | ModuleHook | StandIn | InsideHook] = []
     standing: dict[str, StandIn] = {}
     for point, blocks in points.items():
         path, tap = _ends(point) if isinstance(point, ModuleSite) else point
@@ -138,7 +145,14 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
             path,
             tap,
             cast(Site, blocks[0].site),
-            body([step for block in blocks for step in block.steps], graph.types, fresh, shapes, gradients),
+            body(
+                [step for block in blocks for step in block.steps],
+                graph.types,
+                fresh,
+                shapes,
+                gradients,
+                None if tap.view is None else taking_and_putting(tap.view, anatomy.widths),
+            ),
             any(block.writes for block in blocks),
             program.stop is not None and program.stop in {block.site for block in blocks},
         )
@@ -151,7 +165,10 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
             calls, copies = anatomy.sides.calls_of(point), anatomy.sides.leaf(point).mutated
             hooks.append(ModuleHook(code, seat, calls=calls, copies=copies))
         else:
-            hooks.append(_Before(code, seat) if tap.side is Side.IN else _After(code, seat))
+            hooks.append(_HOOKS[tap.side](code, seat))
+    inside = [hook for hook in hooks if isinstance(hook, InsideHook)]
+    if inside:
+        join(inside, seat, replaced_layers(graph), anatomy)
     count, differentiates = graph.next_value, bool(gradients)
     return LocalCode(graph, program, before, tuple(hooks), count, seat, differentiates, tuple(shapes))
 
@@ -262,13 +279,29 @@ class _After(_Hook):
         return tensor if self.writes else None
 
 
+_HOOKS: dict[Side, Callable[[HookCode, Seat], _Hook | InsideHook]] = {
+    Side.IN: _Before,
+    Side.OUT: _After,
+    Side.INSIDE: InsideHook,
+}
+
+
 class Run:
     """One use of a model: hooks on, forward passes, hooks off."""
 
-    __slots__ = ("code", "forward_number", "mask", "model", "state", "thread")
+    __slots__ = ("code", "forward_number", "mask", "model", "real", "state", "thread")
 
-    def __init__(self, model: nn.Module, code: LocalCode, state: State, mask: torch.Tensor | None) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        code: LocalCode,
+        state: State,
+        mask: torch.Tensor | None,
+        real: torch.Tensor | None = None,
+    ) -> None:
+        """``mask``: the site ``token_mask``. ``real``: which keys [B, S] are no padding; ``None``: all of them."""
         self.model = model
+        self.real = real
         self.code = code
         self.state = state
         self.mask = mask

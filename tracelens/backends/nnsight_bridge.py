@@ -13,6 +13,7 @@ import torch
 
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.base import Side, Tap
+from tracelens.backends.views import taking_and_putting
 from tracelens.errors import BridgeError
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Grad, Read, Write
@@ -85,12 +86,25 @@ class _Place:
 
     def __init__(self, root: Any, anatomy: ModelAnatomy, site: Site) -> None:
         _, tap, path = anatomy.tap(site)
+        if tap.side is Side.INSIDE:
+            raise BridgeError(
+                f"{site} lies inside the attention function, where the bridge does not reach",
+                instead="q, k, v and z, or model.compile(graph)(prompt) on a model of tracelens",
+            )
         self.tap: Tap = tap
+        self.view = None if tap.view is None else taking_and_putting(tap.view, anatomy.widths)
         self.envoy: Any = root
         for part in path.split(".") if path else ():
             self.envoy = self.envoy[int(part)] if part.isdigit() else getattr(self.envoy, part)
 
     def get(self) -> torch.Tensor:
+        whole = self._whole()
+        return whole if self.view is None else self.view[0](whole)
+
+    def put(self, new: torch.Tensor) -> None:
+        self._replace(new if self.view is None else self.view[1](self._whole(), new))
+
+    def _whole(self) -> torch.Tensor:
         if self.tap.side is Side.IN:
             return self.envoy.input
         output = self.envoy.output
@@ -98,7 +112,7 @@ class _Place:
             return getattr(output, self.tap.key)
         return output[self.tap.key or 0] if isinstance(output, tuple) else output
 
-    def put(self, new: torch.Tensor) -> None:
+    def _replace(self, new: torch.Tensor) -> None:
         if self.tap.side is Side.IN:
             self.envoy.input = new
             return

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
 
-from tracelens.ir.dims import B, P, Sym
+from tracelens.ir.dims import B, P, S, Sym
 
 
 class Effect(Enum):
@@ -36,7 +36,8 @@ class Kind:
     """One row of the vocabulary.
 
     ``shape`` uses the size symbols and the model's own widths by name: ``D`` (d_model), ``M`` (neurons), ``V``
-    (vocabulary). ``level`` orders the rows; rows of one level cannot feed each other.
+    (vocabulary), ``H`` (heads), ``K`` (key and value heads), ``d`` (the width of a head). ``level`` orders the rows;
+    rows of one level cannot feed each other, and stand in the order in which modules make them.
     """
 
     name: str
@@ -51,6 +52,9 @@ class Kind:
 _RESIDUAL: tuple[Sym | str, ...] = (B, P, "D")
 _NEURONS: tuple[Sym | str, ...] = (B, P, "M")
 _TOKENS: tuple[Sym | str, ...] = (B, P, "V")
+_HEADS: tuple[Sym | str, ...] = (B, P, "H", "d")
+_KV_HEADS: tuple[Sym | str, ...] = (B, P, "K", "d")
+_LOOKS: tuple[Sym | str, ...] = (B, "H", P, S)
 
 KINDS: tuple[Kind, ...] = (
     Kind("token_mask", Scope.INPUT, 0, (B, P), Effect.NONE, "True at real tokens, False at padding"),
@@ -67,6 +71,28 @@ KINDS: tuple[Kind, ...] = (
         ("pre_ln",),
     ),
     Kind("attn_in", Scope.LAYER, 2, _RESIDUAL, Effect.BRANCH, "what the attention module receives"),
+    # One level, in the order of the modules: Qwen3 makes q, norms it, and only then makes k.
+    Kind("q", Scope.LAYER, 3, _HEADS, Effect.BRANCH, "the queries, before QK-norm and rotation"),
+    Kind("q_normed", Scope.LAYER, 3, _HEADS, Effect.BRANCH, "the queries after QK-norm"),
+    Kind("k", Scope.LAYER, 3, _KV_HEADS, Effect.BRANCH, "the keys, before QK-norm and rotation"),
+    Kind("k_normed", Scope.LAYER, 3, _KV_HEADS, Effect.BRANCH, "the keys after QK-norm"),
+    Kind("v", Scope.LAYER, 3, _KV_HEADS, Effect.BRANCH, "the values"),
+    Kind(
+        "q_rot", Scope.LAYER, 5, _HEADS, Effect.BRANCH, "the queries after rotation, as attention uses them"
+    ),
+    Kind(
+        "k_rot", Scope.LAYER, 5, _KV_HEADS, Effect.BRANCH, "the keys after rotation, as attention uses them"
+    ),
+    Kind("scores", Scope.LAYER, 6, _LOOKS, Effect.BRANCH, "before the softmax, scale and mask included"),
+    Kind("pattern", Scope.LAYER, 7, _LOOKS, Effect.BRANCH, "after the softmax: where each query looks"),
+    Kind(
+        "z",
+        Scope.LAYER,
+        9,
+        _HEADS,
+        Effect.BRANCH,
+        "each head's mix of values: what the output projection reads",
+    ),
     Kind("attn_out", Scope.LAYER, 10, _RESIDUAL, Effect.BRANCH, "the output projection's result"),
     Kind("attn_add", Scope.LAYER, 11, _RESIDUAL, Effect.BRANCH, "what attention really adds to the stream"),
     Kind("resid_mid", Scope.LAYER, 12, _RESIDUAL, Effect.STREAM, "resid_pre + attn_add"),

@@ -99,6 +99,11 @@ class TensorType:
         return tuple(axis for axis, dim in enumerate(self.shape) if dim == dims.P)
 
     @property
+    def padded_axes(self) -> tuple[int, ...]:
+        """The axes that begin with a row's padding: positions, and the keys that attention looks at."""
+        return tuple(axis for axis, dim in enumerate(self.shape) if dim in (dims.P, dims.S))
+
+    @property
     def batch_axis(self) -> int | None:
         """The axis that carries the prompt's rows, if there is one."""
         return next((axis for axis, dim in enumerate(self.shape) if dim == dims.B), None)

@@ -1,6 +1,9 @@
 """GPT-2: learned positions, LayerNorm, and an MLP without a gate."""
 
-from tracelens.backends.base import Family, Side, Tap
+from tracelens.backends.base import Family, HeadsView, Side, Tap
+
+# One matrix makes queries, keys and values, side by side.
+_FUSED = ("H", "H", "H")
 
 GPT2 = Family(
     "GPT-2",
@@ -12,6 +15,12 @@ GPT2 = Family(
         "resid_pre": Tap("", Side.IN, "hidden_states"),
         "attn_norm": Tap("ln_1", Side.OUT),
         "attn_in": Tap("attn", Side.IN, "hidden_states"),
+        "q": Tap("attn.c_attn", Side.OUT, view=HeadsView(_FUSED, 0)),
+        "k": Tap("attn.c_attn", Side.OUT, view=HeadsView(_FUSED, 1)),
+        "v": Tap("attn.c_attn", Side.OUT, view=HeadsView(_FUSED, 2)),
+        "scores": Tap("attn", Side.INSIDE, "scores"),
+        "pattern": Tap("attn", Side.INSIDE, "pattern"),
+        "z": Tap("attn.c_proj", Side.IN, view=HeadsView(("H",))),
         "attn_out": Tap("attn.c_proj", Side.OUT),
         "attn_add": Tap("attn", Side.OUT, 0),
         "resid_mid": Tap("ln_2", Side.IN),
@@ -26,9 +35,23 @@ GPT2 = Family(
         "lm_head": Tap("lm_head", Side.OUT),
         "logits": Tap("", Side.OUT, "logits"),
     },
-    {"mlp_up": "its MLP has no gate; use mlp_pre"},
+    {
+        "mlp_up": "its MLP has no gate; use mlp_pre",
+        "q_normed": "its queries have no norm of their own; use q",
+        "k_normed": "its keys have no norm of their own; use k",
+        "q_rot": "positions are added to the embedding, so nothing is rotated in attention; use q",
+        "k_rot": "positions are added to the embedding, so nothing is rotated in attention; use k",
+    },
     neurons="n_inner",
     refusals={
         "add_cross_attention": "blocks with cross-attention add a third term to the stream, which has no site"
     },
+    withheld={
+        "reorder_and_upcast_attn": (
+            ("scores", "pattern"),
+            "with reorder_and_upcast_attn the block computes attention in a way of its own, which cannot be tapped",
+        )
+    },
+    out_by_in=False,
+    wide_softmax=False,
 )

@@ -1,0 +1,45 @@
+"""Sites that are a part of a module's tensor, or the same numbers in another shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+
+from tracelens.backends.base import HeadsView
+
+Take = Callable[[torch.Tensor], torch.Tensor]
+Put = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def taking_and_putting(view: HeadsView, widths: Mapping[str, int]) -> tuple[Take, Put]:
+    """How a site is taken out of the module's tensor, and how a new value of it is put back into a new tensor.
+
+    The module's tensor is never changed in place, and gradients flow through both.
+    """
+    width = widths["d"]
+    heads = [widths[part] for part in view.parts]
+    start = sum(heads[: view.index]) * width
+    count = heads[view.index]
+    end = start + count * width
+    total = sum(heads) * width
+
+    if len(heads) == 1:
+
+        def take_all(whole: torch.Tensor) -> torch.Tensor:
+            return whole.unflatten(-1, (count, width))
+
+        def put_all(whole: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+            return new.flatten(-2)
+
+        return take_all, put_all
+
+    def take(whole: torch.Tensor) -> torch.Tensor:
+        if whole.shape[-1] != total:
+            return whole  # the read that follows says what is wrong
+        return whole[..., start:end].unflatten(-1, (count, width))
+
+    def put(whole: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        return torch.cat((whole[..., :start], new.flatten(-2), whole[..., end:]), dim=-1)
+
+    return take, put
