@@ -319,7 +319,7 @@ class Layers:
         return f"model.layers (0 to {len(self) - 1})"
 
 
-def _of_which_layer(name: str) -> UnknownSiteError:
+def _of_which_layer(name: str) -> TracelensError:
     """The error for ``model.layers.<name>``, which does not say which layers are meant."""
     if name not in _LAYER_NAMES:
         return _unknown(name, "model.layers[i]", tuple(_LAYER_NAMES))
