@@ -14,7 +14,8 @@ import torch
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.differentiate import outside_inference, require_differentiable, usable
 from tracelens.backends.execute import State
-from tracelens.backends.local import LocalCode, Run, prepare, running_device
+from tracelens.backends.local import LocalCode, Run, prepare
+from tracelens.backends.ready import running_device
 from tracelens.backends.replacing import require_replaceable
 from tracelens.backends.transfer import ConstantCache, inputs_on
 from tracelens.constants import Captured, from_payload

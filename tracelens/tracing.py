@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 import torch
 
 from tracelens.advice import in_generation
-from tracelens.backends.local import Run, running_device
+from tracelens.backends.local import Run
+from tracelens.backends.ready import running_device
 from tracelens.backends.transfer import inputs_on
 from tracelens.coming import ON_BLOCKS, not_yet
 from tracelens.compiling import Compiled, Compiler, check_fits, owning, relocate

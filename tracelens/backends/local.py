@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd  # the base of all of torch's
 
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.base import Side, Tap
@@ -24,12 +23,10 @@ from tracelens.backends.replacing import replacement
 from tracelens.backends.stand_in import StandIn, missed
 from tracelens.backends.views import taking_and_putting
 from tracelens.errors import (
-    ModelClosedError,
     NestedTraceError,
     OpFailedError,
     SiteMismatchError,
     TracelensError,
-    TrainingModeError,
 )
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import INPUT, ModuleSite
@@ -400,35 +397,3 @@ def plain_mode() -> AbstractContextManager[object]:
 def _outside_inference() -> Iterator[None]:
     with torch.inference_mode(False), torch.no_grad():
         yield
-
-
-def running_device(anatomy: ModelAnatomy) -> torch.device:
-    """The model's device; refuses to run a model that was loaded without weights."""
-    device = anatomy.device
-    if device.type == "meta":
-        raise ModelClosedError(
-            "this model was loaded without weights: its sites can be listed and graphs recorded, but it cannot run",
-            instead="tl.load(...) without weights=False",
-        )
-    if anatomy.model.training:
-        _refuse_dropout(anatomy.model)
-    return device
-
-
-def _refuse_dropout(model: nn.Module) -> None:
-    """A model in training mode is welcome as long as nothing in it is random."""
-    for path, module in model.named_modules():
-        if not module.training:
-            continue
-        of_module = getattr(module, "p", 0.0) if isinstance(module, _DropoutNd) else 0.0
-        # Attention functions are told how much to drop by an attribute of their module.
-        if max(_rate(of_module), _rate(getattr(module, "attention_dropout", 0.0))) > 0:
-            raise TrainingModeError(
-                f"the model is in training mode, where {path or 'it'} drops activations at random: "
-                "no two runs would agree",
-                instead="model.hf.eval() before the block",
-            )
-
-
-def _rate(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
