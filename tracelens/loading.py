@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +16,7 @@ from tracelens.errors import OptionError
 from tracelens.location import here
 from tracelens.model import Model
 from tracelens.pretrained import SOURCES, embedded_model
+from tracelens.view import in_notebook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,7 +42,8 @@ def load(
     embedded = str(name) in SOURCES
     source = str(embedded_model(str(name))) if embedded else str(name)
     if weights:
-        found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+        with without_bars() if embedded and not (in_notebook() or sys.stderr.isatty()) else nullcontext():
+            found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
     else:
         config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
@@ -45,6 +51,27 @@ def load(
     if embedded:
         found.config.name_or_path = str(name)  # not the folder in the cache, whose name has a version of ours
     return Model(found, _tokenizer(source))
+
+
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Without the progress bars of transformers, which it draws into logs too."""
+    from huggingface_hub.utils import are_progress_bars_disabled, disable_progress_bars
+    from transformers.utils import logging
+
+    if not logging.is_progress_bar_enabled():
+        yield
+        return
+    of_the_hub = not are_progress_bars_disabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that the hub's own bars are off by an environment variable
+            logging.enable_progress_bar()
+        if not of_the_hub:
+            disable_progress_bars()
 
 
 def _require_folder(folder: Path) -> None:

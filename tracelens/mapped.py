@@ -9,12 +9,12 @@ import numpy as np
 import torch
 
 from tracelens.errors import LayerMappingError, ShapeError, WriteTargetError
-from tracelens.ir.types import TensorType
+from tracelens.ir.dims import with_lengths
 from tracelens.location import here
 from tracelens.operand import apply_torch
 from tracelens.recorder import Recorder
 from tracelens.tokens import Tokens
-from tracelens.values import PerLayerOperand, Saved, Value, keep_of, save_dtype
+from tracelens.values import PerLayerOperand, Saved, Value, keep_of, save_dtype, shown
 
 
 class MappedValue(PerLayerOperand):
@@ -194,9 +194,9 @@ class MappedValue(PerLayerOperand):
 
     def __repr__(self) -> str:
         if self._has_result():
-            return repr(self._result())
+            return shown(self._result())
         first = self._members[0]
-        kind: TensorType = first._type
+        kind = with_lengths(str(first._type), self._recorder.sizes)
         return f"<mapped value over layers {_span(self._layers)}: {kind} in each>"
 
 

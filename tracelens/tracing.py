@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from html import escape
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
@@ -24,6 +25,7 @@ from tracelens.errors import (
     TracelensError,
 )
 from tracelens.explain import explain
+from tracelens.ir.dims import with_lengths
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.retype import retype, site_types
@@ -91,6 +93,7 @@ class Recording:
             recorder.is_open = False
             recorder.failure = error
             if isinstance(error, TracelensError):
+                error.problem = with_lengths(error.problem, recorder.sizes)
                 if recorder.generating:
                     in_generation(error)
             elif isinstance(error, Exception) and (module := module_that_failed(error)) is not None:
@@ -268,9 +271,22 @@ class Generation(Recording):
         return texts[0] if self._single else texts
 
     def __repr__(self) -> str:
+        if self._new is None:
+            return "<generation>"
+        if self._model.tokenizer is not None:
+            return repr(self.text)
+        counts = ", ".join(str(len(row)) for row in self._new)
         return (
-            repr(self.text) if self._new is not None and self._model.tokenizer is not None else "<generation>"
+            f"<generation: {counts} new tokens>"
+            if len(self._new) == 1
+            else f"<generation: {counts} new tokens, by row>"
         )
+
+    def _repr_html_(self) -> str:
+        if self._new is None or self._model.tokenizer is None:
+            return super()._repr_html_()
+        texts = [self.text] if isinstance(self.text, str) else self.text
+        return "".join(f'<pre style="white-space: pre-wrap">{escape(text)}</pre>' for text in texts)
 
 
 def generate(

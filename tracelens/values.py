@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -23,6 +23,7 @@ from tracelens.errors import (
     WriteTargetError,
 )
 from tracelens.indexing import index_of
+from tracelens.ir.dims import with_lengths
 from tracelens.ir.infer import dtype_of, torch_dtype
 from tracelens.ir.ops import (
     IndexItem,
@@ -351,9 +352,9 @@ class Value(Operand):
 
     def __repr__(self) -> str:
         if not self._is_recording() and self._has_result():
-            return repr(self._result())
+            return shown(self._result())
         what = f" of {self._site}" if self._site else ""
-        return f"<value %{self._id}{what}: {self._type}>"
+        return f"<value %{self._id}{what}: {with_lengths(str(self._type), self._recorder.sizes)}>"
 
     def __dir__(self) -> list[str]:
         return sorted({*object.__dir__(self), *(key for key in dir(torch.Tensor) if not key.startswith("_"))})
@@ -369,6 +370,18 @@ class PerLayerOperand(Operand):
     """The base of what stands for one thing per layer (:mod:`tracelens.mapped`)."""
 
     __slots__ = ()
+
+
+def shown(result: Any) -> str:
+    """A saved result for looking at; for prompts of different lengths first the shapes, then the first of them."""
+    if not isinstance(result, list):
+        return repr(result)
+    parts = cast("list[torch.Tensor]", result)
+    shapes = ", ".join(str(tuple(part.shape)) for part in parts[:_SHAPES]) + ", ..." * (len(parts) > _SHAPES)
+    return f"{len(parts)} prompts: {shapes}\n[0]: {parts[0]!r}"
+
+
+_SHAPES = 8
 
 
 def keep_of(device: str) -> Keep:

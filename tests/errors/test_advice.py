@@ -300,3 +300,16 @@ def test_a_long_line_is_cut() -> None:
 
 def test_the_package_lists_its_public_names() -> None:
     assert dir(tl) == sorted(tl.__all__)
+
+
+def test_the_length_of_a_slice_is_a_number_where_the_prompt_is_known() -> None:
+    with refused(ShapeError, "f32[B,2,48]", instead="that shape") as caught, model.trace(IDS):
+        model.layers[0].resid_post[:, :2] = torch.ones(7)  # <-
+    assert "len(" not in str(caught.error)
+    with refused(ShapeError, "len(P)[:2]", instead="record with a prompt"), model.record():
+        model.layers[0].resid_post[:, :2] = torch.ones(3, D)  # <-
+    with model.trace(IDS):
+        h = model.layers[0].resid_post[:, 1:][:, :2]
+        assert repr(h).endswith(": f32[B,2,48]>")
+        assert "f32[B,2,48] in each" in repr(model.layers[:].resid_post[:, 1:][:, :2])
+        h.save()

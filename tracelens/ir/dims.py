@@ -179,6 +179,25 @@ _TERM = re.compile(r"([+-]?)([^+-]+)")
 _SLICED = re.compile(r"len\((?P<of>[^()]*)\)\[(?P<start>-?\d*):(?P<stop>-?\d*)(?::(?P<step>-?\d*))?\]")
 
 
+def with_lengths(text: str, sizes: Sizes | None) -> str:
+    """The text with the lengths of slices as numbers, where the sizes are known.
+
+    >>> with_lengths("f32[B,len(P)[:2],16]", {"B": 1, "P": 5})
+    'f32[B,2,16]'
+    """
+
+    def number(match: re.Match[str]) -> str:
+        start, stop, step = (int(part) if part else None for part in match.group("start", "stop", "step"))
+        try:
+            length = evaluate(parse(match["of"]), sizes or {})
+        except (KeyError, ValueError):
+            return match[0]
+        return str(len(range(length)[slice(start, stop, step)]))
+
+    shown = _SLICED.sub(number, text)
+    return text if shown == text else with_lengths(shown, sizes)  # slices of slices, from the inside
+
+
 def parse(text: str) -> Dim:
     """The inverse of ``str``: ``parse("B*P-1")``.  Raises ``ValueError`` on anything else."""
     source = text.replace(" ", "")

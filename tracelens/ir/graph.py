@@ -140,6 +140,11 @@ class Graph:
 
         return wire.constants_bytes(self)
 
+    def __repr__(self) -> str:
+        # The whole is in str(graph); a container of graphs, or a debugger, shows a line for each.
+        saves = ", ".join(repr(save.name) for save in self.saves)
+        return f"<graph: {len(self.ops)} operations, saves {saves or 'nothing'}>"
+
     def __str__(self) -> str:
         return self.text()
 
