@@ -13,7 +13,8 @@ import torch
 from tracelens.advice import instead_of_mask
 from tracelens.errors import DynamicShapeError, IndexingError, ShapeError, SymbolicSizeError
 from tracelens.ir import dims
-from tracelens.ir.ops import WHOLE, IndexItem, Ref, Slice
+from tracelens.ir.ops import WHOLE, IndexItem, Ref, Slice, TokenSelector
+from tracelens.ir.text import index_text
 from tracelens.ir.types import DType
 from tracelens.location import here
 from tracelens.operand import Operand
@@ -79,8 +80,14 @@ def _item(value: Value, item: Any, axis: int) -> list[IndexItem]:
 
 
 def _spelt(value: Value) -> str | None:
-    """The site that the value is, whatever the user called it."""
-    return None if value._site is None else spelling(value._site)
+    """The site or the part of a site that the value is, whatever the user called it; ``None`` if it was computed."""
+    parts: list[str] = []
+    while value._parent is not None and value._index is not None:
+        if any(isinstance(item, TokenSelector) for item in value._index):
+            return "site.tok[...]"
+        parts.append(f"[{index_text(value._index)}]")
+        value = value._parent
+    return None if value._site is None else spelling(value._site) + "".join(reversed(parts))
 
 
 def _no_index(item: object) -> IndexingError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from types import FrameType
 from typing import NoReturn
 
 import torch
@@ -110,8 +111,8 @@ def module_that_failed(error: Exception) -> UnsupportedFunctionError | None:
     step = error.__traceback__
     while step is not None:
         frame = step.tb_frame
-        owner, given = frame.f_locals.get("self"), frame.f_locals.get("args")
-        if isinstance(owner, nn.Module) and isinstance(given, tuple) and any(map(_is_operand, given)):
+        owner = frame.f_locals.get("self")
+        if isinstance(owner, nn.Module) and any(map(_is_operand, _given_to(frame))):
             return UnsupportedFunctionError(
                 f"the module {type(owner).__name__} cannot be recorded in a graph: on a value it raised "
                 f"{type(error).__name__}: {error}",
@@ -123,6 +124,12 @@ def module_that_failed(error: Exception) -> UnsupportedFunctionError | None:
             )
         step = step.tb_next
     return None
+
+
+def _given_to(frame: FrameType) -> tuple[object, ...]:
+    """The arguments of torch's call of a module."""
+    args, named = frame.f_locals.get("args"), frame.f_locals.get("kwargs")
+    return (*(args if isinstance(args, tuple) else ()), *(named.values() if isinstance(named, dict) else ()))
 
 
 def _is_operand(given: object) -> bool:

@@ -70,6 +70,25 @@ def test_a_mask_of_fewer_axes_and_an_update() -> None:
     assert torch.equal(after.value, expected)
 
 
+def test_a_mask_on_a_part_of_a_site() -> None:
+    part = "model.layers[1].resid_post[:, -1]"
+    with refused(DynamicShapeError, instead=f"{part} = tl.where(last > 0, 0, {part})"), model.trace(IDS):
+        last = model.layers[1].resid_post[:, -1]
+        last[last > 0] = 0  # <-
+    with model.trace(IDS):
+        before = model.layers[1].resid_post[:, -1].save()
+        last = model.layers[1].resid_post[:, -1]
+        model.layers[1].resid_post[:, -1] = tl.where(last > 0, 0, model.layers[1].resid_post[:, -1])
+        after = model.layers[1].resid_post[:, -1].save()
+    assert torch.equal(after.value, before.value.clamp(max=0))
+    with refused(DynamicShapeError, instead="site.tok[...] = tl.where("), model.trace(IDS):
+        first = model.layers[1].resid_post.tok[0]
+        first[first > 0] = 0  # <-
+    with refused(DynamicShapeError, instead="x = tl.where(x > 0, 0, x)"), model.trace(IDS):
+        x = model.layers[1].resid_post * 2
+        x[x > 0] = 0  # <-
+
+
 def test_reading_where_a_mask_holds() -> None:
     with refused(DynamicShapeError, instead="site = tl.where(mask, new, site)"), model.trace(IDS):
         h = model.layers[1].resid_post
@@ -239,6 +258,8 @@ def test_all_layers_without_saying_so() -> None:
 def test_a_block_of_transformers_on_a_value() -> None:
     with refused(UnsupportedFunctionError, "LlamaDecoderLayer", instead="tl.apply("), model.trace(IDS):
         LLAMA.hf.model.layers[1](model.layers[0].resid_post)  # <-
+    with refused(UnsupportedFunctionError, "LlamaDecoderLayer", instead="tl.apply("), model.trace(IDS):
+        LLAMA.hf.model.layers[1](hidden_states=model.layers[0].resid_post)  # <-
     with pytest.raises(TypeError, match="mine"), model.trace(IDS):
         raise TypeError("mine")
 
