@@ -76,6 +76,38 @@ def test_an_edit_matters_and_agrees(family: str, site: str) -> None:
     agree(tl.run_with_nnsight(t.graph, NNSIGHT[family], IDS), t.results)
 
 
+MODULES = {
+    "llama": ("model.layers.1.mlp.down_proj", "model.layers.1.self_attn", "model.layers.0.mlp.act_fn"),
+    "gpt2": ("transformer.h.1.mlp.c_proj", "transformer.h.1.attn", "transformer.h.0.mlp.act"),
+}
+
+
+@pytest.mark.parametrize("prompt", [IDS, [[5, 9, 2, 7], [3, 3]]], ids=["one", "ragged"])
+@pytest.mark.parametrize("family", MODULES)
+def test_sites_by_module_path_agree(family: str, prompt: list[list[int]]) -> None:
+    model = MODELS[family]
+    down, attention, activation = MODULES[family]
+    with model.trace(prompt) as plain:
+        model.logits.save("logits")
+    with model.trace(prompt) as t:
+        model.module(down).input *= 2
+        model.module(attention).output[0] += 1
+        model.module(attention).inputs["hidden_states"].save("in")
+        model.module(activation).output.save("activation")
+        model.layers[1].resid_post.save("h")
+        model.logits.save("logits")
+    assert (parts(t["logits"])[0] - parts(plain["logits"])[0]).abs().max() > 1e-2
+    agree(tl.run_with_nnsight(t.graph, NNSIGHT[family], prompt), t.results)
+
+
+def test_modules_that_are_not_run_are_refused() -> None:
+    with MODELS["llama"].record() as r:
+        MODELS["llama"].layers[1].skip()
+        MODELS["llama"].logits.save()
+    with pytest.raises(errors.BridgeError, match="runs every module"):
+        tl.run_with_nnsight(r, NNSIGHT["llama"], IDS)
+
+
 def test_graphs_of_files_and_recordings_run_too(tmp_path) -> None:
     model = MODELS["llama"]
     v = torch.randn(48, generator=torch.Generator().manual_seed(0))

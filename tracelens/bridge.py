@@ -51,6 +51,7 @@ def run_with_nnsight(graph: Graph | Recording, nnsight_model: Any, prompt: Any) 
             ],
             parameters=model.anatomy.parameter,
             select=prepared.select,
+            sizes=prepared.sizes,
             functions=cast("tuple[Callable[..., Any], ...]", graph.functions),
         )
         saved = {save.name: _members(found[save.name], save.stacked) for save in graph.saves}

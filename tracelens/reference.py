@@ -6,7 +6,7 @@ operation is done by torch when its result is first needed, and remembered. No p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol, cast
 
 import torch
@@ -17,6 +17,7 @@ from tracelens.ir import dims
 from tracelens.ir.gradients import LEAF, differentiated
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import resolve, torch_dtype
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.ops import (
     WHOLE,
     Apply,
@@ -67,15 +68,18 @@ def evaluate(
     parameters: Callable[[str], Tensor] | None = None,
     select: Callable[[TokenSelector], Selected] | None = None,
     functions: Sequence[Callable[..., Any]] = (),
+    sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
     """The saved tensors of a graph by name, in the order of the saves; batches stay padded.
 
     ``forward(intercept)`` is one forward pass: it calls ``intercept(site, tensor)`` at every site in order and goes on
     with the tensor that comes back. ``constants`` are the graph's captured tensors, ``parameters`` finds the model's by
-    their paths, ``select`` says where token selectors point, ``functions`` are those of ``tl.apply``. A value that is
-    needed before its site was reached raises :class:`CausalityError`.
+    their paths, ``select`` says where token selectors point, ``functions`` are those of ``tl.apply``. ``sizes`` are
+    the prompt's, where the sites do not tell them. A value that is needed before its site was reached raises
+    :class:`CausalityError`.
     """
     evaluator = _Evaluator(graph, constants, parameters, select, functions)
+    evaluator.sizes.update(sizes or {})
     with torch.set_grad_enabled(any(isinstance(op, Grad) for op in graph.ops)):
         forward(evaluator.intercept)
         return evaluator.saved()
@@ -93,9 +97,11 @@ class _Evaluator:
 
     def intercept(self, site: Site, tensor: Tensor) -> Tensor:
         """One site: its versions are made one after the other, and the last goes on."""
-        for dim, size in zip(site.kind.shape, tensor.shape, strict=True):
-            if isinstance(dim, dims.Sym):
-                self.sizes[str(dim)] = size
+        # A module's tensor has axes of its own, which say nothing about the sizes.
+        if not isinstance(site, ModuleSite):
+            for dim, size in zip(site.kind.shape, tensor.shape, strict=True):
+                if isinstance(dim, dims.Sym):
+                    self.sizes[str(dim)] = size
         self.versions[site, 0] = tensor = self.apart(site, 0, tensor)
         writes = sorted((op for op in self.graph.writes if op.site == site), key=lambda write: write.version)
         for write in writes:

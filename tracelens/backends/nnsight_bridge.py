@@ -13,9 +13,11 @@ import torch
 
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.base import Side, Tap
+from tracelens.backends.module_hooks import replaced
 from tracelens.backends.views import taking_and_putting
 from tracelens.errors import BridgeError
 from tracelens.ir.graph import Graph
+from tracelens.ir.module_sites import INPUT, ModuleSite
 from tracelens.ir.ops import Grad, Read, Write
 from tracelens.ir.sites import Scope, Site
 
@@ -42,13 +44,23 @@ def forward_through(
             "the graph takes gradients, which the bridge does not carry",
             instead="model.compile(graph)(prompt), on a model of tracelens",
         )
+    replaced_modules = [op.instead for op in graph.writes if op.instead is not None]
+    if replaced_modules:
+        raise BridgeError(
+            f"the graph does not run {replaced_modules[0].path!r}, and the bridge runs every module",
+            instead="model.compile(graph)(prompt), on a model of tracelens",
+        )
     named = {op.site for op in graph.ops if isinstance(op, Read | Write)}
     written = {op.site for op in graph.writes}
     stream = {site for site in written if site.name == "resid_mid"}
     # A block adds its MLP to the stream as it was before the write: its own sum is replaced by that with the new one.
     named |= {Site(name, mid.layer) for mid in stream for name in ("mlp_add", "resid_post")}
     sites = sorted(named, key=lambda site: site.sequence)
-    places = {site: _Place(envoy, anatomy, site) for site in sites if site.kind.scope is not Scope.INPUT}
+    places = {
+        site: _ModulePlace(envoy, site) if isinstance(site, ModuleSite) else _Place(envoy, anatomy, site)
+        for site in sites
+        if site.kind.scope is not Scope.INPUT
+    }
 
     def visit(intercept: Intercept) -> None:
         sums: dict[int | None, torch.Tensor] = {}
@@ -93,9 +105,7 @@ class _Place:
             )
         self.tap: Tap = tap
         self.view = None if tap.view is None else taking_and_putting(tap.view, anatomy.widths)
-        self.envoy: Any = root
-        for part in path.split(".") if path else ():
-            self.envoy = self.envoy[int(part)] if part.isdigit() else getattr(self.envoy, part)
+        self.envoy = _envoy_at(root, path)
 
     def get(self) -> torch.Tensor:
         whole = self._whole()
@@ -125,3 +135,42 @@ class _Place:
             self.envoy.output = (*output[:position], new, *output[position + 1 :])
         else:
             self.envoy.output = new
+
+
+class _ModulePlace:
+    """A site by module path in nnsight."""
+
+    def __init__(self, root: Any, site: ModuleSite) -> None:
+        if site.call is not None:
+            raise BridgeError(
+                f"{site} is one of several calls of its module, which the bridge does not tell apart",
+                instead="model.compile(graph)(prompt), on a model of tracelens",
+            )
+        self.site = site
+        self.envoy = _envoy_at(root, site.path)
+
+    def _given(self) -> Any:
+        if self.site.side != INPUT:
+            return self.envoy.output
+        args, kwargs = self.envoy.inputs
+        return kwargs if isinstance(self.site.key[0], str) else args
+
+    def get(self) -> torch.Tensor:
+        found = self._given()
+        for part in self.site.key:
+            found = found[part]
+        return found
+
+    def put(self, new: torch.Tensor) -> None:
+        given = replaced(self._given(), self.site.key, new)
+        if self.site.side != INPUT:
+            self.envoy.output = given
+            return
+        args, kwargs = self.envoy.inputs
+        self.envoy.inputs = (args, given) if isinstance(self.site.key[0], str) else (given, kwargs)
+
+
+def _envoy_at(root: Any, path: str) -> Any:
+    for part in path.split(".") if path else ():
+        root = root[int(part)] if part.isdigit() else getattr(root, part)
+    return root
