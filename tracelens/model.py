@@ -259,7 +259,9 @@ class Model:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Model:
         # The weights are copied; what was compiled for the original and its tokenizer, which nobody changes, are not.
-        found = memo[id(self)] = Model(copy.deepcopy(self._hf, memo), self._tokenizer)
+        # In the memo first: a hook of the user's on the transformers model may lead back here.
+        found = memo[id(self)] = Model.__new__(Model)
+        found.__init__(copy.deepcopy(self._hf, memo), self._tokenizer)
         return found
 
     def __dir__(self) -> list[str]:

@@ -278,11 +278,21 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 def test_a_copy_of_a_model_is_a_model_of_its_own() -> None:
     original = tl.wrap(FAMILIES["llama"].build())
     twin = copy.deepcopy(original)
+    assert twin.hf is not original.hf
     twin.hf.lm_head.weight.data.zero_()
     with original.trace(IDS), twin.trace(IDS):
         mine, theirs = original.logits.save(), twin.logits.save()
     assert mine.value.abs().max() > 0
     assert theirs.value.abs().max() == 0
+
+
+def test_a_copy_of_a_model_whose_hook_leads_back_to_it() -> None:
+    # The subject of these tests holds its model, and the model of transformers holds a hook of the subject.
+    twin = copy.deepcopy(model)
+    with twin.trace(IDS):
+        logits = twin.logits.save()
+    assert twin.hf is not LLAMA.hf
+    assert torch.equal(logits.value, LLAMA.logits)
 
 
 def test_the_vocabulary_is_that_of_now() -> None:
