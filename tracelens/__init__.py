@@ -25,6 +25,7 @@ from tracelens.loading import load, wrap
 from tracelens.mapped import MappedValue, per_layer
 from tracelens.model import Model
 from tracelens.named import NamedConstant, NamedConstants, constant
+from tracelens.plain_model import PlainModel
 from tracelens.prompt_tokens import PromptTokens
 from tracelens.results import Results, SavedTensor
 from tracelens.site_table import SiteRow, SiteTable
@@ -47,6 +48,7 @@ __all__ = [
     "Model",
     "NamedConstant",
     "NamedConstants",
+    "PlainModel",
     "Program",
     "PromptTokens",
     "Record",

@@ -17,7 +17,7 @@ from tracelens.backends.execute import State
 from tracelens.backends.local import LocalCode, Run, prepare
 from tracelens.backends.ready import running_device
 from tracelens.backends.replacing import require_replaceable
-from tracelens.backends.transfer import ConstantCache, inputs_on
+from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on
 from tracelens.constants import Captured, from_payload
 from tracelens.errors import (
     LayerRangeError,
@@ -27,6 +27,7 @@ from tracelens.errors import (
     VerificationError,
     WriteTargetError,
 )
+from tracelens.inputs import Inputs
 from tracelens.ir.dims import POSITION, symbols
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import (
@@ -250,28 +251,43 @@ class Compiler:
         device = running_device(self.anatomy)
         check_fits(graph, compiled, prompt)
         state = self.state(graph, compiled, prompt)
-        mask = prompt.batch.mask if device.type == "cpu" else prompt.batch.mask.to(device)
+        mask = _mask(prompt, device)
         run = Run(self.anatomy.model, compiled.code, state, mask, mask if prompt.ragged else None)
         try:
             if compiled.plan.stop is None:
                 run.before_only(prompt.sizes)
             else:
-                inputs = inputs_on(prompt.batch.model_inputs(), device)
+                args, inputs = _arguments(prompt, device)
                 model: Any = self.anatomy.model
                 if compiled.code.differentiates:
                     require_differentiable(model)
+                    args = tuple(usable(value) for value in args)
                     inputs = {name: usable(value) for name, value in inputs.items()}
                     state.constants = [usable(value) for value in state.constants]
                     run.mask = usable(mask)
 
                 def forward() -> None:
                     run.begin(prompt.sizes)
-                    model(**inputs, use_cache=False)
+                    model(*args, **inputs)
 
                 run.execute(forward, each_forward=None)
             return leave(compiled.saves, compiled.plan.graph.types, state.saved, prompt, state.foreign)
         except TracelensError as error:
             raise relocate(error, graph) from error.__cause__
+
+
+def _mask(prompt: Prompt, device: torch.device) -> torch.Tensor | None:
+    """Where the prompt's real tokens are; inputs that are no prompt have none."""
+    if isinstance(prompt, Inputs):
+        return None
+    return prompt.batch.mask if device.type == "cpu" else prompt.batch.mask.to(device)
+
+
+def _arguments(prompt: Prompt, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """What the model's forward is called with."""
+    if isinstance(prompt, Inputs):
+        return arguments_on(prompt.args, device), arguments_on(prompt.kwargs, device)
+    return (), {**inputs_on(prompt.batch.model_inputs(), device), "use_cache": False}
 
 
 def keeps_padding(type_: TensorType) -> bool:

@@ -161,11 +161,15 @@ class SeveralDevicesError(TracelensError):
 
 
 class UnknownArchitectureError(TracelensError):
-    """There is no table for this family of models."""
+    """The model is not as the table of its family says, or is no module at all."""
 
 
 class AttentionImplementationError(TracelensError):
     """The model computes attention in a way whose inside cannot be reached."""
+
+
+class NotALanguageModelError(TracelensError, AttributeError):
+    """Layers, sites, prompts and tokens are there for language models with a table of sites, and this is none."""
 
 
 class OptionError(TracelensError, ValueError):

@@ -8,6 +8,7 @@ from tracelens.ir.text import op_text
 from tracelens.plan import Plan
 from tracelens.program import Program
 from tracelens.prompted import Prompt
+from tracelens.subject import INPUTS
 
 
 def explain(
@@ -42,5 +43,9 @@ def _graph(graph: Graph) -> str:
         location = graph.location(number)
         lines.append(f"  {text.ljust(width)}  # {location.short}".rstrip())
     for pin in graph.pins:
-        lines.append(f"  right only for prompts with {pin.symbol} = {pin.size}")
+        lines.append(
+            "  right only for inputs of the same shapes, dtypes and settings"
+            if pin.symbol == INPUTS
+            else f"  right only for prompts with {pin.symbol} = {pin.size}"
+        )
     return "\n".join(lines)

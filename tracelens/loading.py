@@ -7,19 +7,21 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, overload
 
 import torch
 from torch import nn
 
+from tracelens.backends.anatomy import no_table
 from tracelens.errors import OptionError
 from tracelens.location import here
 from tracelens.model import Model
+from tracelens.plain_model import PlainModel
 from tracelens.pretrained import SOURCES, embedded_model
 from tracelens.view import in_notebook
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 
 def load(
@@ -31,9 +33,8 @@ def load(
     ``weights=False`` reads only the configuration: sites, shapes and recordings are there, running is refused.
     ``dtype``: the dtype of the weights, as transformers takes it. ``options`` go to ``from_pretrained``.
 
-    Raises :class:`~tracelens.errors.UnknownArchitectureError` for families without a table,
-    :class:`~tracelens.errors.OptionError` for a folder that is not there, and what transformers raises where a model
-    cannot be found on the hub.
+    A family without a table gives a :class:`PlainModel`. Raises :class:`~tracelens.errors.OptionError` for a folder that
+    is not there, and what transformers raises where a model cannot be found on the hub.
     """
     if isinstance(name, Path) or name.startswith((".", "/", "~")):
         _require_folder(Path(name))
@@ -50,7 +51,8 @@ def load(
             found = AutoModelForCausalLM.from_config(config).eval()
     if embedded:
         found.config.name_or_path = str(name)  # not the folder in the cache, whose name has a version of ours
-    return Model(found, _tokenizer(source))
+    tokenizer = _tokenizer(source)
+    return wrap(found, tokenizer)
 
 
 @contextmanager
@@ -84,12 +86,27 @@ def _require_folder(folder: Path) -> None:
         )
 
 
-def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Model:
-    """Takes a transformers model that is already loaded. Nothing in it is replaced or patched.
+if TYPE_CHECKING:
 
-    Without a tokenizer, prompts are token ids.
+    @overload
+    def wrap(  # pyright: ignore[reportOverlappingOverload]  # one of a family without a table is the exception
+        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+    ) -> Model: ...
+    @overload
+    def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> PlainModel: ...
+
+
+def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Model | PlainModel:
+    """Takes a model that is already loaded. Nothing in it is replaced or patched.
+
+    A language model of transformers of a family that has a table gives a :class:`Model`; without a tokenizer, prompts
+    are token ids. Any other module gives a :class:`PlainModel`, whose submodules are read and changed by path.
+
+    Raises :class:`~tracelens.errors.UnknownArchitectureError` for models of a family with a table that are not as it
+    says.
     """
-    return Model(model, tokenizer)
+    reason = no_table(model)
+    return Model(model, tokenizer) if reason is None else PlainModel(model, reason)
 
 
 def _tokenizer(source: str) -> Any:

@@ -16,6 +16,10 @@ PADS = "lengths"
 """The pseudo size that pins a graph to the very row lengths of the prompt that it was recorded with."""
 
 
+INPUTS = "inputs"
+"""The pseudo size that pins a graph to the shapes, dtypes and settings of the inputs that it was recorded on."""
+
+
 class Anatomy(Protocol):
     """What the recorder needs to know of a model."""
 

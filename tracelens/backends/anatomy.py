@@ -41,6 +41,21 @@ def family_of(config: Any) -> Family:
     return family
 
 
+def no_table(model: object) -> str | None:
+    """Why no table of sites serves a module, if none does: only its modules can be named then."""
+    if not isinstance(model, nn.Module):
+        return None
+    kind = getattr(getattr(model, "config", None), "model_type", None)
+    if isinstance(kind, str):
+        names = ", ".join(family.name for family in FAMILIES)
+        return (
+            None
+            if kind in FAMILY_OF
+            else f"there is no site table for models of type {kind!r} (there are: {names})"
+        )
+    return "it is no language model of transformers"
+
+
 class ModelAnatomy:
     """The sites of one model, with types and hook points."""
 

@@ -159,7 +159,7 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
                 hooks.append(standing[path])
             standing[path].calls[point.call or 0] = (code, replacement(anatomy, _written(blocks[0]).site))
         elif isinstance(point, ModuleSite):
-            calls, copies = anatomy.sides.calls_of(point), anatomy.sides.leaf(point).mutated
+            calls, copies = anatomy.sides.calls_of(point), anatomy.sides.leaf(point).lent
             hooks.append(ModuleHook(code, seat, calls=calls, copies=copies))
         else:
             hooks.append(_HOOKS[tap.side](code, seat))

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 class ModuleHook:
     """One hook of a program at a module site: finds the tensor, runs the steps, gives the tensor back.
 
-    ``calls``: how often a forward pass calls the module. ``copies``: the model changes the tensor in place later on, so
-    the steps are given a copy.
+    ``calls``: how often a forward pass calls the module. ``copies``: the tensor is not the pass's own, or will
+    change in place, so the steps are given a copy.
     """
 
     __slots__ = (

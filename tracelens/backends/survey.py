@@ -35,14 +35,14 @@ HookPoints = Mapping[tuple[str, str], Sequence[Site]]
 class Leaf:
     """One tensor on one side of a module.
 
-    ``type`` is ``None`` where a graph cannot hold it, for the reason ``problem``. ``mutated``: the model changes
-    the tensor in place later on, so that who reads it has to copy it.
+    ``type`` is ``None`` where a graph cannot hold it, for the reason ``problem``. ``lent``: the tensor is changed in
+    place later on, or lies in memory of the model's parameters or the user's inputs; who reads it has to copy it.
     """
 
     site: ModuleSite
     type: TensorType | None
     problem: str | None = None
-    mutated: bool = False
+    lent: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +142,10 @@ def survey(
             instead="named sites, which do not depend on that (model.sites())",
         )
     names = {path: _parameter_names(module) for path, module in model.named_modules()}
-    return Survey(_calls(runs, _places(runs[0], hook_points), names), own_path)
+    kept = [tensor for module in model.modules() for _, tensor in tensors_in(vars(module))]
+    kept += [tensor for events in runs for tensor in events[0].tensors.values()]  # the inputs of the whole
+    held = frozenset(map(_memory, [*kept, *model.parameters(), *model.buffers()]))
+    return Survey(_calls(runs, _places(runs[0], hook_points), names, held), own_path)
 
 
 class _Watcher:
@@ -254,7 +257,10 @@ def _places(events: Sequence[_Event], hook_points: HookPoints) -> list[_Place]:
 
 
 def _calls(
-    runs: Sequence[Sequence[_Event]], places: Sequence[_Place], names: Mapping[str, tuple[str, ...]]
+    runs: Sequence[Sequence[_Event]],
+    places: Sequence[_Place],
+    names: Mapping[str, tuple[str, ...]],
+    held: frozenset[int],
 ) -> dict[str, tuple[ModuleCall, ...]]:
     count: dict[str, int] = {}
     for event in runs[0]:
@@ -271,7 +277,7 @@ def _calls(
         for key in event.tensors:
             number += 1
             site = module_site(event.path, event.side, key, call, after=after, number=number, amid=place.amid)
-            leaves[key] = _leaf(site, events, key, place)
+            leaves[key] = _leaf(site, events, key, place, held)
         if event.side == INPUT:
             number += 1
             begins = module_site(event.path, INPUT, (), call, after=after, number=number, amid=place.amid)
@@ -284,9 +290,17 @@ def _calls(
     return {path: tuple(calls) for path, calls in found.items()}
 
 
-def _leaf(site: ModuleSite, events: Sequence[_Event], key: Key, place: _Place) -> Leaf:
+def _memory(tensor: torch.Tensor) -> int:
+    """What tells the memory of a tensor without data from that of others; views share it."""
+    return tensor.untyped_storage()._cdata
+
+
+def _leaf(site: ModuleSite, events: Sequence[_Event], key: Key, place: _Place, held: frozenset[int]) -> Leaf:
     tensors = [event.tensors[key] for event in events]
-    mutated = any(event.tensors[key]._version != event.versions[key] for event in events)
+    lent = any(
+        event.tensors[key]._version != event.versions[key] or _memory(event.tensors[key]) in held
+        for event in events
+    )
     if place.tangle is not None:
         before, coming = place.tangle
         return Leaf(
@@ -299,7 +313,7 @@ def _leaf(site: ModuleSite, events: Sequence[_Event], key: Key, place: _Place) -
     except DtypeError as error:
         return Leaf(site, None, f"is of a dtype that {error.problem}")
     if len(tensors) == 1:
-        return Leaf(site, TensorType(dtype, tuple(tensors[0].shape)), None, mutated)
+        return Leaf(site, TensorType(dtype, tuple(tensors[0].shape)), None, lent)
     shape: list[Dim] = []
     for pair in zip(*(tensor.shape for tensor in tensors), strict=True):
         dim = size_of(pair)
@@ -307,7 +321,7 @@ def _leaf(site: ModuleSite, events: Sequence[_Event], key: Key, place: _Place) -
             shown = " and ".join(f"{size} for {sizes}" for size, sizes in zip(pair, SIZES, strict=True))
             return Leaf(site, None, f"has an axis whose size is no multiple of rows and positions ({shown})")
         shape.append(dim)
-    return Leaf(site, TensorType(dtype, tuple(shape)), None, mutated)
+    return Leaf(site, TensorType(dtype, tuple(shape)), None, lent)
 
 
 def size_of(pair: tuple[int, int]) -> Dim | None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from typing import Any
+from typing import Any, cast
 
 import torch
 
@@ -37,6 +37,18 @@ class ConstantCache:
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """A saved tensor on its way out of the run."""
     return tensor if tensor.device.type == "cpu" else tensor.to("cpu")
+
+
+def arguments_on(value: Any, device: torch.device) -> Any:
+    """A forward's arguments, with the tensors among them on the model's device."""
+    if isinstance(value, torch.Tensor):
+        return value.to(device)
+    if type(value) is dict:
+        return {name: arguments_on(part, device) for name, part in cast("dict[Any, Any]", value).items()}
+    if type(value) in (list, tuple):
+        parts = [arguments_on(part, device) for part in cast("list[Any]", value)]
+        return tuple(parts) if isinstance(value, tuple) else parts
+    return value
 
 
 def inputs_on(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
