@@ -366,6 +366,16 @@ def test_another_dtype_is_learned_anew() -> None:
             value.save("x")
 
 
+def test_another_vocabulary_is_learned_anew() -> None:
+    hf: Any = FAMILIES["llama"].build()
+    model = tl.wrap(hf)
+    for size in (97, 120):
+        hf.resize_token_embeddings(size)
+        with model.trace(EVEN_ROWS):
+            saved = model.module("lm_head").output[:, -1].save()
+        assert saved.value.shape == (len(EVEN_ROWS), size)
+
+
 def test_sizes_are_told_apart() -> None:
     pairs = {
         (3, 7): "B", (11, 17): "P", (33, 119): "B*P", (12, 18): "P+1", (66, 238): "2*B*P", (48, 48): "48",

@@ -38,7 +38,7 @@ from tracelens.errors import (
 X = torch.randn(3, 6, generator=torch.Generator().manual_seed(1))
 
 
-def perceptron() -> nn.Sequential:
+def perceptron() -> Any:
     torch.manual_seed(0)
     return nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(inplace=True), nn.Linear(8, 2))
 
@@ -224,9 +224,9 @@ def test_parameters_functions_and_gradients() -> None:
     with untouched(net), model.trace(X):
         weight = model.param("0.weight").save()
         hidden = model.module("0").output
-        mean = torch.where(hidden > 0, hidden, 0.0).mean().save()
-        (grad,) = tl.grad(model.module("4").output.sum(), wrt=[hidden])
-        grad = grad.save()
+        mean = tl.where(hidden > 0, hidden, 0.0).mean().save()
+        (gradient,) = tl.grad(model.module("4").output.sum(), wrt=[hidden])
+        grad = gradient.save()
     assert torch.equal(weight.value, net[0].weight)
     assert torch.equal(mean.value, net[1](net[0](X)).mean())
     x = net[0](X).detach().requires_grad_()
@@ -316,12 +316,12 @@ def test_threads() -> None:
 
 def test_a_model_of_a_family_without_a_table() -> None:
     torch.manual_seed(0)
-    bert = BertModel(
+    bert: Any = BertModel(
         BertConfig(
             hidden_size=24, num_attention_heads=2, num_hidden_layers=2, intermediate_size=48, vocab_size=50
         )
     ).eval()
-    model = tl.wrap(bert)
+    model: Any = tl.wrap(bert)
     ids = torch.tensor([[4, 5, 6, 7]])
     with untouched(bert), model.trace(input_ids=ids):
         dense = model.module("encoder.layer.1.intermediate.dense").output.save()

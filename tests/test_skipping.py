@@ -278,7 +278,7 @@ def test_an_activation_function_is_replaced_although_it_lies_between_sites_of_on
     other = copy.deepcopy(hf)
     other.model.layers[1].mlp.act_fn = nn.ReLU()
     with model.trace(EVEN_ROWS):
-        model.module("model.layers.1.mlp.act_fn").replace(torch.relu(model.layers[1].mlp_pre))
+        model.module("model.layers.1.mlp.act_fn").replace(model.layers[1].mlp_pre.relu())
         logits = model.logits.save()
     assert torch.equal(logits.value, plain_logits(other, batch(EVEN_ROWS)))
 

@@ -33,8 +33,8 @@ def load(
     ``weights=False`` reads only the configuration: sites, shapes and recordings are there, running is refused.
     ``dtype``: the dtype of the weights, as transformers takes it. ``options`` go to ``from_pretrained``.
 
-    A family without a table gives a :class:`PlainModel`. Raises :class:`~tracelens.errors.OptionError` for a folder that
-    is not there, and what transformers raises where a model cannot be found on the hub.
+    A family without a table gives a :class:`PlainModel`. Raises :class:`~tracelens.errors.OptionError` for a folder
+    that is not there, and what transformers raises where a model cannot be found on the hub.
     """
     if isinstance(name, Path) or name.startswith((".", "/", "~")):
         _require_folder(Path(name))

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import nn
 from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
@@ -20,10 +19,10 @@ from tracelens.errors import (
     AbsentSiteError,
     LayerRangeError,
     ModelClosedError,
+    NotALanguageModelError,
     NoTraceError,
     OptionError,
     SeveralDevicesError,
-    NotALanguageModelError,
     UnknownArchitectureError,
     UnknownParameterError,
     UnknownSiteError,

@@ -91,7 +91,7 @@ class ModelAnatomy:
         self._types: dict[str, tuple[torch.dtype, TensorType]] = {}
         self._paths: dict[int, tuple[weakref.ref[torch.Tensor], str | None]] = {}
         self._points: dict[tuple[str, str], list[Site]] | None = None
-        self.sides = ModuleSides(model, lambda: language_model_passes(model), self._hook_points)
+        self.sides = ModuleSides(model, lambda: language_model_passes(model), self._hook_points, self._state)
         self._check_layout()
         self._check_one_device()
         self._rows = self._embedding.shape[0]
@@ -154,6 +154,10 @@ class ModelAnatomy:
         found = TensorType(DType.BOOL if kind.scope is Scope.INPUT else dtype_of(dtype), shape)
         self._types[site.name] = (dtype, found)
         return found
+
+    def _state(self) -> tuple[torch.dtype, int]:
+        """What the shapes and dtypes at modules depend on, and may change."""
+        return self.dtype, self.vocabulary
 
     def _hook_points(self) -> dict[tuple[str, str], list[Site]]:
         """The named sites at each side of a module."""

@@ -31,23 +31,25 @@ Pass = Callable[[nn.Module], object]
 
 
 class ModuleSides:
-    """What the modules of one model receive and return, learned on first use and again for another dtype or mode."""
+    """What the modules of one model receive and return, learned on first use, and again for another ``state``."""
 
     def __init__(
         self,
         model: nn.Module,
         passes: Callable[[], Sequence[Sequence[Pass]]],
         hook_points: Callable[[], HookPoints],
+        state: Callable[[], Hashable],
     ) -> None:
         self.model = model
         self._passes = passes
         self._hook_points = hook_points
+        self._state = state
         self._known: dict[Hashable, Survey] = {}
         self._lock = threading.Lock()
 
     def survey(self) -> Survey:
         """The survey of the model as it is; :class:`MetaForwardError` where there can be none."""
-        state = (next((tensor.dtype for tensor in self.model.parameters()), None), self.model.training)
+        state = (self.model.training, self._state())
         known = self._known.get(state)
         if known is None:
             with self._lock:

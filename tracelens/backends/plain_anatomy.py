@@ -32,9 +32,11 @@ class PlainAnatomy(ModelAnatomy):
         self._types = {}
         self._paths = {}
         self._points = {}
+        self._withheld = {}
+        self._rows = 0
         # Only what decides about shapes is kept of the inputs, not their numbers.
         given, named = on_meta(args), on_meta(kwargs)
-        self.sides = ModuleSides(model, lambda: [[partial(_call, given, named)]], dict)
+        self.sides = ModuleSides(model, lambda: [[partial(_call, given, named)]], dict, self._state)
         self._check_one_device()
 
     def absence(self, site: Site) -> str | None:
@@ -54,6 +56,10 @@ class PlainAnatomy(ModelAnatomy):
 
     def needed_in_generation(self, path: str) -> str | None:
         return None
+
+    @property
+    def vocabulary(self) -> int:
+        return 0
 
     @property
     def dtype(self) -> torch.dtype:
