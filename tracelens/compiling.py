@@ -28,7 +28,7 @@ from tracelens.errors import (
     WriteTargetError,
 )
 from tracelens.inputs import Inputs
-from tracelens.ir.dims import POSITION, symbols
+from tracelens.ir.dims import KEY, POSITION, symbols
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import (
     Apply,
@@ -292,8 +292,8 @@ def _arguments(prompt: Prompt, device: torch.device) -> tuple[tuple[Any, ...], d
 
 def keeps_padding(type_: TensorType) -> bool:
     """Does a tensor hold positions in a way from which padding cannot be taken out, prompt by prompt?"""
-    carrying = [axis for axis, dim in enumerate(type_.shape) if POSITION in symbols(dim)]
-    return bool(carrying) and (carrying != list(type_.position_axes) or type_.batch_axis is None)
+    carrying = [axis for axis, dim in enumerate(type_.shape) if symbols(dim) & {POSITION, KEY}]
+    return bool(carrying) and (carrying != list(type_.padded_axes) or type_.batch_axis is None)
 
 
 def owning(graph: Graph) -> Graph:

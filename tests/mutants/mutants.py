@@ -25,6 +25,9 @@ GRADIENTS = ("tests/test_gradients.py", "-k", "version or names or written or lo
 BLAME = ("tests/properties/test_blame.py",)
 GENERATION = ("tests/test_generation.py",)
 
+ATTENTION = ("tests/conformance/test_attention.py",)
+HEADS = ("tests/test_heads.py",)
+
 MUTANTS = (
     Mutant(
         "a write is dead although a later version of its site is read",
@@ -235,5 +238,54 @@ MUTANTS = (
         "op.site.sequence > moment",
         "op.site.sequence < moment",
         RESULTS,
+    ),
+    Mutant(
+        "the mask is made for another attention kernel than the model's own",
+        "backends/attention.py",
+        "ALL_MASK_ATTENTION_FUNCTIONS[implementation(config)](",
+        'ALL_MASK_ATTENTION_FUNCTIONS["sdpa"](',
+        (*ATTENTION, "-k", "bit_identical and llama and eager"),
+    ),
+    Mutant(
+        "looking at scores or pattern replaces the kernel",
+        "backends/attention.py",
+        "        if not self.replaces:\n",
+        "        if weights is None:\n",
+        (*ATTENTION, "-k", "bit_identical and llama and sdpa"),
+    ),
+    Mutant(
+        "query heads are given the wrong keys and values",
+        "backends/attention.py",
+        "right[:, :, None].expand(batch, shared, heads // shared, *matrix)",
+        "right[:, None].expand(batch, heads // shared, shared, *matrix)",
+        (*ATTENTION, "-k", "written and llama"),
+    ),
+    Mutant(
+        "a head is shown the keys and values of another",
+        "heads.py",
+        "numbers = tuple(head // shared for head in chosen.heads)",
+        'numbers = tuple(head % widths["K"] for head in chosen.heads)',
+        HEADS,
+    ),
+    Mutant(
+        "queries and keys are taken for each other where one matrix makes both",
+        "backends/architectures/gpt2.py",
+        '"k": Tap("attn.c_attn", Side.OUT, view=HeadsView(_FUSED, 1))',
+        '"k": Tap("attn.c_attn", Side.OUT, view=HeadsView(_FUSED, 0))',
+        ("tests/conformance/test_reads.py", "-k", "gpt2"),
+    ),
+    Mutant(
+        "written scores and patterns show the padding",
+        "backends/attention.py",
+        "if found is tensor or (real := self.real()) is None:",
+        "if True or (real := self.real()) is None:",
+        (*ATTENTION, "-k", "padding"),
+    ),
+    Mutant(
+        "the implementation of attention stays switched",
+        "backends/attention.py",
+        "                    if config._attn_implementation == NAME:\n",
+        "                    if False:\n",
+        (*ATTENTION, "-k", "whatever_happens"),
     ),
 )

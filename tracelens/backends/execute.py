@@ -124,11 +124,12 @@ def applied(
     called for each row alone, without its padding: every row gets the numbers that it would get alone.
     """
     by_position = any(type_ is not None and type_.position_axes for type_ in given_types)
+    by_key = any(type_ is not None and type_.padded_axes != type_.position_axes for type_ in given_types)
 
     def apply(state: State, given: tuple[Any, ...]) -> tuple[torch.Tensor, ...]:
         before = [arg._version for arg in given if isinstance(arg, torch.Tensor)]
-        # A step of a generation with a cache has one position in each row, and no padding.
-        if by_position and state.pads is not None and state.sizes["P"] > 1:
+        # A step of a generation with a cache has one position in each row, and padding among the keys alone.
+        if state.pads is not None and (by_key or (by_position and state.sizes["P"] > 1)):
             parts = _row_by_row(op, given_types, state, given)
         else:
             parts = _called(op, state, given, state.sizes)
@@ -179,14 +180,14 @@ def _row_by_row(
             instead="a result with a row axis, or prompts of one length",
         )
     assert state.pads is not None
-    longest = state.sizes["P"]
+    longest, keys = state.sizes["P"], state.sizes["S"]
     wholes: list[torch.Tensor] | None = None
     for row, pad in enumerate(state.pads):
         alone = tuple(
             arg if type_ is None else _row(arg, type_, row, pad)
             for arg, type_ in zip(given, given_types, strict=True)
         )
-        sizes = {**state.sizes, "B": 1, "P": longest - pad, "S": longest - pad}
+        sizes = {**state.sizes, "B": 1, "P": longest - pad if longest > 1 else 1, "S": keys - pad}
         parts = _called(op, state, alone, sizes)
         if wholes is None:
             # Nobody reads what stands at padding.
@@ -203,8 +204,9 @@ def _row(tensor: torch.Tensor, type_: TensorType, row: int, pad: int) -> torch.T
     """A view of one row without its padding; the row axis stays."""
     if type_.batch_axis is not None:
         tensor = tensor.narrow(type_.batch_axis, row, 1)
-    for axis in type_.position_axes:
-        tensor = tensor.narrow(axis, pad, tensor.shape[axis] - pad)
+    for axis in type_.padded_axes:
+        if tensor.shape[axis] > 1:
+            tensor = tensor.narrow(axis, pad, tensor.shape[axis] - pad)
     return tensor
 
 
