@@ -27,7 +27,7 @@ ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 HF = {name: FAMILIES[name].build(attn="eager") for name in ROTARY}
 MODELS = {name: tl.wrap(hf) for name, hf in HF.items()}
 EVEN_ROWS, RAGGED_ROWS = random_rows(EVEN), random_rows(RAGGED)
-SIZES = {"B": len(EVEN), "P": EVEN[0]}
+SIZES = {"B": len(EVEN), "P": EVEN[0], "S": EVEN[0]}
 
 GRAPHS = st.one_of(
     graphs().map(lambda graph: (graph, EVEN_ROWS)),

@@ -31,7 +31,7 @@ from tracelens.reference import evaluate
 
 HF = FAMILIES["llama"].build()
 EVEN_BATCH, RAGGED_BATCH = random_batch(EVEN), random_batch(RAGGED)
-SIZES = {"B": len(EVEN), "P": EVEN[0]}
+SIZES = {"B": len(EVEN), "P": EVEN[0], "S": EVEN[0]}
 CARRY = (Carry("resid_mid", "mlp_add", "resid_post"),)
 
 GRAPHS = st.one_of(
