@@ -24,6 +24,8 @@ RESULTS = ("tests/test_results.py",)
 GRADIENTS = ("tests/test_gradients.py", "-k", "version or names or written or losses or llama and order")
 BLAME = ("tests/properties/test_blame.py",)
 GENERATION = ("tests/test_generation.py",)
+MODULES = ("tests/test_modules.py", "-k", "not family and not every")
+SKIPPING = ("tests/test_skipping.py", "-k", "own or several")
 
 ATTENTION = ("tests/conformance/test_attention.py",)
 HEADS = ("tests/test_heads.py",)
@@ -235,8 +237,8 @@ MUTANTS = (
     Mutant(
         "the forward pass is left one site too early",
         "plan.py",
-        "op.site.sequence > moment",
-        "op.site.sequence < moment",
+        "site.sequence > reached",
+        "site.sequence < reached",
         RESULTS,
     ),
     Mutant(
@@ -287,5 +289,47 @@ MUTANTS = (
         "                    if config._attn_implementation == NAME:\n",
         "                    if False:\n",
         (*ATTENTION, "-k", "whatever_happens"),
+    ),
+    Mutant(
+        "a module that is left out runs all the same",
+        "backends/stand_in.py",
+        "            code, new = self.calls[number]\n",
+        "            code, new = self.calls[number]\n            own(*args, **kwargs)\n",
+        SKIPPING,
+    ),
+    Mutant(
+        "a forward of the user's own does not come back",
+        "backends/hooks.py",
+        'vars(module)["forward"] = had',
+        'vars(module).pop("forward", None)',
+        SKIPPING,
+    ),
+    Mutant(
+        "sites inside of a module that is left out may be read",
+        "ir/verify.py",
+        "if write.instead.sequence < op.site.sequence < write.site.sequence:",
+        "if write.instead.sequence < op.site.sequence < write.instead.sequence:",
+        ("tests/ir/test_verify.py",),
+    ),
+    Mutant(
+        "a tensor that the model changes in place later is not copied",
+        "backends/module_hooks.py",
+        "tensor.clone() if self.copies else tensor",
+        "tensor",
+        MODULES,
+    ),
+    Mutant(
+        "a module amid named sites of one level takes a place after them",
+        "backends/survey.py",
+        "amid = last.order == coming.order",
+        "amid = False",
+        MODULES,
+    ),
+    Mutant(
+        "the first call of a module is taken for each of them",
+        "backends/module_hooks.py",
+        "return run if number == self.call else None",
+        "return run if number == 0 else None",
+        ("tests/test_plain_models.py",),
     ),
 )
