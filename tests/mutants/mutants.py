@@ -160,8 +160,8 @@ MUTANTS = (
     Mutant(
         "values travel backwards",
         "origins.py",
-        "if not (origin.order < site.order or",
-        "if False and not (origin.order < site.order or",
+        "    if not (\n        origin.order < site.order\n",
+        "    if False and not (\n        origin.order < site.order\n",
         (*GENERATION, "-k", "refuses"),
     ),
     Mutant(
