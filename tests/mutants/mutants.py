@@ -16,7 +16,7 @@ class Mutant:
     tests: tuple[str, ...]
 
 
-PASSES = ("tests/properties/test_pass_meaning.py",)
+PASSES = ("tests/ir/test_passes.py", "tests/properties/test_pass_meaning.py")
 GRAPHS = ("tests/properties/test_mutated_graphs.py",)
 MODEL = ("tests/test_model.py",)
 BITS = ("tests/conformance/test_writes.py", "-k", "bit_for_bit and bf16 and eager and llama")
