@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from hypothesis import HealthCheck, assume, given, settings
@@ -331,7 +332,6 @@ def test_what_is_a_list_of_values(values: Any) -> None:
 
 
 def test_results_are_a_table_with_the_swept_numbers() -> None:
-    pandas = pytest.importorskip("pandas")
     found = tl.sweep(SIMPLE, ROWS["even"], strength=[0.5, 2.0], v=VECTORS[:2])
     frame = found.to_pandas("norms")
     assert list(frame.columns) == ["point", "strength", "row", "position", "value"]

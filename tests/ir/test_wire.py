@@ -311,12 +311,12 @@ def test_lines_come_back_even_from_files_that_are_gone():
 @pytest.mark.parametrize(
     ("filename", "own"),
     [
-        ("/home/ann/work/steer.py", "steer.py"),
+        ("/somewhere/of/ann/steer.py", "steer.py"),
         ("C:\\Users\\ann\\steer.py", "steer.py"),
         ("steer.py", "steer.py"),
         ("/tmp/ipykernel_71/3029.py", "3029.py"),
         ("<ipython-input-7-abc>", "<ipython-input-7-abc>"),
-        ("<doctest /home/ann/work/page.md[3]>", "<page.md[3]>"),
+        ("<doctest /somewhere/of/ann/page.md[3]>", "<page.md[3]>"),
         ("<unknown>", "<unknown>"),
     ],
 )
