@@ -141,5 +141,5 @@ class _Stored:
                 instead='a file name of its own for each run: value.save(to=f"acts_{i}.safetensors")',
             )
         with safe_open(self.path, framework="pt") as file:  # pyright: ignore[reportUnknownVariableType]  # untyped
-            stored: list[Any] = [file.get_tensor(key) for key in self.keys]  # pyright: ignore[reportUnknownMemberType]
+            stored: list[Any] = [file.get_tensor(key) for key in self.keys]  # pyright: ignore[reportUnknownMemberType]  # untyped
         return stored[0] if self.whole else stored

@@ -25,7 +25,7 @@ class PromptTokens(Sequence[tuple[Token, ...]], Shown):
             for row in range(len(batch.lengths))
         )
 
-    def __getitem__(self, row: int) -> tuple[Token, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]
+    def __getitem__(self, row: int) -> tuple[Token, ...]:  # pyright: ignore[reportIncompatibleMethodOverride]  # rows, not slices
         """The tokens of one row."""
         return self.rows[row]
 

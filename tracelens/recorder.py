@@ -278,7 +278,7 @@ class Recorder(Draft):
             )
         if name is None:
             name = f"#{len(self.saves)}"
-        elif not isinstance(name, str) or not name or name.startswith("#"):  # pyright: ignore[reportUnnecessaryIsInstance]
+        elif not isinstance(name, str) or not name or name.startswith("#"):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
             raise OptionError(
                 f"{name!r} is not a name for a saved value: a name is a text, not empty, that does not begin with #",
                 at=location,

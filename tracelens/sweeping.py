@@ -223,7 +223,7 @@ def _several(entry: NamedConstant, value: Any) -> Sequence[Any] | None:
     if isinstance(value, Operand) and not value._is_recording():
         value = value._result()
     if isinstance(value, list | tuple | range):
-        return list(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]
+        return list(value)  # pyright: ignore[reportUnknownVariableType, reportUnknownArgumentType]  # of anything
     if isinstance(value, Iterator):
         return list(value)
     if isinstance(value, torch.Tensor | np.ndarray) and value.ndim == len(entry.shape) + 1:

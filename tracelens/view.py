@@ -95,7 +95,7 @@ def display(shown: Shown) -> None:
     if in_notebook():
         import IPython.display  # it is there: the notebook runs on it
 
-        IPython.display.display(shown)  # pyright: ignore[reportUnknownMemberType]
+        IPython.display.display(shown)  # pyright: ignore[reportUnknownMemberType]  # untyped
     else:
         print(text(shown._view()))
 
