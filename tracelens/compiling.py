@@ -12,7 +12,8 @@ from typing import Any, cast
 import torch
 
 from tracelens.backends.anatomy import ModelAnatomy
-from tracelens.backends.differentiate import outside_inference, require_differentiable, usable
+from tracelens.backends.autograd_mode import outside_inference
+from tracelens.backends.differentiate import require_differentiable, usable
 from tracelens.backends.execute import State
 from tracelens.backends.local import LocalCode, Run, prepare
 from tracelens.backends.ready import running_device
@@ -39,11 +40,7 @@ from tracelens.ir.ops import (
     Read,
     Ref,
     Save,
-    TokenAt,
-    TokenList,
     TokenSelector,
-    TokenSlice,
-    TokenText,
     Write,
 )
 from tracelens.ir.retype import mixing_operations, retype, sizes_of
@@ -96,7 +93,7 @@ class Compiled:
             for number, op in enumerate(self.recorded.ops)
             if isinstance(op, Index | IndexPut)
             for item in op.index
-            if isinstance(item, TokenAt | TokenList | TokenSlice | TokenText)
+            if isinstance(item, TokenSelector)
         )
 
     @cached_property

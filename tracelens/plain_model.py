@@ -12,10 +12,8 @@ from tracelens.backends.plain_anatomy import PlainAnatomy
 from tracelens.compiling import Compiler
 from tracelens.errors import (
     Blaming,
-    NestedTraceError,
     NotALanguageModelError,
     NoTraceError,
-    OptionError,
     SpecialisedGraphError,
 )
 from tracelens.inputs import Inputs
@@ -27,7 +25,7 @@ from tracelens.open_recordings import open_recorders
 from tracelens.recorder import Recorder
 from tracelens.results import Results
 from tracelens.subject import INPUTS
-from tracelens.tracing import Program, Record, Recording, Trace
+from tracelens.tracing import Program, Record, Recording, Trace, program_text, require_graph
 from tracelens.values import Value
 
 _KEPT = 16  # shapes of inputs for which a model is kept ready
@@ -194,15 +192,10 @@ class _OnInputs(Recording):
         super().__init__(cast(Any, fitted), inputs)
         self._whole = fitted.model
 
+    def _outer(self) -> Recorder | None:
+        return self._whole._open()
+
     def __enter__(self) -> Self:
-        outer = self._whole._open()
-        if outer is not None:
-            raise NestedTraceError(
-                "a trace of this model is already open here",
-                at=here(),
-                also=(("it was opened at", outer.opened),),
-                instead="end the first block before the second; what the first saved can be used in the second",
-            )
         super().__enter__()
         assert self._recorder is not None
         self._recorder.pin(INPUTS)
@@ -225,12 +218,7 @@ class PlainProgram:
     """A compiled graph: call it on inputs of the shapes that it was recorded for."""
 
     def __init__(self, model: PlainModel, graph: Graph) -> None:
-        if not isinstance(graph, Graph):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
-            raise OptionError(
-                f"model.compile takes a graph or a recording, not a {type(graph).__name__}",
-                at=here(),
-                instead="model.compile(r), where r is from: with model.record(x) as r: ...",
-            )
+        require_graph(graph, "model.record(x)")
         self._model = model
         self.graph = graph
         self._program: Program | None = None
@@ -265,6 +253,4 @@ class PlainProgram:
         return self._program.explain()
 
     def __repr__(self) -> str:
-        return (
-            f"<program: {len(self.graph.ops)} operations, saves {[save.name for save in self.graph.saves]}>"
-        )
+        return program_text(self.graph)

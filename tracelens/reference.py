@@ -35,11 +35,7 @@ from tracelens.ir.ops import (
     Save,
     Slice,
     Special,
-    TokenAt,
-    TokenList,
     TokenSelector,
-    TokenSlice,
-    TokenText,
     Write,
     operands,
 )
@@ -260,4 +256,4 @@ class _Chosen:
 
 
 def _selects(index: tuple[IndexItem, ...]) -> bool:
-    return any(isinstance(item, TokenAt | TokenSlice | TokenList | TokenText) for item in index)
+    return any(isinstance(item, TokenSelector) for item in index)

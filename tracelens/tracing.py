@@ -55,9 +55,12 @@ class Recording:
         self._recorder: Recorder | None = None
         self._graph: Graph | None = None
 
+    def _outer(self) -> Recorder | None:
+        """The recording of the same model that is open already."""
+        return open_recorder(self._model.anatomy)
+
     def __enter__(self) -> Self:
-        anatomy = self._model.anatomy
-        outer = open_recorder(anatomy)
+        outer = self._outer()
         if outer is not None:
             raise NestedTraceError(
                 "a trace of this model is already open here",
@@ -73,7 +76,7 @@ class Recording:
                 instead="model.trace(prompt) for each block; model.compile for one graph on many prompts",
             )
         self._recorder = Recorder(
-            anatomy,
+            self._model.anatomy,
             self._prompt,
             generating=self._generating,
             opened=here(),
@@ -354,12 +357,7 @@ class Program:
     """
 
     def __init__(self, model: Model, graph: Graph) -> None:
-        if not isinstance(graph, Graph):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
-            raise OptionError(
-                f"model.compile takes a graph or a recording, not a {type(graph).__name__}",
-                at=here(),
-                instead="model.compile(r), where r is from: with model.record() as r: ...",
-            )
+        require_graph(graph, "model.record()")
         self._model = model
         self._compiler: Compiler = model._compiler
         with Blaming(here()):
@@ -419,6 +417,19 @@ class Program:
         return explain(self._model.describe(), self.graph, self._compiled.plan, self._compiled.programs, None)
 
     def __repr__(self) -> str:
-        return (
-            f"<program: {len(self.graph.ops)} operations, saves {[save.name for save in self.graph.saves]}>"
+        return program_text(self.graph)
+
+
+def require_graph(graph: object, recording: str) -> None:
+    """Refuses what is no graph; ``recording`` is how this model's user opens a block that makes one."""
+    if not isinstance(graph, Graph):
+        raise OptionError(
+            f"model.compile takes a graph or a recording, not a {type(graph).__name__}",
+            at=here(),
+            instead=f"model.compile(r), where r is from: with {recording} as r: ...",
         )
+
+
+def program_text(graph: Graph) -> str:
+    """A program in one line."""
+    return f"<program: {len(graph.ops)} operations, saves {[save.name for save in graph.saves]}>"

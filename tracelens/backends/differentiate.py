@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -50,20 +49,6 @@ def _gradients(graph: Graph, number: int, *, last: bool) -> Gradients:
         return whole
 
     return gradients
-
-
-@contextmanager
-def with_autograd() -> Iterator[None]:
-    """With autograd, whatever the user's own grad mode is; the parameters are frozen elsewhere."""
-    with torch.inference_mode(False), torch.enable_grad():
-        yield
-
-
-@contextmanager
-def outside_inference() -> Iterator[None]:
-    """Without the user's inference mode, whose tensors autograd cannot use."""
-    with torch.inference_mode(False):
-        yield
 
 
 def usable(tensor: Any) -> Any:

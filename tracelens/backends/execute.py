@@ -23,15 +23,9 @@ from tracelens.ir.ops import (
     Scalar,
     Slice,
     Special,
-    TokenAt,
-    TokenList,
     TokenSelector,
-    TokenSlice,
-    TokenText,
 )
 from tracelens.ir.types import TensorType
-
-_SELECTORS = (TokenAt, TokenSlice, TokenList, TokenText)
 
 
 class State:
@@ -226,7 +220,7 @@ def plain_item(item: IndexItem) -> Any:
 
 def selector_place(index: tuple[IndexItem, ...]) -> int | None:
     """The axis that a token selector stands at, if there is one; it stands alone, as ``.tok[...]`` makes it."""
-    place = next((place for place, item in enumerate(index) if isinstance(item, _SELECTORS)), None)
+    place = next((place for place, item in enumerate(index) if isinstance(item, TokenSelector)), None)
     if place is not None and index != (*([WHOLE] * place), index[place]):
         raise VerificationError(
             "a token selector cannot be mixed with other indices", instead="index in two steps"

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any, cast
@@ -12,9 +11,10 @@ import torch
 from torch import nn
 
 from tracelens.backends.anatomy import ModelAnatomy
+from tracelens.backends.autograd_mode import plain_mode, with_autograd
 from tracelens.backends.base import Side, Tap
 from tracelens.backends.body import Body, body
-from tracelens.backends.differentiate import gradients_of, with_autograd
+from tracelens.backends.differentiate import gradients_of
 from tracelens.backends.execute import State
 from tracelens.backends.hooks import Seat, seat_of
 from tracelens.backends.inside_hooks import InsideHook, join
@@ -68,16 +68,21 @@ class HookCode:
         return _Blamed(error, self.body.numbers[0])
 
     def steps(self, state: State, tensor: Any) -> Any:
-        """The tensor after the steps. An error is given the step's number; after the last step the pass is left."""
-        try:
-            found = self.body.run(state, tensor)
-        except TracelensError as error:
-            raise _Blamed(error, self.body.number(error)) from None
-        except Exception as error:
-            raise _Blamed(error, self.body.number(error)) from error
+        """The tensor after the steps; after the last step of the program the pass is left."""
+        found = _after(self.body, state, tensor)
         if self.stops:
             raise ForwardStopped
         return found
+
+
+def _after(body: Body, state: State, tensor: Any) -> Any:
+    """The tensor after a body's steps; an error is given the step's number."""
+    try:
+        return body.run(state, tensor)
+    except TracelensError as error:
+        raise _Blamed(error, body.number(error)) from None
+    except Exception as error:
+        raise _Blamed(error, body.number(error)) from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,12 +195,12 @@ class _Hook:
     seat says whether it is its own.
     """
 
-    __slots__ = ("body", "code", "fired", "seat", "stops", "writes")
+    __slots__ = ("code", "fired", "seat", "writes")
 
     def __init__(self, code: HookCode, seat: Seat) -> None:
         self.code = code
         self.seat = seat
-        self.body, self.writes, self.stops = code.body.run, code.writes, code.stops
+        self.writes = code.writes
         self.fired = 0
 
     def register(self) -> None:
@@ -207,15 +212,7 @@ class _Hook:
         if self.fired == run.forward_number or not isinstance(tensor, torch.Tensor):
             raise self.unfit(run, tensor)
         self.fired = run.forward_number
-        try:
-            found = self.body(run.state, tensor)
-        except TracelensError as error:
-            raise _Blamed(error, self.code.body.number(error)) from None
-        except Exception as error:
-            raise _Blamed(error, self.code.body.number(error)) from error
-        if self.stops:
-            raise ForwardStopped
-        return found
+        return self.code.steps(run.state, tensor)
 
     def unfit(self, run: Run, tensor: Any) -> SiteMismatchError:
         """The error for a module that is not used as the family's table says."""
@@ -313,12 +310,7 @@ class Run:
         state.sizes = sizes
         state.shapes = self.code.sizes_of(sizes)
         if before is not None:
-            try:
-                before.run(state, self.mask)
-            except TracelensError as error:
-                raise _Blamed(error, before.number(error)) from None
-            except Exception as error:
-                raise _Blamed(error, before.number(error)) from error
+            _after(before, state, self.mask)
 
     def execute(
         self, forward: Callable[[], Any], *, each_forward: Callable[[Any, Any], Mapping[str, int]] | None
@@ -386,14 +378,3 @@ class Run:
         if not isinstance(error, TracelensError):
             error = OpFailedError(f"{type(error).__name__} while the model ran: {error}")
         return self.code.graph.blame(error, blamed.number)
-
-
-def plain_mode() -> AbstractContextManager[object]:
-    """Without autograd, and without inference mode even inside the user's: saved tensors are fit for training on."""
-    return _outside_inference() if torch.is_inference_mode_enabled() else torch.no_grad()
-
-
-@contextmanager
-def _outside_inference() -> Iterator[None]:
-    with torch.inference_mode(False), torch.no_grad():
-        yield

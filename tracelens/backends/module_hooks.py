@@ -17,6 +17,27 @@ if TYPE_CHECKING:
     from tracelens.backends.local import HookCode, Run
 
 
+class Counted:
+    """Counts the calls of a module in each forward pass of the run that sits in a model's seat."""
+
+    __slots__ = ("count", "forward_number", "seat")
+
+    def __init__(self, seat: Seat) -> None:
+        self.seat = seat
+        self.forward_number = self.count = 0
+
+    def called(self) -> tuple[Run | None, int]:
+        """The run whose call this is, if it is one's, and the call's number in the pass."""
+        run: Run | None = self.seat.run
+        if run is None or get_ident() != run.thread:
+            return None, 0
+        if self.forward_number != run.forward_number:
+            self.forward_number, self.count = run.forward_number, 0
+        number = self.count
+        self.count += 1
+        return run, number
+
+
 class ModuleHook:
     """One hook of a program at a module site: finds the tensor, runs the steps, gives the tensor back.
 
@@ -24,20 +45,7 @@ class ModuleHook:
     change in place, so the steps are given a copy.
     """
 
-    __slots__ = (
-        "body",
-        "call",
-        "calls",
-        "code",
-        "copies",
-        "count",
-        "fired",
-        "forward",
-        "key",
-        "seat",
-        "site",
-        "stops",
-    )
+    __slots__ = ("call", "calls", "code", "copies", "counted", "fired", "key", "seat", "site")
 
     def __init__(self, code: HookCode, seat: Seat, *, calls: int, copies: bool) -> None:
         site = cast(ModuleSite, code.site)
@@ -48,8 +56,8 @@ class ModuleHook:
         self.call = site.call or 0
         self.calls = calls
         self.copies = copies
-        self.body, self.stops = code.body.run, code.stops
-        self.fired = self.forward = self.count = 0
+        self.counted = Counted(seat)
+        self.fired = 0
 
     def register(self) -> None:
         """Puts the hook on its module."""
@@ -79,13 +87,9 @@ class ModuleHook:
 
     def _due(self) -> Run | None:
         """The run, if this is its thread and this the call that is meant."""
-        run: Run | None = self.seat.run
-        if run is None or get_ident() != run.thread:
+        run, number = self.counted.called()
+        if run is None:
             return None
-        if self.forward != run.forward_number:
-            self.forward, self.count = run.forward_number, 0
-        number = self.count
-        self.count += 1
         if number == self.calls:
             raise SiteMismatchError(
                 f"module {self.site.path!r} was called more often than the {self.calls} time(s) that were learned for "

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
 from tracelens.backends.hooks import Seat
+from tracelens.backends.module_hooks import Counted
 from tracelens.backends.survey import Hole, ModuleCall, Opaque
 from tracelens.errors import SiteMismatchError
 from tracelens.ir.infer import torch_dtype
@@ -26,7 +26,7 @@ class StandIn:
     ``calls``: by number, the steps and what they make.
     """
 
-    __slots__ = ("calls", "count", "fired", "forward_number", "module", "path", "seat")
+    __slots__ = ("calls", "counted", "fired", "module", "path", "seat")
 
     def __init__(self, module: nn.Module, path: str, seat: Seat) -> None:
         self.module = module
@@ -34,7 +34,7 @@ class StandIn:
         self.seat = seat
         self.calls: dict[int, tuple[HookCode, Replacement]] = {}
         self.fired: dict[int, int] = {}
-        self.forward_number = self.count = 0
+        self.counted = Counted(seat)
 
     def register(self) -> None:
         """Takes the place of the module's forward."""
@@ -47,14 +47,8 @@ class StandIn:
 
     def _standing_in(self, own: Callable[..., Any]) -> Callable[..., Any]:
         def forward(*args: Any, **kwargs: Any) -> Any:
-            run: Run | None = self.seat.run
-            if run is None or get_ident() != run.thread:
-                return own(*args, **kwargs)
-            if self.forward_number != run.forward_number:
-                self.forward_number, self.count = run.forward_number, 0
-            number = self.count
-            self.count += 1
-            if number not in self.calls:
+            run, number = self.counted.called()
+            if run is None or number not in self.calls:
                 return own(*args, **kwargs)
             code, new = self.calls[number]
             self.fired[number] = run.forward_number
