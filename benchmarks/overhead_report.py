@@ -39,11 +39,16 @@ AIMS: tuple[tuple[str, str, str, float], ...] = (
     ("read-all", "tracelens program", "to_hooks", 1.0),
     ("edit-one", "tracelens program", "to_hooks", 1.0),
     ("edit-all", "tracelens program", "to_hooks", 1.0),
+    # What a pattern itself takes beside a fused kernel, at this length: a product and a softmax in each layer.
+    ("pattern", "tracelens trace", "ratio", 1.05),
 )
 """Case, contestant, which ratio, and what it is meant to be at most."""
 
 AIMS_OF_MODEL = {"smollm2": (("stop", "tracelens trace", "ratio", 1 / 30),)}
 """A layer's share of the forward pass, where the layers are what it costs."""
+
+FASTER = (("sweep", "tracelens program", 3.0),)
+"""Case, contestant, and how many times faster it is meant to be than the fastest of the others."""
 
 PAGE = """\
 # What a trace costs
@@ -60,8 +65,10 @@ TransformerLens. It is made by `python -m benchmarks.overhead` (see `benchmarks/
   structure. **First** is a call on a newly wrapped model: record, verify, plan, compile, run. For TransformerLens the
   making of its bridge is not in it.
 * A **program** is recorded and compiled once (`model.compile`) and then called with prompts.
-* Every case but the last needs the logits, so that the whole forward pass runs. Gradients are off everywhere. Each
-  answer was compared with that of the hooks before anything was timed.
+* All cases but "read the first layer only" need the logits, so that the whole forward pass runs. Gradients are off,
+  but for attribution patching. Each answer was compared with that of the hooks before anything was timed.
+* Under **inside** are the tensors inside attention, and gradients; under **sweep** one intervention at 100 strengths,
+  which a program runs in batches and the others once for each strength.
 """
 
 
@@ -184,6 +191,25 @@ def aims(report: dict[str, Any], model: dict[str, Any]) -> Iterator[str]:
             f"aim, {contestant}, {CASES[case]}: at most {most:.3g} of {beside}; {ratio_text(clock)}, "
             f"of work {ratio_text(work)}: {verdict}"
         )
+    for case, contestant, times in FASTER:
+        if (own := rows.get((case, contestant))) is None:
+            continue
+        others = [
+            row
+            for (of, name), row in rows.items()
+            if of == case and name not in ("plain", contestant) and "ratio" in row
+        ]
+        if others:
+            best = min(others, key=lambda row: row["ratio"]["value"])
+            # The least and the most that the two intervals allow.
+            low = best["ratio"]["low"] / own["ratio"]["high"]
+            high = best["ratio"]["high"] / own["ratio"]["low"]
+            verdict = "met" if low >= times else "missed" if high < times else "within the spread"
+            yield (
+                f"aim, {contestant}, {CASES[case]}: at least {times:g} times faster than the best other, "
+                f"{title(best['contestant'])}; {best['ratio']['value'] / own['ratio']['value']:.2f} "
+                f"[{low:.2f}, {high:.2f}]: {verdict}"
+            )
 
 
 if __name__ == "__main__":
