@@ -1,7 +1,8 @@
 """A sparse autoencoder in the residual stream: read its features, switch one off, keep what it cannot express.
 
 The reconstruction of an SAE is not the stream. Writing it back as it is would change the model even without an
-intervention, so the difference (the error term) is added again; then only what one does to the features has an effect.
+intervention, so tl.splice adds the difference (the error term) again; then only what one does to the features has an
+effect. By hand it is ``resid_post = sae.decode(features) + (resid_post - sae.decode(sae.encode(resid_post)))``.
 
     python -m examples.sae_with_error_term
 """
@@ -39,11 +40,9 @@ def run_with_feature_off(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Features [P, n_features] and last logits [V] of a run in which the features marked in ``off`` are zero."""
     with model.trace(prompt):
-        h = model.layers[layer].resid_post
-        features = sae.encode(h)
-        error = h - sae.decode(features)
-        model.layers[layer].resid_post = sae.decode(tl.where(off, 0.0, features)) + error
-        z = features.save()
+        with tl.splice(model.layers[layer].resid_post, sae) as s:
+            z = s.features.save()
+            s.features = tl.where(off, 0.0, s.features)
         logits = model.logits[:, -1].save()
     return z.value[0], logits.value[0]
 

@@ -237,6 +237,24 @@ def test_parameters_functions_and_gradients() -> None:
 # --- graphs and programs ---------------------------------------------------------------------------------------------
 
 
+def test_a_program_takes_other_values_for_its_named_constants() -> None:
+    model = tl.wrap(net := perceptron())
+    with model.record(X) as r:
+        model.module("0").output *= tl.constant(torch.tensor(2.0), name="strength")
+        model.module("").output.save("y")
+    program = model.compile(r)
+    for strength in (2.0, 0.0, -1.5):
+        found = program(X) if strength == 2.0 else program(X, strength=strength)
+        assert torch.equal(found["y"], net[1:](net[0](X) * strength))
+    with pytest.raises(ShapeError, match="strength"):
+        program(X, strength=torch.ones(3))
+    with model.record(X) as r:
+        model.module("0").output *= tl.constant(torch.tensor(2.0), name="input")
+        model.module("").output.save("y")
+    with pytest.raises(OptionError, match="could mean either"):
+        model.compile(r)
+
+
 def test_programs_and_files_are_for_inputs_of_the_shapes_that_they_were_recorded_on(tmp_path) -> None:
     net = perceptron()
     model = tl.wrap(net)

@@ -115,6 +115,7 @@ def test_several_layers_are_skipped_at_once_and_nothing_of_them_runs(family) -> 
     assert called == ([], [])
     assert torch.equal(stream.value[0], stream.value[2])
     text = t.explain()
+    assert "enters 3 of 3 layers but for 2 that are not run and stops after logits" in text
     assert (
         f'does not run module("{path_of(hf, 1, "resid_post")}"), in whose place layers.1.resid_post' in text
     )

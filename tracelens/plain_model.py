@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections import OrderedDict
 from typing import Any, NoReturn, Self, cast
 
@@ -14,11 +15,13 @@ from tracelens.errors import (
     Blaming,
     NotALanguageModelError,
     NoTraceError,
+    OptionError,
     SpecialisedGraphError,
 )
 from tracelens.inputs import Inputs
 from tracelens.ir.dims import Sizes
 from tracelens.ir.graph import Graph
+from tracelens.ir.ops import Const
 from tracelens.location import here
 from tracelens.module_handle import ModuleHandle
 from tracelens.open_recordings import open_recorders
@@ -221,6 +224,15 @@ class PlainProgram:
         require_graph(graph, "model.record(x)")
         self._model = model
         self.graph = graph
+        self._names = frozenset(op.name for op in graph.ops if isinstance(op, Const) and op.name is not None)
+        taken = sorted(self._names & set(inspect.signature(model._module.forward).parameters))
+        if taken:
+            raise OptionError(
+                f"the constant {taken[0]!r} has the name of an argument of the model's forward, so that "
+                f"program({taken[0]}=...) could mean either",
+                at=here(),
+                instead="tl.constant(tensor, name=...) with another name",
+            )
         self._program: Program | None = None
         for fitted in list(model._fitted.values()):
             if self._fits(fitted.sizes):
@@ -232,8 +244,10 @@ class PlainProgram:
     def __call__(self, *args: Any, **kwargs: Any) -> Results:
         """The results for arguments of the model's forward.
 
+        Keywords that are names of constants (:func:`tracelens.constant`) are other values for these, for this call.
         Raises :class:`~tracelens.errors.SpecialisedGraphError` for others than those that the graph was recorded for.
         """
+        constants = {name: kwargs.pop(name) for name in self._names & set(kwargs)}
         fitted, inputs = self._model._fit(args, kwargs)
         if not self._fits(inputs.sizes) or not self.graph.pins:
             raise SpecialisedGraphError(
@@ -244,7 +258,7 @@ class PlainProgram:
         if self._program is None:
             # A graph out of a file: what the model's modules receive is known only now.
             self._program = Program(cast(Any, fitted), self.graph)
-        return self._program(inputs)
+        return self._program(inputs, **constants)
 
     def explain(self) -> str:
         """The graph with its lines, the plan, and the program."""

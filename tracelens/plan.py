@@ -170,7 +170,18 @@ class Plan:
             return "nothing runs: the block saves nothing"
         if self.stop is None:
             return "no layer runs: what is saved needs no site of the model"
-        return f"the forward pass enters {self.layers_run(n_layers)} of {n_layers} layers and stops after {self.stop}"
+        entered = self.layers_run(n_layers)
+        left_out = sum(self._replaces_layer(op, entered) for op in self.graph.writes)
+        without = f" but for {left_out} that {'is' if left_out == 1 else 'are'} not run" if left_out else ""
+        return f"the forward pass enters {entered} of {n_layers} layers{without} and stops after {self.stop}"
+
+    @staticmethod
+    def _replaces_layer(op: Write, entered: int) -> bool:
+        """Does a write take the place of a whole layer that the pass comes to?"""
+        layer = op.site.layer
+        return (
+            op.instead is not None and op.site.name == "resid_post" and layer is not None and layer < entered
+        )
 
     def __str__(self) -> str:
         return self.text()
