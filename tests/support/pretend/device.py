@@ -1,0 +1,218 @@
+"""``torch.pretend``: what torch, accelerate and transformers ask of the module of an accelerator."""
+
+from __future__ import annotations
+
+import threading
+import types
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+
+from tests.support.pretend import kernels, memory
+
+DEVICES = 8
+MEMORY = 2**30
+"""Bytes that each device says it has."""
+
+_kept: list[Any] = []
+_open = 0
+_local = threading.local()
+
+
+def missing() -> str | None:
+    """Why this torch cannot have pretend devices, or None."""
+    parts = getattr(torch._C, "_acc", None)
+    wanted = ("PrivateUse1Hooks", "DeviceGuard", "register_python_privateuseone_hook")
+    if parts is None or not all(hasattr(parts, name) for name in wanted):
+        return f"torch {torch.__version__} has no backends written in Python (torch._C._acc)"
+    if not _kept and torch._C._get_privateuse1_backend_name() not in ("privateuseone", "pretend"):
+        return f"another backend has taken the place: {torch._C._get_privateuse1_backend_name()}"
+    return None
+
+
+def register() -> None:
+    """Makes the pretend devices known to torch: once in a process, harmless to all who do not name them."""
+    if _kept:
+        return
+    acc: Any = torch._C._acc
+
+    class Hooks(acc.PrivateUse1Hooks):
+        def is_available(self) -> bool:
+            return _is_available()
+
+        def has_primary_context(self, device_index: int) -> bool:
+            return True
+
+        def is_built(self) -> bool:
+            return True
+
+    class Guard(acc.DeviceGuard):
+        def type_(self) -> Any:
+            return torch._C._autograd.DeviceType.PrivateUse1
+
+    torch.utils.rename_privateuse1_backend("pretend")
+    torch.utils.generate_methods_for_privateuse1_backend()
+    torch._register_device_module("pretend", _module())
+    hooks, guard = Hooks(), Guard()
+    acc.register_python_privateuseone_hook(hooks)
+    acc.register_python_privateuseone_device_guard(guard)
+    _kept.extend((hooks, guard, *kernels.register()))
+
+
+@contextmanager
+def opened() -> Iterator[None]:
+    """While this is open, the devices say that they are there, and the backward pass runs in the caller's thread.
+
+    Torch counts one device of a backend written in Python, and has no backward thread for the others.
+    """
+    global _open
+    register()
+    _open += 1
+    try:
+        with torch.autograd.set_multithreading_enabled(False):
+            yield
+    finally:
+        _open -= 1
+
+
+def _is_available() -> bool:
+    return _open > 0
+
+
+def _index(device: Any = None) -> int:
+    if device is None:
+        return _current_device()
+    if isinstance(device, int):
+        return device
+    index = torch.device(device).index
+    return _current_device() if index is None else index
+
+
+def _current_device() -> int:
+    return getattr(_local, "index", 0)
+
+
+def _set_device(device: Any) -> None:
+    _local.index = _index(device)
+
+
+class _Device:
+    """``with torch.pretend.device(1):``."""
+
+    def __init__(self, device: Any) -> None:
+        self.wanted = _index(device)
+
+    def __enter__(self) -> None:
+        self.before = _current_device()
+        _set_device(self.wanted)
+
+    def __exit__(self, *_: object) -> None:
+        _set_device(self.before)
+
+
+class _Stream:
+    """Work on a pretend device is done when the call returns: every stream is the one stream."""
+
+    def __init__(self, device: Any = None, priority: int = 0) -> None:
+        self.device = torch.device("pretend", _index(device))
+
+    def synchronize(self) -> None:
+        """Done already."""
+
+    def wait_stream(self, stream: Any) -> None:
+        """Done already."""
+
+    def wait_event(self, event: Any) -> None:
+        """Done already."""
+
+    def record_event(self, event: Any = None) -> Any:
+        """An event of the past."""
+        return event or _Event()
+
+    def query(self) -> bool:
+        """Nothing is under way."""
+        return True
+
+    def __enter__(self) -> _Stream:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+
+class _Event:
+    def __init__(self, *_: Any, **__: Any) -> None:
+        pass
+
+    def record(self, stream: Any = None) -> None:
+        """Happens now."""
+
+    def wait(self, stream: Any = None) -> None:
+        """Has happened."""
+
+    def synchronize(self) -> None:
+        """Has happened."""
+
+    def query(self) -> bool:
+        """Has happened."""
+        return True
+
+
+def _alive(device: Any = None) -> int:
+    return memory.TOTAL.alive.get(_index(device), 0)
+
+
+def _most(device: Any = None) -> int:
+    return memory.TOTAL.peak.get(_index(device), 0)
+
+
+def _reset_peak(device: Any = None) -> None:
+    index = _index(device)
+    memory.TOTAL.peak[index] = memory.TOTAL.alive.get(index, 0)
+
+
+def _module() -> types.ModuleType:
+    def nothing(*_: Any, **__: Any) -> None:
+        return None
+
+    def the_stream(device: Any = None) -> _Stream:
+        return _Stream(device)
+
+    module = types.ModuleType("torch.pretend")
+    contents: dict[str, Any] = {
+        "is_available": _is_available,
+        "is_initialized": _is_available,
+        "is_bf16_supported": lambda: True,
+        "device_count": lambda: DEVICES if _open else 0,
+        "current_device": _current_device,
+        "set_device": _set_device,
+        "device": _Device,
+        "get_device_name": lambda device=None: f"pretend device {_index(device)}",
+        "get_device_properties": lambda device=None: types.SimpleNamespace(
+            name=f"pretend device {_index(device)}", total_memory=MEMORY
+        ),
+        "get_device_capability": lambda device=None: {},
+        "get_amp_supported_dtype": lambda: [torch.float16, torch.bfloat16],
+        "synchronize": nothing,
+        "empty_cache": nothing,
+        "ipc_collect": nothing,
+        "manual_seed": nothing,
+        "manual_seed_all": nothing,
+        "_is_in_bad_fork": lambda: False,
+        "memory_allocated": _alive,
+        "memory_reserved": _alive,
+        "max_memory_allocated": _most,
+        "max_memory_reserved": _most,
+        "reset_peak_memory_stats": _reset_peak,
+        "mem_get_info": lambda device=None: (MEMORY - _alive(device), MEMORY),
+        "Stream": _Stream,
+        "Event": _Event,
+        "current_stream": the_stream,
+        "default_stream": the_stream,
+        "stream": lambda stream: stream,
+    }
+    for name, value in contents.items():
+        setattr(module, name, value)
+    return module
