@@ -22,14 +22,14 @@ convolutions, are not there.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
 from tests.support.pretend import device
+from tests.support.pretend.maps import device_map
 from tests.support.pretend.seen import Copy, HostRead, Seen, watched
 
-__all__ = ["Copy", "HostRead", "Pretend", "Seen", "pretend", "watched"]
+__all__ = ["Copy", "HostRead", "Pretend", "Seen", "device_map", "pretend", "watched"]
 
 
 class Pretend:

@@ -7,8 +7,10 @@ import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
+from unittest.mock import patch
 
 import torch
+from torch.storage import _StorageBase
 
 from tests.support.pretend import kernels, memory
 
@@ -65,16 +67,26 @@ def register() -> None:
 def opened() -> Iterator[None]:
     """While this is open, the devices say that they are there, and the backward pass runs in the caller's thread.
 
-    Torch counts one device of a backend written in Python, and has no backward thread for the others.
+    Torch counts one device of a backend written in Python, and has no backward thread for the others. And it lets no
+    such backend name an allocator, so it would crash where a storage is made without a tensor: in ``copy.deepcopy``.
     """
     global _open
     register()
     _open += 1
     try:
-        with torch.autograd.set_multithreading_enabled(False):
+        with torch.autograd.set_multithreading_enabled(False), patch.object(_StorageBase, "clone", _clone):
             yield
     finally:
         _open -= 1
+
+
+_storage_clone = _StorageBase.clone
+
+
+def _clone(storage: Any) -> Any:
+    if storage.device.type != "pretend":
+        return _storage_clone(storage)
+    return memory.bytes_of(storage).clone().untyped_storage()
 
 
 def _is_available() -> bool:

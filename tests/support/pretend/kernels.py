@@ -15,7 +15,13 @@ from tests.support.pretend.seen import saw_copy, saw_read
 _aten: Any = torch.ops.aten
 _below_autograd = torch._C._AutoDispatchBelowADInplaceOrView
 
-_TAKES_CPU_SCALARS = {"aten::fill_", "aten::masked_fill_", "aten::_index_put_impl_", "aten::index_put", "aten::full_like"}
+_TAKES_CPU_SCALARS = {
+    "aten::fill_",
+    "aten::masked_fill_",
+    "aten::_index_put_impl_",
+    "aten::index_put",
+    "aten::full_like",
+}
 """Operations besides the pointwise ones that take a value without axes from the CPU."""
 
 _INDEXING = {"aten::index", "aten::_unsafe_index", "aten::_index_put_impl_", "aten::_unsafe_index_put"}
@@ -57,14 +63,19 @@ class _Facts:
     pointwise: bool
     indexing: bool
     reads: str | None
-    writes: bool
+    writes: tuple[tuple[int, str], ...]
+    """Place and name of each argument that it writes to."""
 
 
 @cache
 def _facts(op: torch._ops.OpOverload) -> _Facts:
     name = op._schema.name
     pointwise = torch.Tag.pointwise in op.tags or name in _TAKES_CPU_SCALARS
-    writes = any(a.alias_info is not None and a.alias_info.is_write for a in op._schema.arguments)
+    writes = tuple(
+        (place, argument.name)
+        for place, argument in enumerate(op._schema.arguments)
+        if argument.alias_info is not None and argument.alias_info.is_write
+    )
     reads = _HOST_READS.get(name)
     if name == "aten::repeat_interleave" and any(a.name == "self" for a in op._schema.arguments):
         reads = None  # made of the one that returns the repeats, which reads
@@ -158,12 +169,17 @@ def run(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """``op`` on pretend tensors, all of one device."""
     facts = _facts(op)
     if facts.indexing:
-        args = (args[0], _indices(args[0], args[1]), *args[2:])
+        written = args[2] if len(args) > 2 else None
+        args = (args[0], _indices(args[0], args[1], written), *args[2:])
     call = _Call(facts)
     with _below_autograd():
         lent_args = [call.replaced(value) for value in args]
         lent_kwargs = {name: call.replaced(value) for name, value in kwargs.items()}
         device = call.check()
+        for place, name in facts.writes:
+            written = args[place] if place < len(args) else kwargs.get(name)
+            if isinstance(written, torch.Tensor) and written.device != device:
+                raise _two_devices(device, written.device, facts.name)
         if facts.reads is not None:
             saw_read(facts.reads, device)
         result = op(*lent_args, **lent_kwargs)
@@ -172,8 +188,14 @@ def run(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
         return call.returned(result, device)
 
 
-def _indices(tensor: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
-    """The indices on the device of the indexed tensor: those from the CPU travel, as they do on GPUs."""
+def _indices(
+    tensor: torch.Tensor, indices: Sequence[torch.Tensor | None], written: torch.Tensor | None
+) -> list[torch.Tensor | None]:
+    """The indices on the device of the indexed tensor: those from the CPU travel, as they do on GPUs.
+
+    A mask is turned into positions, whose number the host must know, unless one number is written under it.
+    """
+    filled = written is not None and written.numel() == 1
     found: list[torch.Tensor | None] = []
     for index in indices:
         if index is not None and index.device != tensor.device:
@@ -184,7 +206,7 @@ def _indices(tensor: torch.Tensor, indices: Sequence[torch.Tensor | None]) -> li
                     f"devices, {tensor.device} and {index.device}!"
                 )
             index = index.to(tensor.device)
-        if index is not None and index.dtype in (torch.bool, torch.uint8):
+        if index is not None and index.dtype in (torch.bool, torch.uint8) and not filled:
             saw_read("nonzero", index.device)
         found.append(index)
     return found
@@ -286,7 +308,14 @@ def _attention(
         if any(tensor.requires_grad for tensor in inputs):
             return _Attention.apply(query, key, value, attn_mask, is_causal, settings)
     return run(
-        _aten.scaled_dot_product_attention.default, query, key, value, attn_mask, dropout_p, is_causal, **settings
+        _aten.scaled_dot_product_attention.default,
+        query,
+        key,
+        value,
+        attn_mask,
+        dropout_p,
+        is_causal,
+        **settings,
     )
 
 
@@ -297,7 +326,9 @@ class _Attention(torch.autograd.Function):
     def forward(ctx: Any, query: Any, key: Any, value: Any, mask: Any, causal: bool, settings: Any) -> Any:
         ctx.save_for_backward(query, key, value, mask)
         ctx.causal, ctx.settings = causal, settings
-        return run(_aten.scaled_dot_product_attention.default, query, key, value, mask, 0.0, causal, **settings)
+        return run(
+            _aten.scaled_dot_product_attention.default, query, key, value, mask, 0.0, causal, **settings
+        )
 
     @staticmethod
     @torch.autograd.function.once_differentiable
@@ -336,14 +367,30 @@ def register() -> list[torch.library.Library]:
     for name, kernel in own.items():
         aten.impl(name, kernel, "PrivateUse1")
     aten.impl("scaled_dot_product_attention", _attention, "AutogradPrivateUse1")
-    # torch would make these from others; made at once they are the CPU's own, and cost one call.
-    made_of_others = "CompositeExplicitAutogradNonFunctional"
-    for qualified in torch._C._dispatch_get_all_op_names():
-        if qualified.startswith("aten::") and torch._C._dispatch_has_kernel_for_dispatch_key(qualified, made_of_others):
-            name = qualified.removeprefix("aten::")
-            aten.impl(name, partial(run, _overload(name)), "PrivateUse1")
+    for name in _made_of_others() - own.keys():
+        aten.impl(name, partial(run, _overload(name)), "PrivateUse1")
     everything.fallback(run, "PrivateUse1")
     return [aten, everything]
+
+
+def _made_of_others() -> set[str]:
+    """The operations that torch makes of others for a new device, although the CPU has a kernel of its own.
+
+    Made of others, they may differ in the last bits (layer norm does), and each costs several calls.
+    """
+    composites = (
+        "CompositeExplicitAutogradNonFunctional",
+        "CompositeExplicitAutograd",
+        "CompositeImplicitAutograd",
+    )
+    has_kernel = torch._C._dispatch_has_kernel_for_dispatch_key
+    return {
+        name.removeprefix("aten::")
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("aten::")
+        and has_kernel(name, "CPU")
+        and any(has_kernel(name, key) for key in composites)
+    }
 
 
 def _overload(name: str) -> Any:

@@ -1,8 +1,8 @@
 """Memory of the pretend devices: CPU memory under the name of another device, counted as it comes and goes.
 
-A pretend tensor is a plain ``torch.Tensor`` whose storage says ``pretend:1``. DLPack makes it: a capsule of a CPU tensor
-with the device written over. So storages, views, version counters, parameters and autograd are torch's own, and every
-pretend tensor has a CPU tensor over the same bytes for the kernels to work on.
+A pretend tensor is a plain ``torch.Tensor`` whose storage says ``pretend:1``. DLPack makes it: the capsule of a CPU
+tensor, with the device written over. So storages, views, version counters, parameters and autograd are torch's own, and
+every pretend tensor has a CPU tensor over the same bytes for the kernels to work on.
 """
 
 from __future__ import annotations
@@ -20,7 +20,10 @@ CPU_KEY = torch._C.DispatchKeySet(torch._C.DispatchKey.CPU)
 _as_strided = torch.ops.aten.as_strided.default
 _set = torch.ops.aten.set_.source_Storage_storage_offset
 
-_DL_CPU, _DL_OTHER = 1, 12  # kDLCPU and kDLExtDev of the DLPack standard: torch reads the second as PrivateUse1
+_DL_CPU, _DL_OTHER = (
+    1,
+    12,
+)  # kDLCPU and kDLExtDev of the DLPack standard: torch reads the second as PrivateUse1
 _pointer_of = ctypes.pythonapi.PyCapsule_GetPointer
 _pointer_of.restype = ctypes.c_void_p
 _pointer_of.argtypes = [ctypes.py_object, ctypes.c_char_p]
@@ -139,9 +142,7 @@ def address(tensor: torch.Tensor) -> int:
     return tensor.untyped_storage().data_ptr()
 
 
-def view(
-    tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int
-) -> torch.Tensor:
+def view(tensor: torch.Tensor, size: Sequence[int], stride: Sequence[int], offset: int) -> torch.Tensor:
     """A view of the storage of a pretend tensor."""
     return _as_strided.redispatch(CPU_KEY, tensor, size, stride, offset)
 
@@ -151,3 +152,9 @@ def take_over(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     return _set.redispatch(
         CPU_KEY, tensor, other.untyped_storage(), other.storage_offset(), other.size(), other.stride()
     )
+
+
+def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
+    """The whole of a pretend storage, byte by byte."""
+    empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
+    return _set.redispatch(CPU_KEY, empty, storage, 0, (storage.nbytes(),), (1,))

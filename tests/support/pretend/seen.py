@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,8 +22,7 @@ class Copy:
     source: str
     target: str
     bytes: int
-    """What travels: as on a GPU, a conversion to another dtype happens on the device side of a copy from or to the CPU
-    if that makes fewer conversions, that is: the target's dtype when the CPU sends, the source's dtype otherwise."""
+    """What travels: in the target's dtype when the CPU sends, else in the source's (CUDA converts on that side too)."""
     shape: tuple[int, ...]
     dtype: torch.dtype
     """The source's."""
@@ -106,7 +104,6 @@ def index_of(device: str | torch.device) -> int:
 
 
 _watching: list[Seen] = []
-_quiet = threading.local()
 
 
 @contextmanager
