@@ -49,7 +49,7 @@ def run_with_nnsight(graph: Graph | Recording, nnsight_model: Any, prompt: Any) 
                 model._compiler.constants.place(cast("Captured", constant), device)
                 for constant in graph.constants
             ],
-            parameters=model.anatomy.parameter,
+            parameters=model.anatomy.weight,
             select=prepared.select,
             sizes=prepared.sizes,
             functions=cast("tuple[Callable[..., Any], ...]", graph.functions),

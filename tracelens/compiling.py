@@ -22,6 +22,7 @@ from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on
 from tracelens.constants import Captured, from_payload
 from tracelens.errors import (
     LayerRangeError,
+    ModelMovedError,
     PositionAxisError,
     SpecialisedGraphError,
     TracelensError,
@@ -70,6 +71,8 @@ class Compiled:
     programs: tuple[Program, ...]
     code: LocalCode
     saves: tuple[Save, ...]
+    spread: object
+    """The key of what the model's parts ran on (:attr:`tracelens.backends.spread.Spread.key`)."""
 
     @cached_property
     def described(self) -> tuple[SavedTensor, ...]:
@@ -139,7 +142,7 @@ class Compiler:
     def compile(self, graph: Graph, *, generating: bool) -> Compiled:
         """The programs for a graph; verified when they are made, and then kept by the graph's structure."""
         anatomy = self.anatomy
-        key = (graph.ops, graph.pins, generating, anatomy.dtype, anatomy.device)
+        key = (graph.ops, graph.pins, generating, anatomy.dtype, anatomy.spread.key)
         recent = self._recent.get(id(graph.ops))
         if recent is not None and recent[0] == key:  # the same objects: nothing is compared in depth
             return recent[1]
@@ -178,7 +181,7 @@ class Compiler:
         programs = lower(plan)
         planned = {save.name: save for save in plan.graph.saves}
         saves = tuple(planned[save.name] for save in graph.saves)
-        return Compiled(numbered, plan, programs, prepare(programs[0], plan.graph, anatomy), saves)
+        return Compiled(numbered, plan, programs, prepare(programs[0], plan.graph, anatomy), saves, anatomy.spread.key)
 
     def _check_sites(self, graph: Graph, generating: bool) -> None:
         """A graph from elsewhere may name layers, sites or types that this model does not have."""
@@ -235,7 +238,7 @@ class Compiler:
         return State(compiled.code.count, tensors, graph.functions, self._parameter, prompt.select, pads)
 
     def _parameter(self, path: str) -> torch.Tensor:
-        return self.anatomy.parameter(path).detach()
+        return self.anatomy.weight(path)
 
     def run(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> dict[str, Callable[[], Any]]:
         """One forward pass over ``prompt``; gives the saved tensors by name."""
@@ -246,6 +249,11 @@ class Compiler:
 
     def _run(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> dict[str, Callable[[], Any]]:
         device = running_device(self.anatomy)
+        if compiled.spread != self.anatomy.spread.key:
+            raise ModelMovedError(
+                f"the model was moved after the program had been compiled: it is on {self.anatomy.spread} now",
+                instead="program = model.compile(program.graph)",
+            )
         check_fits(graph, compiled, prompt)
         state = self.state(graph, compiled, prompt)
         mask = _mask(prompt, device)

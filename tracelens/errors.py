@@ -157,7 +157,15 @@ class MetaForwardError(TracelensError):
 
 
 class SeveralDevicesError(TracelensError):
-    """The model is spread over several devices or ranks, which is not supported yet."""
+    """The model lies on several devices that nothing connects, or on ranks of a mesh, which is not supported yet."""
+
+
+class MetaTensorError(TracelensError):
+    """A tensor without data would be computed with: PyTorch may give numbers out of nowhere, and no error."""
+
+
+class ModelMovedError(TracelensError):
+    """A compiled program was made for other devices than those that the model is on now."""
 
 
 class UnknownArchitectureError(TracelensError):

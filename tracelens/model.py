@@ -207,7 +207,7 @@ class Model:
         name = getattr(self.config, "_name_or_path", "") or type(self._hf).__name__
         return (
             f"{name.rstrip('/').rpartition('/')[2]} ({anatomy.family.name}, {anatomy.n_layers} layers, "
-            f"d_model {anatomy.widths['D']}) on {anatomy.device}, {str(anatomy.dtype).removeprefix('torch.')}"
+            f"d_model {anatomy.widths['D']}) on {anatomy.spread}, {str(anatomy.dtype).removeprefix('torch.')}"
         )
 
     # --- parameters ----------------------------------------------------------------------------------------------

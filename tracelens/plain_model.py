@@ -118,7 +118,7 @@ class PlainModel:
         anatomy = PlainAnatomy(self._module, (), {}, self._reason)
         count = sum(parameter.numel() for parameter in self._module.parameters())
         dtype = str(anatomy.dtype).removeprefix("torch.")
-        return f"{type(self._module).__name__} ({count:,} parameters) on {anatomy.device}, {dtype}"
+        return f"{type(self._module).__name__} ({count:,} parameters) on {anatomy.spread}, {dtype}"
 
     def _open(self) -> Recorder | None:
         """The open recording of this model in the current context, whatever its inputs."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import weakref
 from functools import cached_property
 from typing import Any, cast
@@ -14,9 +13,11 @@ from tracelens.backends.architectures import FAMILIES, FAMILY_OF
 from tracelens.backends.base import Family, Side, Tap
 from tracelens.backends.module_sides import ModuleSides, language_model_passes
 from tracelens.backends.replacing import needed_in_generation, replacement
+from tracelens.backends.spread import Spread, spread_of, state_of
+from tracelens.backends.transfer import loaded
 from tracelens.errors import (
     AbsentSiteError,
-    SeveralDevicesError,
+    MetaTensorError,
     UnknownArchitectureError,
     UnknownParameterError,
 )
@@ -93,8 +94,9 @@ class ModelAnatomy:
         self._points: dict[tuple[str, str], list[Site]] | None = None
         self.sides = ModuleSides(model, lambda: language_model_passes(model), self._hook_points, self._state)
         self._check_layout()
-        self._check_one_device()
+        self._spread: Spread | None = None
         self._rows = self._embedding.shape[0]
+        assert self.spread  # refuses what cannot be run
 
     def _check_layout(self) -> None:
         for kind in KINDS:
@@ -110,19 +112,6 @@ class ModelAnatomy:
                     f"expects the site {kind.name!r}",
                     instead="a model with a language-model head, as AutoModelForCausalLM loads it",
                 ) from None
-
-    def _check_one_device(self) -> None:
-        """Programs run on one device so far; on several, a hook would meet tensors that it cannot combine."""
-        devices = sorted({str(tensor.device) for tensor in self.model.parameters()})
-        # A model that holds DTensors has imported their module; importing it here would cost a second.
-        mesh: Any = sys.modules.get("torch.distributed.tensor")
-        if mesh is not None and any(isinstance(tensor, mesh.DTensor) for tensor in self.model.parameters()):
-            devices.append("ranks of a device mesh")
-        if len(devices) > 1:
-            raise SeveralDevicesError(
-                f"the model is spread over {', '.join(devices)}, and so far tracelens runs on one device only",
-                instead="load the model on one device: tl.load(name), then model.hf.to(device)",
-            )
 
     # --- sites -------------------------------------------------------------------------------------------------
 
@@ -189,7 +178,26 @@ class ModelAnatomy:
 
     @property
     def device(self) -> torch.device:
-        return self._embedding.device
+        """Where the model's inputs go."""
+        return self.spread.inputs
+
+    @property
+    def spread(self) -> Spread:
+        """Where the model's parts run, as it is now."""
+        state = self._spread_state()
+        known = self._spread
+        if known is None or known.state != state:
+            known = self._spread = spread_of(self.model, state, self._head)
+        return known
+
+    def _spread_state(self) -> tuple[object, ...]:
+        embedding = self.module(self.family.taps["embed"].module)
+        return state_of(self.model, embedding, self._embedding)
+
+    @property
+    def _head(self) -> str | None:
+        """The path of the module with the largest output, if the model returns it."""
+        return self.family.taps["lm_head"].module
 
     @property
     def _embedding(self) -> torch.Tensor:
@@ -265,6 +273,22 @@ class ModelAnatomy:
                 instead="did you mean " + ", ".join(candidates) + "?" if candidates else None,
             )
         return found
+
+    def weight(self, path: str) -> torch.Tensor:
+        """A parameter or buffer with its numbers; one that is offloaded is brought to where its module computes.
+
+        Raises :class:`MetaTensorError` where there are no numbers.
+        """
+        found = self.parameter(path).detach()
+        if not found.is_meta:
+            return found
+        kept = self.spread.weight(path)
+        if kept is None:
+            raise MetaTensorError(
+                f"{path!r} has no data (it is on the meta device), so nothing can be computed with it",
+                instead="a model with its weights: tl.load(...) without weights=False",
+            )
+        return loaded(kept, found.dtype, self.spread.device_of(path))
 
     def parameter_type(self, path: str) -> TensorType:
         found = self.parameter(path)

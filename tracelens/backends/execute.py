@@ -9,6 +9,7 @@ import torch
 
 from tracelens.errors import (
     ApplyResultError,
+    MetaTensorError,
     MutatedActivationError,
     PositionAxisError,
     SiteMismatchError,
@@ -154,6 +155,12 @@ def _called(
             raise ApplyResultError(
                 f"the applied function gave {part!r}, where like= declares a tensor",
                 instead="a function that returns tensors",
+            )
+        if part.is_meta:
+            raise MetaTensorError(
+                "the applied function gave a tensor without data (on the meta device)",
+                instead="a function that computes with numbers; weights that accelerate offloads are loaded when their "
+                "module is called: module(x), not module.weight",
             )
         dtype, shape = torch_dtype(type_.dtype), type_.sizes(sizes)
         if part.shape != shape or part.dtype is not dtype:

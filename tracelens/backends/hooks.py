@@ -33,7 +33,7 @@ class Seat:
         """The run that holds the lock."""
         self._handles: list[Removable] = []
         self._standing: list[tuple[nn.Module, Any]] = []
-        self._frozen: list[nn.Parameter] = []
+        self._frozen: list[tuple[dict[str, nn.Parameter | None], str, nn.Parameter]] = []
         self._forwards = 0
 
     def next_forward(self) -> int:
@@ -66,10 +66,13 @@ class Seat:
 
     def freeze(self, model: nn.Module) -> None:
         """Keeps the parameters out of autograd's graph, until :meth:`clear`."""
-        for parameter in model.parameters():
-            if parameter.requires_grad:
-                self._frozen.append(parameter)
-                parameter.requires_grad_(False)
+        for module in model.modules():
+            table = module._parameters
+            for name, parameter in table.items():
+                if parameter is not None and parameter.requires_grad:
+                    self._frozen.append((table, name, parameter))
+        for _, _, parameter in self._frozen:
+            parameter.requires_grad_(False)
 
     def clear(self) -> None:
         """Takes all hooks off, and makes forwards and frozen parameters what they were."""
@@ -83,7 +86,12 @@ class Seat:
             standing.pop()
         frozen = self._frozen
         while frozen:
-            frozen[-1].requires_grad_(True)
+            table, name, parameter = frozen[-1]
+            parameter.requires_grad_(True)
+            # accelerate puts others in the place of parameters that it loads, as frozen as they were.
+            now = table.get(name)
+            if now is not None and now is not parameter:
+                now.requires_grad_(True)
             frozen.pop()
         handles = self._handles
         while handles:

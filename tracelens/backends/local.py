@@ -20,6 +20,7 @@ from tracelens.backends.hooks import Seat, seat_of
 from tracelens.backends.inside_hooks import InsideHook, join
 from tracelens.backends.module_hooks import ModuleHook
 from tracelens.backends.replacing import replacement
+from tracelens.backends.spread import Keeper, Loading
 from tracelens.backends.stand_in import StandIn, missed
 from tracelens.backends.views import taking_and_putting
 from tracelens.errors import (
@@ -96,6 +97,8 @@ class LocalCode:
     count: int
     seat: Seat
     differentiates: bool
+    keepers: tuple[Keeper, ...]
+    """What loads offloaded weights during a forward pass."""
     shapes: tuple[TensorType, ...]
     """The types of the sites that are read; their sizes in a pass are what the hooks compare with."""
     _sizes: dict[tuple[tuple[str, int], ...], tuple[tuple[int, ...], ...]] = field(
@@ -160,7 +163,7 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
         )
         if isinstance(point, ModuleSite) and blocks[0].stands_in:
             if path not in standing:
-                standing[path] = StandIn(code.module, path, seat)
+                standing[path] = StandIn(code.module, path, seat, anatomy.spread.device_of(path))
                 hooks.append(standing[path])
             standing[path].calls[point.call or 0] = (code, replacement(anatomy, _written(blocks[0]).site))
         elif isinstance(point, ModuleSite):
@@ -172,7 +175,8 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
     if inside:
         join(inside, seat, replaced_layers(graph), anatomy)
     count, differentiates = graph.next_value, bool(gradients)
-    return LocalCode(graph, program, before, tuple(hooks), count, seat, differentiates, tuple(shapes))
+    keepers = anatomy.spread.keepers
+    return LocalCode(graph, program, before, tuple(hooks), count, seat, differentiates, keepers, tuple(shapes))
 
 
 def _written(block: Block) -> Write:
@@ -332,6 +336,8 @@ class Run:
             try:
                 seat.clear()
                 seat.run = self
+                if self.code.keepers:
+                    seat.hold(Loading(self.code.keepers))
                 if each_forward is not None:
 
                     def starting(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

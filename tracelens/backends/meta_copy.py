@@ -20,7 +20,9 @@ def meta_copy(model: nn.Module) -> nn.Module:
     memo: dict[int, Any] = {}
     for module in model.modules():
         for name, held in vars(module).items():
-            if name.endswith("_hooks") and isinstance(held, dict):
+            if name == "_hf_hook":
+                memo[id(held)] = _NO_HOOK  # accelerate's, which may hold the weights of the whole model
+            elif name.endswith("_hooks") and isinstance(held, dict):
                 memo[id(held)] = type(cast("dict[Any, Any]", held))()
             else:
                 _replace_tensors(held, memo)
@@ -32,9 +34,11 @@ def meta_copy(model: nn.Module) -> nn.Module:
             # moves them between devices, of which there is only one here. What the class says has the same shapes; a
             # run in which it had not would fail at the first tensor of another.
             del vars(module)["forward"]
+        vars(module).pop("_hf_hook", None)
     return copied
 
 
+_NO_HOOK = object()
 _DEPTH = 4  # of containers, in which a module may keep tensors that are no parameters
 
 

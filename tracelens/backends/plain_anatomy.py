@@ -12,6 +12,7 @@ from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.base import Family
 from tracelens.backends.meta_copy import on_meta
 from tracelens.backends.module_sides import ModuleSides
+from tracelens.backends.spread import state_of
 from tracelens.errors import NotALanguageModelError
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
@@ -37,7 +38,8 @@ class PlainAnatomy(ModelAnatomy):
         # Only what decides about shapes is kept of the inputs, not their numbers.
         given, named = on_meta(args), on_meta(kwargs)
         self.sides = ModuleSides(model, lambda: [[partial(_call, given, named)]], dict, self._state)
-        self._check_one_device()
+        self._spread = None
+        assert self.spread  # refuses what cannot be run
 
     def absence(self, site: Site) -> str | None:
         return self.reason
@@ -67,10 +69,14 @@ class PlainAnatomy(ModelAnatomy):
         tensors = (*self.model.parameters(), *self.model.buffers())
         return next((t.dtype for t in tensors if t.dtype.is_floating_point), torch.get_default_dtype())
 
+    def _spread_state(self) -> tuple[object, ...]:
+        first = next(self.model.parameters(), None)
+        first = next(self.model.buffers(), None) if first is None else first
+        return state_of(self.model, None, first)
+
     @property
-    def device(self) -> torch.device:
-        found = next((tensor.device for tensor in (*self.model.parameters(), *self.model.buffers())), None)
-        return torch.device("cpu") if found is None else found
+    def _head(self) -> None:
+        return None
 
 
 def _call(args: Any, kwargs: Any, model: nn.Module) -> object:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -23,13 +23,14 @@ if TYPE_CHECKING:
 class StandIn:
     """What stands in for one or more calls of a module, each with the steps that make its output.
 
-    ``calls``: by number, the steps and what they make.
+    ``calls``: by number, the steps and what they make. ``device``: where the module would have computed.
     """
 
-    __slots__ = ("calls", "counted", "fired", "module", "path", "seat")
+    __slots__ = ("calls", "counted", "device", "fired", "module", "path", "seat")
 
-    def __init__(self, module: nn.Module, path: str, seat: Seat) -> None:
+    def __init__(self, module: nn.Module, path: str, seat: Seat, device: torch.device) -> None:
         self.module = module
+        self.device = device
         self.path = path
         self.seat = seat
         self.calls: dict[int, tuple[HookCode, Replacement]] = {}
@@ -54,16 +55,10 @@ class StandIn:
             self.fired[number] = run.forward_number
             # What a write makes of a value depends on the site's dtype, shape and device alone.
             sizes, dtype = new.type.sizes(run.state.sizes), torch_dtype(new.type.dtype)
-            site = torch.empty(sizes, dtype=dtype, device=_device(args, kwargs))
+            site = torch.empty(sizes, dtype=dtype, device=self.device)
             return filled(new.returns, new.key, code.steps(run.state, site))
 
         return forward
-
-
-def _device(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> torch.device | None:
-    """The device on which the module would have computed."""
-    given = next((part for part in (*args, *kwargs.values()) if isinstance(part, torch.Tensor)), None)
-    return None if given is None else given.device
 
 
 def filled(returns: Any, key: Key, tensor: torch.Tensor) -> Any:

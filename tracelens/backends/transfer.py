@@ -39,6 +39,11 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.device.type == "cpu" else tensor.to("cpu")
 
 
+def loaded(weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    """An offloaded weight, from memory or disk, where and as its module uses it."""
+    return weight.detach().to(device, dtype, non_blocking=True)
+
+
 def arguments_on(value: Any, device: torch.device) -> Any:
     """A forward's arguments, with the tensors among them on the model's device."""
     if isinstance(value, torch.Tensor):
