@@ -181,7 +181,9 @@ class Compiler:
         programs = lower(plan)
         planned = {save.name: save for save in plan.graph.saves}
         saves = tuple(planned[save.name] for save in graph.saves)
-        return Compiled(numbered, plan, programs, prepare(programs[0], plan.graph, anatomy), saves, anatomy.spread.key)
+        return Compiled(
+            numbered, plan, programs, prepare(programs[0], plan.graph, anatomy), saves, anatomy.spread.key
+        )
 
     def _check_sites(self, graph: Graph, generating: bool) -> None:
         """A graph from elsewhere may name layers, sites or types that this model does not have."""

@@ -8,7 +8,7 @@ from typing import cast
 import numpy as np
 import torch
 
-from tracelens.errors import ConstantChangedError, DtypeError
+from tracelens.errors import ConstantChangedError, DtypeError, MetaTensorError
 from tracelens.ir.infer import dtype_of, torch_dtype
 from tracelens.ir.types import TensorType
 from tracelens.location import Location
@@ -56,8 +56,8 @@ class Captured:
 def capture(value: torch.Tensor | np.ndarray | np.generic, name: str | None = None) -> Captured:
     """The constant that ``value`` becomes in a graph.
 
-    Raises :class:`DtypeError` for dtypes that a graph does not know, for tensors without numbers, and for float64
-    numpy arrays, which are nearly always float32 numbers that numpy widened on the way.
+    Raises :class:`DtypeError` for dtypes that a graph does not know and for float64 numpy arrays, which are nearly
+    always float32 numbers that numpy widened on the way, and :class:`MetaTensorError` for tensors without numbers.
     """
     if isinstance(value, torch.Tensor):
         if value.layout is not torch.strided or value.is_quantized:
@@ -66,9 +66,10 @@ def capture(value: torch.Tensor | np.ndarray | np.generic, name: str | None = No
                 instead="use a dense tensor: x.to_dense()",
             )
         if value.is_meta:
-            raise DtypeError(
+            raise MetaTensorError(
                 "a tensor on the meta device has no numbers, so it cannot be used in a trace",
-                instead="a tensor with numbers: torch.zeros(shape)",
+                instead="a tensor with numbers; for a weight of the model, which may be offloaded, "
+                'model.param("model.norm.weight"), model.unembed, or a call of its module',
             )
         kind = TensorType(dtype_of(value.dtype), tuple(value.shape))
         # Inference tensors keep no version; a copy is the only way to be sure of their numbers.

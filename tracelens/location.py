@@ -14,7 +14,7 @@ from typing import Any
 
 _PACKAGE = str(Path(__file__).resolve().parent) + "/"
 # A recorded line may run through libraries before it reaches us (a tokenizer, copy.deepcopy): not the user's either.
-_LIBRARIES = re.compile(r"/(site|dist)-packages/(torch|einops|numpy|transformers)/")
+_LIBRARIES = re.compile(r"/(site|dist)-packages/(torch|einops|numpy|transformers|accelerate)/")
 _PACKAGES = re.compile(r"/(site|dist)-packages/")
 _STANDARD = sysconfig.get_path("stdlib") + "/"
 # The demo is user code that happens to be shipped: its lines are worth showing.
@@ -71,7 +71,7 @@ def _internal(filename: str) -> bool:
 
 
 def frames_inside() -> Iterator[FrameType]:
-    """The frames of tracelens and torch between the caller and the user's line, the innermost first."""
+    """The frames of tracelens and of libraries between the caller and the user's line, the innermost first."""
     frame: FrameType | None = sys._getframe(1)  # pyright: ignore[reportPrivateUsage]  # the only way to the caller
     while frame is not None and _internal(frame.f_code.co_filename):
         yield frame

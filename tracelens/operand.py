@@ -25,7 +25,7 @@ from tracelens.errors import (
 from tracelens.ir.infer import canonical_call, name_of
 from tracelens.ir.sites import near
 from tracelens.location import here
-from tracelens.refusing import module_called, refuse
+from tracelens.refusing import module_called, refuse, sent_by_accelerate
 
 
 def _binary(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, object], Any]:
@@ -388,6 +388,8 @@ def apply_torch(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
     try:
         name, plain, named = canonical_call(function, tuple(args), dict(kwargs))
     except TracelensError as error:
+        if isinstance(error, UnsupportedFunctionError) and sent_by_accelerate():
+            return recording  # the hook of a module of the model's own, called on a value: the plan moves it
         error.at = error.at or here()
         raise
     return recording._apply(name, plain, named)

@@ -126,6 +126,15 @@ def module_that_failed(error: Exception) -> UnsupportedFunctionError | None:
     return None
 
 
+def sent_by_accelerate() -> bool:
+    """Was it accelerate that wanted to move a value, on the way into a module that it has spread or offloaded?"""
+    return any(
+        frame.f_code.co_name == "send_to_device"
+        and str(frame.f_globals.get("__name__")).startswith("accelerate.")
+        for frame in frames_inside()
+    )
+
+
 def _given_to(frame: FrameType) -> tuple[object, ...]:
     """The arguments of torch's call of a module."""
     args, named = frame.f_locals.get("args"), frame.f_locals.get("kwargs")

@@ -12,6 +12,7 @@ import torch
 from tracelens.advice import in_generation
 from tracelens.backends.local import Run
 from tracelens.backends.ready import running_device
+from tracelens.backends.spread import Loading
 from tracelens.backends.transfer import inputs_on
 from tracelens.coming import ON_BLOCKS, not_yet
 from tracelens.compiling import Compiled, Compiler, check_fits, owning, relocate
@@ -53,6 +54,7 @@ class Recording:
         self._compiler: Compiler = model._compiler
         self._prompt = prompt
         self._recorder: Recorder | None = None
+        self._loading: Loading | None = None
         self._graph: Graph | None = None
 
     def _outer(self) -> Recorder | None:
@@ -82,6 +84,8 @@ class Recording:
             opened=here(),
             known=self._compiler.steps,
         )
+        if keepers := self._model.anatomy.keepers:
+            self._loading = Loading(keepers)
         enter(self._recorder)
         return self
 
@@ -95,6 +99,8 @@ class Recording:
             # The recording is discarded: nothing runs, and the user's own exception goes on.
             recorder.is_open = False
             recorder.failure = error
+            if self._loading is not None:
+                self._loading.remove()  # a module that was called on a value, and failed
             if isinstance(error, TracelensError):
                 error.problem = with_lengths(error.problem, recorder.sizes)
                 if recorder.generating:

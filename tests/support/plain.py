@@ -327,7 +327,8 @@ class Fingerprint:
 def model_fingerprint(model: nn.Module) -> Fingerprint:
     """Hooks, attributes, ``forward``, training flags, configuration and every parameter's identity and version.
 
-    A parameter's version counts its in-place changes, so that values need not be copied.
+    A parameter's version counts its in-place changes, so that values need not be copied. Weights that accelerate
+    offloads are other objects after each forward pass, ours or not: of these, only that they have no data.
     """
     entries: dict[str, str] = {}
     alive: list[object] = []
@@ -337,6 +338,8 @@ def model_fingerprint(model: nn.Module) -> Fingerprint:
         return f"{type(thing).__name__}#{id(thing):x}"
 
     def shown(thing: object) -> str:
+        if isinstance(thing, Tensor) and thing.is_meta:
+            return "offloaded"
         plain = thing is None or isinstance(thing, (bool, int, float, str, torch.dtype, torch.device))
         return repr(thing) if plain else identity(thing)
 

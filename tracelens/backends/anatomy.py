@@ -13,7 +13,7 @@ from tracelens.backends.architectures import FAMILIES, FAMILY_OF
 from tracelens.backends.base import Family, Side, Tap
 from tracelens.backends.module_sides import ModuleSides, language_model_passes
 from tracelens.backends.replacing import needed_in_generation, replacement
-from tracelens.backends.spread import Spread, spread_of, state_of
+from tracelens.backends.spread import Keeper, Spread, spread_of, state_of
 from tracelens.backends.transfer import loaded
 from tracelens.errors import (
     AbsentSiteError,
@@ -180,6 +180,11 @@ class ModelAnatomy:
     def device(self) -> torch.device:
         """Where the model's inputs go."""
         return self.spread.inputs
+
+    @property
+    def keepers(self) -> tuple[Keeper, ...]:
+        """What loads offloaded weights, as far as it is known."""
+        return () if self._spread is None else self._spread.keepers
 
     @property
     def spread(self) -> Spread:

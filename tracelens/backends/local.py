@@ -176,7 +176,9 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
         join(inside, seat, replaced_layers(graph), anatomy)
     count, differentiates = graph.next_value, bool(gradients)
     keepers = anatomy.spread.keepers
-    return LocalCode(graph, program, before, tuple(hooks), count, seat, differentiates, keepers, tuple(shapes))
+    return LocalCode(
+        graph, program, before, tuple(hooks), count, seat, differentiates, keepers, tuple(shapes)
+    )
 
 
 def _written(block: Block) -> Write:
