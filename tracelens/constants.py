@@ -68,7 +68,7 @@ def capture(value: torch.Tensor | np.ndarray | np.generic, name: str | None = No
         if value.is_meta:
             raise MetaTensorError(
                 "a tensor on the meta device has no numbers, so it cannot be used in a trace",
-                instead="a tensor with numbers; for a weight of the model, which may be offloaded, "
+                instead="a tensor with numbers: torch.zeros(shape); for a weight of the model, which may be offloaded, "
                 'model.param("model.norm.weight"), model.unembed, or a call of its module',
             )
         kind = TensorType(dtype_of(value.dtype), tuple(value.shape))

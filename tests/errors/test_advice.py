@@ -17,6 +17,7 @@ from tracelens.errors import (
     DuplicateNameError,
     DynamicShapeError,
     FailedRunError,
+    MetaTensorError,
     NoTraceError,
     OptionError,
     PromptError,
@@ -265,7 +266,7 @@ def test_a_block_of_transformers_on_a_value() -> None:
 
 
 def test_a_tensor_without_numbers() -> None:
-    with refused(DtypeError, "meta", instead="torch.zeros"), model.trace(IDS):
+    with refused(MetaTensorError, "meta", instead="torch.zeros"), model.trace(IDS):
         (model.layers[0].resid_post + torch.ones(D, device="meta")).save()  # <-
 
 
