@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import Scope, Site
 
 
@@ -21,11 +22,16 @@ class Place:
 
 @dataclass(frozen=True)
 class Placement:
-    """The place of every site: one entry per layer, and the places of what comes before and after the layers."""
+    """The place of every site and parameter.
+
+    ``layers``: one entry per layer. ``ends``: the places of sites before and after the layers, by name. ``modules``:
+    the places of modules by their paths; a module that is not named there is where the one around it is.
+    """
 
     places: tuple[Place, ...]
     layers: tuple[int, ...]
     ends: Mapping[str, int] = field(default_factory=dict[str, int])
+    modules: Mapping[str, int] = field(default_factory=dict[str, int])
 
     @classmethod
     def single(cls, device: str, n_layers: int) -> Placement:
@@ -33,7 +39,17 @@ class Placement:
         return cls((Place(0, device),), (0,) * n_layers)
 
     def place_of(self, site: Site) -> Place:
+        if isinstance(site, ModuleSite):
+            return self.places[self.of_path(site.path)]
         if site.kind.scope is Scope.LAYER and site.layer is not None:
             return self.places[self.layers[site.layer]]
+        if not self.layers:
+            return self.places[self.ends.get(site.name, 0)]
         default = self.layers[-1] if site.kind.scope is Scope.AFTER else self.layers[0]
         return self.places[self.ends.get(site.name, default)]
+
+    def of_path(self, path: str) -> int:
+        """The place of a module, a parameter or a buffer, by its path."""
+        while path and path not in self.modules:
+            path = path.rpartition(".")[0]
+        return self.modules.get(path, 0)

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from tracelens.ir.dims import Sizes
 from tracelens.ir.gradients import LEAF, differentiated
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import ModuleSite
-from tracelens.ir.ops import Call, Grad, Op, Read, Ref, Write, moment
+from tracelens.ir.ops import Call, Grad, Op, Read, Ref, Transfer, Write, moment
 from tracelens.ir.passes.forward_order import moments_of
 from tracelens.ir.passes.mark_leaves import mark_leaves
 from tracelens.ir.passes.pipeline import improve
 from tracelens.ir.sites import BEFORE_ALL, Effect, Scope, Sequence, Site
 from tracelens.ir.types import TensorType
 from tracelens.placement import Placement
+from tracelens.placing import place
+from tracelens.pushing import push_indices
 
 _REACH = {
     Effect.STREAM: "the residual stream: every later layer sees it",
@@ -53,6 +55,10 @@ class Plan:
     whole: bool
     carried: frozenset[Site] = frozenset()
     """The block outputs whose first write is the plan's own, carrying a write from inside the block."""
+    at: tuple[int, ...] = ()
+    """For every operation, the number of its place; several members of a save leave from where they are."""
+    home: Mapping[int, int] = field(default_factory=dict[int, int], compare=False)
+    """For every value, the number of the place that holds it."""
 
     @cached_property
     def sites(self) -> frozenset[Site]:
@@ -63,6 +69,11 @@ class Plan:
     def moments(self) -> tuple[Sequence, ...]:
         """For every operation, the moment of the forward pass at which it can be done."""
         return moments_of(self.graph)
+
+    @cached_property
+    def transfers(self) -> tuple[Transfer, ...]:
+        """What goes from one place to another, in order."""
+        return tuple(op for op in self.graph.ops if isinstance(op, Transfer))
 
     @cached_property
     def differentiated(self) -> frozenset[Site]:
@@ -111,9 +122,7 @@ class Plan:
         """
         n_layers = len(self.placement.layers)
         lines = ["plan"]
-        for place in self.placement.places:
-            owned = [layer for layer, index in enumerate(self.placement.layers) if index == place.index]
-            lines.append(f"  {place}: layers {owned[0]} to {owned[-1]}" if owned else f"  {place}")
+        lines += [f"  {place}{self._owned(place.index)}" for place in self.placement.places]
         lines.append("  " + self._extent(n_layers))
         leaves = {
             out for op in self.graph.ops if isinstance(op, Call) and op.function == LEAF for out in op.outs
@@ -140,6 +149,7 @@ class Plan:
                 "kernel is replaced by plain products and a softmax, as what is done to scores or pattern needs"
             )
         lines += self._backward()
+        lines += self._transfers(sizes)
         for name, type_ in self.saved_types().items():
             if sizes is None:
                 lines.append(f"  saves {name!r}: {type_}")
@@ -147,10 +157,30 @@ class Plan:
                 shape = f"{type_.dtype.value} {list(type_.sizes(sizes))}"
                 lines.append(f"  saves {name!r}: {shape}, {_bytes(type_.nbytes(sizes))}")
         if sizes is not None and self.graph.saves:
+            between = sum(op.type.nbytes(sizes) for op in self.transfers)
             lines.append(
-                f"  bytes that leave the run: {_bytes(self.bytes_saved(sizes))}; between places: 0 B"
+                f"  bytes that leave the run: {_bytes(self.bytes_saved(sizes))}; between places: {_bytes(between)}"
             )
         return "\n".join(lines)
+
+    def _owned(self, index: int) -> str:
+        owned = [layer for layer, place in enumerate(self.placement.layers) if place == index]
+        ends = [name for name, place in self.placement.ends.items() if place == index]
+        parts = [f"layers {_ranges(owned)}"] if owned else []
+        return f": {', '.join(parts + ends)}" if parts or ends else ""
+
+    def _transfers(self, sizes: Sizes | None) -> list[str]:
+        lines: list[str] = []
+        for op, known in zip(self.graph.ops, self.moments, strict=True):
+            if isinstance(op, Transfer):
+                when = next(
+                    (f"after {site}" for site in self.sites if site.sequence == known), "before the pass"
+                )
+                size = f", {_bytes(op.type.nbytes(sizes))}" if sizes is not None else ""
+                lines.append(
+                    f"  sends %{op.value} {op.type} from place {op.source} to place {op.target} {when}{size}"
+                )
+        return lines
 
     def _backward(self) -> list[str]:
         lines: list[str] = []
@@ -220,7 +250,16 @@ def make_plan(
         if op.site.name == carry.site
     }
     carried = targets & {op.site for op in improved.writes}
-    return Plan(improved, placement, None if generating else stop, generating, frozenset(carried))
+    placed = place(push_indices(improved, placement), placement)
+    return Plan(
+        placed.graph,
+        placement,
+        None if generating else stop,
+        generating,
+        frozenset(carried),
+        placed.at,
+        placed.home,
+    )
 
 
 def _last_site(graph: Graph) -> Site | None:
@@ -275,6 +314,17 @@ def _carried(graph: Graph, carry: Carry, layer: int, *, type_of: TypeOf, to_the_
         locations = (*locations[:cut], *[locations[cause]] * len(extra), *locations[cut:])
     pins = tuple(replace(pin, op=pin.op + len(extra)) if pin.op >= cut else pin for pin in graph.pins)
     return replace(graph, ops=(*graph.ops[:cut], *extra, *later), locations=locations, pins=pins)
+
+
+def _ranges(layers: list[int]) -> str:
+    """``0 to 3, 8``."""
+    runs: list[list[int]] = []
+    for layer in layers:
+        if runs and runs[-1][-1] == layer - 1:
+            runs[-1].append(layer)
+        else:
+            runs.append([layer])
+    return ", ".join(f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def _counted(sites: tuple[int, ...]) -> str:

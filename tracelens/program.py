@@ -1,25 +1,86 @@
-"""A program: what one place does during a forward pass, site by site."""
+"""Programs: what each place does during a forward pass, site by site."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from enum import Enum
 
 from tracelens.ir.module_sites import ModuleSite
-from tracelens.ir.ops import Apply, Op, Read, Write, moment, operands, results
+from tracelens.ir.ops import Grad, Op, Read, Save, Transfer, Write, moment, operands, results
 from tracelens.ir.sites import BEFORE_ALL, Scope, Site
+from tracelens.ir.sites import Sequence as Moment
 from tracelens.ir.text import op_text
 from tracelens.placement import Place
 from tracelens.plan import Plan
 
 
+class Side(Enum):
+    """What one place does of an operation that two or more have a part in."""
+
+    WHOLE = "all of it"
+    SEND = "sends the value"
+    RECEIVE = "receives the value"
+    ARRIVE = "is given the gradients of its own tensors, by a backward pass that another place runs"
+
+
 @dataclass(frozen=True, slots=True)
 class Step:
-    """One operation, its number in the planned graph, and the values that nobody needs after it."""
+    """One operation, its number in the planned graph, and the values that nobody needs after it.
+
+    ``parts``: of a save or of gradients, which of the values are of this place.
+    """
 
     op: Op
     number: int
     frees: tuple[int, ...] = ()
+    side: Side = Side.WHOLE
+    parts: tuple[int, ...] = ()
+
+    @property
+    def uses(self) -> tuple[int, ...]:
+        """The values of this place that the step needs."""
+        match self.op:
+            case Transfer():
+                return () if self.side is Side.RECEIVE else (self.op.value,)
+            case Save():
+                return tuple(self.op.values[part] for part in self.parts)
+            case Grad():
+                here = tuple(self.op.wrt[part] for part in self.parts)
+                return here if self.side is Side.ARRIVE else (self.op.loss, *here)
+            case _:
+                return operands(self.op)
+
+    @property
+    def makes(self) -> tuple[int, ...]:
+        """The values that this place holds after the step."""
+        match self.op:
+            case Transfer():
+                return () if self.side is Side.SEND else (self.op.out,)
+            case Grad():
+                return tuple(self.op.outs[part] for part in self.parts)
+            case _:
+                return tuple(value for value, _ in results(self.op))
+
+    @property
+    def text(self) -> str:
+        frees = f"   free {', '.join(f'%{value}' for value in self.frees)}" if self.frees else ""
+        return self._what + frees
+
+    @property
+    def _what(self) -> str:
+        op = self.op
+        if isinstance(op, Transfer):
+            return (
+                f"send %{op.value} -> place {op.target}"
+                if self.side is Side.SEND
+                else f"%{op.out} = recv <- place {op.source} (its %{op.value}) : {op.type}"
+            )
+        if self.side is Side.ARRIVE:
+            return f"{', '.join(f'%{value}' for value in self.makes)} = gradients, by the backward pass"
+        if isinstance(op, Save) and len(self.parts) < len(op.values):
+            return f"{op_text(op)} (of these {', '.join(f'%{value}' for value in self.uses)})"
+        return op_text(op)
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,9 +124,7 @@ class Program:
         lines = [f"program for {self.place} {{"]
         for block in self.blocks:
             lines.append("  before the pass:" if block.site is None else f"  {block.where}:")
-            for step in block.steps:
-                frees = f"   free {', '.join(f'%{value}' for value in step.frees)}" if step.frees else ""
-                lines.append(f"    {op_text(step.op)}{frees}")
+            lines += [f"    {step.text}" for step in block.steps]
         if self.stop is not None:
             lines.append(f"  stop after {self.stop}")
         return "\n".join([*lines, "}"])
@@ -73,33 +132,119 @@ class Program:
 
 def lower(plan: Plan) -> tuple[Program, ...]:
     """One program per place. Each operation is done at the first site where all its operands are there."""
-    graph = plan.graph
-    last_use: dict[int, int] = {}
-    for number, op in enumerate(graph.ops):
-        for value in operands(op):
-            last_use[value] = number
-        for value, _ in results(op):
-            last_use.setdefault(value, number)
-    dying: dict[int, list[int]] = {}
-    for value, number in last_use.items():
-        dying.setdefault(number, []).append(value)
-    steps: dict[Site | None, list[Step]] = {}
-    current: Site | None = None
-    sites = {
-        site.sequence: site for op in graph.ops if isinstance(op, Read | Write) for site in (moment(op),)
-    }
-    for number, (op, known) in enumerate(zip(graph.ops, plan.moments, strict=True)):
-        current = None if known == BEFORE_ALL else sites[known]
-        if current is not None and current.kind.scope is Scope.INPUT:
-            current = None
-        steps.setdefault(current, []).append(Step(op, number, tuple(sorted(dying.get(number, ())))))
-    # Only one place so far: transfers between places come with the backends that have several.
-    (place,) = plan.placement.places
-    blocks = tuple(Block(site, tuple(found)) for site, found in steps.items())
-    # Values live in the place's own memory between sites; user code must not see them change, so that frees are safe.
-    return (Program(place, blocks, plan.stop),)
+    return _Lowering(plan).programs()
 
 
-def uses_python(program: Program) -> bool:
-    """Does the program run Python code of the user's?"""
-    return any(isinstance(step.op, Apply) for step in program.steps())
+def merged(programs: Sequence[Program]) -> tuple[Block, ...]:
+    """What one process that owns all the places does at each site, in order.
+
+    Where a value was sent it has arrived, so receiving is left out.
+    """
+    if len(programs) == 1:
+        return programs[0].blocks
+    found: dict[Site | None, list[Step]] = {}
+    for program in programs:
+        for block in program.blocks:
+            steps = [step for step in block.steps if step.side is not Side.RECEIVE]
+            found.setdefault(block.site, []).extend(steps)
+    order = sorted(found, key=lambda site: BEFORE_ALL if site is None else site.sequence)
+    return tuple(
+        Block(site, tuple(sorted(found[site], key=lambda step: (step.number, step.side is Side.ARRIVE))))
+        for site in order
+        if found[site]
+    )
+
+
+_Key = tuple[Moment, int, int]
+"""When a step is done: the moment, the number of the operation that it is done for, and before or after that."""
+
+
+class _Lowering:
+    def __init__(self, plan: Plan) -> None:
+        self.plan = plan
+        self.sites: dict[Moment, Site] = {}
+        for op in plan.graph.ops:
+            if isinstance(op, Read | Write) and (site := moment(op)).kind.scope is not Scope.INPUT:
+                self.sites[site.sequence] = site
+        self.steps: dict[int, list[tuple[_Key, Step]]] = {place.index: [] for place in plan.placement.places}
+        # By source and target, the transfers that were sent and not yet received, in order.
+        self.underway: dict[tuple[int, int], list[tuple[Transfer, int]]] = {}
+        for number in range(len(plan.graph.ops)):
+            self._add(number)
+
+    def _add(self, number: int) -> None:
+        op, there = self.plan.graph.ops[number], self.plan.at[number]
+        if isinstance(op, Transfer):
+            self.underway.setdefault((op.source, op.target), []).append((op, number))
+            self._step(there, number, Step(op, number, side=Side.SEND))
+            return
+        match op:
+            case Save():
+                for place, parts in self._by_place(op.values).items():
+                    self._step(place, number, Step(op, number, parts=parts))
+            case Grad():
+                by_place = self._by_place(op.wrt)
+                self._step(there, number, Step(op, number, parts=by_place.pop(there, ())))
+                for place, parts in by_place.items():
+                    self._step(place, number, Step(op, number, side=Side.ARRIVE, parts=parts))
+            case _:
+                self._step(there, number, Step(op, number))
+
+    def _by_place(self, values: tuple[int, ...]) -> dict[int, tuple[int, ...]]:
+        found: dict[int, tuple[int, ...]] = {}
+        for part, value in enumerate(values):
+            place = self.plan.home[value]
+            found[place] = (*found.get(place, ()), part)
+        return found
+
+    def _step(self, place: int, number: int, step: Step) -> None:
+        # A save is done as soon as all that it takes from here is there; everything else when all operands are.
+        when = self.plan.moments[number]
+        if isinstance(step.op, Save):
+            producer = self.plan.graph.producer
+            when = max(self.plan.moments[producer[value]] for value in step.uses)
+        when = when if when in self.sites else BEFORE_ALL
+        for value in step.uses:
+            self._receive(place, value, (when, number, 0))
+        self.steps[place].append(((when, number, 1), step))
+
+    def _receive(self, place: int, value: int, key: _Key) -> None:
+        """Receives a value that is under way, after those that were sent to this place before it."""
+        for (_, target), waiting in self.underway.items():
+            if target != place or all(op.out != value for op, _ in waiting):
+                continue
+            while waiting:
+                op, number = waiting.pop(0)
+                self.steps[place].append((key, Step(op, number, side=Side.RECEIVE)))
+                if op.out == value:
+                    return
+
+    def programs(self) -> tuple[Program, ...]:
+        stop = self.plan.stop
+        places = self.plan.placement.places
+        return tuple(
+            Program(
+                place,
+                self._blocks(place.index),
+                stop if stop is not None and self.plan.placement.place_of(stop) == place else None,
+            )
+            for place in places
+        )
+
+    def _blocks(self, place: int) -> tuple[Block, ...]:
+        ordered = sorted(self.steps[place], key=lambda entry: entry[0])
+        last: dict[int, int] = {}
+        for index, (_, step) in enumerate(ordered):
+            last.update(dict.fromkeys((*step.uses, *step.makes), index))
+        dying: dict[int, list[int]] = {}
+        for value, index in last.items():
+            dying.setdefault(index, []).append(value)
+        blocks: dict[Moment, list[Step]] = {}
+        for index, ((when, _, _), step) in enumerate(ordered):
+            frees = tuple(sorted(dying.get(index, ())))
+            freeing = Step(step.op, step.number, frees, step.side, step.parts)
+            blocks.setdefault(when, []).append(freeing)
+        return tuple(
+            Block(None if when == BEFORE_ALL else self.sites[when], tuple(steps))
+            for when, steps in blocks.items()
+        )

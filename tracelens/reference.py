@@ -36,6 +36,7 @@ from tracelens.ir.ops import (
     Slice,
     Special,
     TokenSelector,
+    Transfer,
     Write,
     operands,
 )
@@ -74,14 +75,16 @@ def evaluate(
     the prompt's, where the sites do not tell them. A value that is needed before its site was reached raises
     :class:`CausalityError`.
     """
-    evaluator = _Evaluator(graph, constants, parameters, select, functions)
+    evaluator = Evaluator(graph, constants, parameters, select, functions)
     evaluator.sizes.update(sizes or {})
     with torch.set_grad_enabled(any(isinstance(op, Grad) for op in graph.ops)):
         forward(evaluator.intercept)
         return evaluator.saved()
 
 
-class _Evaluator:
+class Evaluator:
+    """The values of a graph, and what they are computed with."""
+
     def __init__(self, graph: Graph, constants: Any, parameters: Any, select: Any, functions: Any) -> None:
         self.graph = graph
         self.constants, self.parameters = constants, parameters
@@ -93,21 +96,29 @@ class _Evaluator:
 
     def intercept(self, site: Site, tensor: Tensor) -> Tensor:
         """One site: its versions are made one after the other, and the last goes on."""
-        # A module's tensor has axes of its own, which say nothing about the sizes.
-        if not isinstance(site, ModuleSite):
-            for dim, size in zip(site.kind.shape, tensor.shape, strict=True):
-                if isinstance(dim, dims.Sym):
-                    self.sizes[str(dim)] = size
+        self.reached(site, tensor)
         self.versions[site, 0] = tensor = self.apart(site, 0, tensor)
         writes = sorted((op for op in self.graph.writes if op.site == site), key=lambda write: write.version)
         for write in writes:
             if isinstance(write.value, Ref):
-                # Cast once, to the site's dtype; broadcast to its shape.
-                written = self.value(write.value.id).to(tensor.dtype).broadcast_to(tensor.shape).clone()
-            else:
-                written = torch.full_like(tensor, self.plain(write.value))
-            tensor = self.versions[site, write.version] = self.apart(site, write.version, written)
+                self.value(write.value.id)
+            tensor = self.apart(site, write.version, self.written(write, tensor))
+            self.versions[site, write.version] = tensor
         return tensor
+
+    def reached(self, site: Site, tensor: Tensor) -> None:
+        """Learns the sizes of the prompt at a site."""
+        # A module's tensor has axes of its own, which say nothing about them.
+        if not isinstance(site, ModuleSite):
+            for dim, size in zip(site.kind.shape, tensor.shape, strict=True):
+                if isinstance(dim, dims.Sym):
+                    self.sizes[str(dim)] = size
+
+    def written(self, write: Write, tensor: Tensor) -> Tensor:
+        """What a write makes of a site: cast once, to its dtype; broadcast to its shape."""
+        if isinstance(write.value, Ref):
+            return self.values[write.value.id].to(tensor.dtype).broadcast_to(tensor.shape).clone()
+        return torch.full_like(tensor, self.plain(write.value))
 
     def apart(self, site: Site, version: int, tensor: Tensor) -> Tensor:
         """A version that a gradient is taken with respect to is a tensor of its own, of which all else is made."""
@@ -127,7 +138,7 @@ class _Evaluator:
         """A value, computed on demand: everything that it needs comes first, in the order of the graph."""
         if wanted not in self.values:
             for number in sorted(self._needed(wanted)):
-                self._compute(self.graph.ops[number])
+                self.compute(self.graph.ops[number])
         return self.values[wanted]
 
     def _needed(self, wanted: int) -> set[int]:
@@ -141,7 +152,8 @@ class _Evaluator:
                 waiting += operands(self.graph.ops[number])
         return found
 
-    def _compute(self, op: Op) -> None:
+    def compute(self, op: Op) -> None:
+        """One operation, whose operands are there."""
         match op:
             case Const():
                 self.values[op.out] = self.constants[op.index].detach()
@@ -153,9 +165,9 @@ class _Evaluator:
                 self.values[op.out] = self.versions[op.site, op.version]
             case Call():
                 named = {name: self.plain(arg) for name, arg in op.kwargs}
-                self._results(op.outs, resolve(op.function)(*map(self.plain, op.args), **named))
+                self.keep(op.outs, resolve(op.function)(*map(self.plain, op.args), **named))
             case Apply():
-                self._results(op.outs, self.functions[op.index](*map(self.plain, op.args)))
+                self.keep(op.outs, self.functions[op.index](*map(self.plain, op.args)))
             case Index():
                 self.values[op.out] = self._index(op)
             case IndexPut():
@@ -169,10 +181,12 @@ class _Evaluator:
                     if part is None:
                         raise UnusedGradientError(f"%{op.loss} does not depend on %{value} by a derivative")
                     self.values[out] = part
+            case Transfer():
+                self.values[op.out] = self.values[op.value]
             case Write() | Save():
                 pass  # these make no values
 
-    def _results(self, outs: tuple[int, ...], result: Any) -> None:
+    def keep(self, outs: tuple[int, ...], result: Any) -> None:
         parts = (result,) if isinstance(result, Tensor) else cast("tuple[Tensor, ...]", tuple(result))
         self.values.update(zip(outs, parts, strict=True))
 
@@ -225,7 +239,7 @@ class _Evaluator:
 class _Chosen:
     """The tokens that an index chooses, row by row, with the position axis in front."""
 
-    def __init__(self, evaluator: _Evaluator, op: Index | IndexPut) -> None:
+    def __init__(self, evaluator: Evaluator, op: Index | IndexPut) -> None:
         *before, selector = op.index
         batch = evaluator.graph.types[op.base].batch_axis
         if batch is None or any(item != WHOLE for item in before):

@@ -206,7 +206,18 @@ class Grad:
     wrt: tuple[int, ...]
 
 
-Op = Const | Param | Read | Call | Index | IndexPut | Write | Save | Apply | Grad
+@dataclass(frozen=True, slots=True)
+class Transfer:
+    """A value goes from one place to another, where it has a number of its own. Only plans hold it."""
+
+    out: int
+    type: TensorType
+    value: int
+    source: int
+    target: int
+
+
+Op = Const | Param | Read | Call | Index | IndexPut | Write | Save | Apply | Grad | Transfer
 
 
 def moment(op: Read | Write) -> Site:
@@ -217,7 +228,7 @@ def moment(op: Read | Write) -> Site:
 def results(op: Op) -> tuple[tuple[int, TensorType], ...]:
     """The values that ``op`` makes, with their types."""
     match op:
-        case Const() | Param() | Read() | Index() | IndexPut():
+        case Const() | Param() | Read() | Index() | IndexPut() | Transfer():
             return ((op.out, op.type),)
         case Call() | Apply() | Grad():
             return tuple(zip(op.outs, op.types, strict=True))
@@ -255,3 +266,5 @@ def operands(op: Op) -> tuple[int, ...]:
             return op.values
         case Grad():
             return (op.loss, *op.wrt)
+        case Transfer():
+            return (op.value,)

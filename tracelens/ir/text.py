@@ -39,6 +39,7 @@ from tracelens.ir.ops import (
     TokenList,
     TokenSlice,
     TokenText,
+    Transfer,
     Write,
 )
 from tracelens.ir.types import DType, TensorType
@@ -82,6 +83,8 @@ def op_text(op: Op) -> str:
             return f"{_outs(op.outs)} = apply #{op.index}({', '.join(map(arg_text, op.args))}) : {_types(op.types)}"
         case Grad():
             return f"{_outs(op.outs)} = grad %{op.loss} wrt {_outs(op.wrt)} : {_types(op.types)}"
+        case Transfer():
+            return f"%{op.out} = transfer %{op.value} from place {op.source} to place {op.target} : {op.type}"
 
 
 def arg_text(arg: Arg) -> str:

@@ -6,7 +6,23 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Apply, Arg, Call, Grad, Index, IndexItem, IndexPut, Op, Ref, Save, Write
+from tracelens.ir.ops import (
+    Apply,
+    Arg,
+    Call,
+    Const,
+    Grad,
+    Index,
+    IndexItem,
+    IndexPut,
+    Op,
+    Param,
+    Read,
+    Ref,
+    Save,
+    Transfer,
+    Write,
+)
 
 
 def rebuild(graph: Graph, kept: Iterable[tuple[int, Op]]) -> Graph:
@@ -50,7 +66,21 @@ def substitute(op: Op, values: Mapping[int, int]) -> Op:
         case Grad():
             wrt = tuple(values.get(value, value) for value in op.wrt)
             return replace(op, loss=values.get(op.loss, op.loss), wrt=wrt)
-        case _:
+        case Transfer():
+            return replace(op, value=values.get(op.value, op.value))
+        case Const() | Param() | Read():
+            return op
+
+
+def renamed(op: Op, values: Mapping[int, int]) -> Op:
+    """``op`` under other numbers: what it uses and what it makes."""
+    op = substitute(op, values)
+    match op:
+        case Const() | Param() | Read() | Index() | IndexPut() | Transfer():
+            return replace(op, out=values.get(op.out, op.out))
+        case Call() | Apply() | Grad():
+            return replace(op, outs=tuple(values.get(out, out) for out in op.outs))
+        case Write() | Save():
             return op
 
 

@@ -1,0 +1,343 @@
+"""Programs for several places, run without devices, equal the reference: promise 4 of the design."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.properties.test_pass_meaning import CARRY, EVEN_BATCH, GRAPHS, HF, hooked, meaning
+from tests.strategies import assert_same, plain_select, type_of
+from tests.support.families import LAYERS
+from tracelens.checking import check
+from tracelens.errors import TracelensError, VerificationError
+from tracelens.ir.graph import Graph
+from tracelens.ir.ops import Grad, Read, Save, Transfer, Write, moment, operands
+from tracelens.ir.parse import parse
+from tracelens.ir.passes.pipeline import improve
+from tracelens.ir.verify import complaints
+from tracelens.placement import Place, Placement
+from tracelens.plan import Plan, make_plan
+from tracelens.program import Block, Program, Side, Step, lower, merged
+from tracelens.pushing import push_indices
+from tracelens.simulate import simulate
+
+BEFORE, AFTER = ("token_mask", "embed"), ("final_norm", "lm_head", "logits")
+MODULES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"}
+
+
+@st.composite
+def placements(draw: Any) -> Placement:
+    """Any layer anywhere, in runs or not, and the ends too: a head on the first device, say."""
+    count = draw(st.sampled_from([2, 3, 5]))
+    numbers = st.integers(0, count - 1)
+    layers = tuple(draw(st.lists(numbers, min_size=LAYERS, max_size=LAYERS)))
+    ends = {name: draw(numbers) for name in (*BEFORE, *AFTER)}
+    modules = {path: ends[name] for name, path in MODULES.items()}
+    modules |= {f"model.layers.{layer}": place for layer, place in enumerate(layers)}
+    return Placement(tuple(Place(index, f"cuda:{index}") for index in range(count)), layers, ends, modules)
+
+
+def planned(graph: Graph, placement: Placement) -> Plan:
+    return make_plan(graph, placement, carries=CARRY, type_of=type_of, generating=False)
+
+
+def simulated(programs: tuple[Program, ...], plan: Plan, graph: Graph, batch: Any) -> dict[str, Tensor]:
+    return simulate(
+        programs,
+        plan.graph,
+        plan.placement,
+        hooked(batch),
+        constants=[constant.tensor for constant in graph.constants],
+        parameters=HF.get_parameter,
+        select=plain_select(batch),
+    )
+
+
+@settings(max_examples=1000)
+@given(found=GRAPHS, placement=placements())
+def test_simulated_programs_equal_the_reference(found, placement):
+    graph, batch = found
+    wanted = meaning(graph, batch)
+    assume(wanted)  # not where a write cuts the way from a site to a loss
+    plan = planned(graph, placement)
+    assert complaints(plan.graph) == []
+    programs = lower(plan)
+    check(programs, placement)
+    assert_same(graph, simulated(programs, plan, graph, batch), wanted)
+
+
+@given(found=GRAPHS, placement=placements())
+def test_every_operation_finds_its_operands_at_its_own_place(found, placement):
+    """Said again, of the plan alone and in other words than the checker's."""
+    plan = planned(found[0], placement)
+    ops = plan.graph.ops
+    seen: set[tuple[int, int]] = set()
+    for op, there in zip(ops, plan.at, strict=True):
+        if isinstance(op, Transfer):
+            assert there == op.source == plan.home[op.value] != op.target == plan.home[op.out]
+            assert (op.value, op.target) not in seen, "a value is sent to a place once"
+            seen.add((op.value, op.target))
+        elif isinstance(op, Read | Write):
+            assert there == placement.place_of(moment(op) if isinstance(op, Read) else op.site).index
+        if not isinstance(op, Save | Grad | Transfer):
+            assert {plan.home[value] for value in operands(op)} <= {there}
+
+
+@given(found=GRAPHS, placement=placements())
+def test_one_process_does_each_operation_once_and_in_order(found, placement):
+    plan = planned(found[0], placement)
+    steps = [step for block in merged(lower(plan)) for step in block.steps]
+    done = [step.number for step in steps if step.side is not Side.ARRIVE and not isinstance(step.op, Save)]
+    assert sorted(done) == [number for number, op in enumerate(plan.graph.ops) if not isinstance(op, Save)]
+    held: set[int] = set()
+    for step in steps:
+        if step.side is not Side.ARRIVE:
+            assert held.issuperset(step.uses)
+        made = (step.op.out,) if isinstance(step.op, Transfer) else step.makes
+        held.update(made)
+        held.difference_update(step.frees)
+    assert not held
+
+
+@given(found=GRAPHS, placement=placements())
+def test_pushed_indices_mean_the_same(found, placement):
+    graph, batch = found
+    better = push_indices(improve(graph), placement)
+    assert complaints(better) == []
+    assert_same(graph, meaning(better, batch), meaning(graph, batch))
+    assert push_indices(better, placement) == better
+
+
+# --- what travels -----------------------------------------------------------------------------------------------------
+
+SPLIT = Placement(
+    tuple(Place(index, f"cuda:{index}") for index in range(3)),
+    (0, 1, 2),
+    {"final_norm": 2, "lm_head": 2, "logits": 2},
+    {"model.layers.1": 1, "model.layers.2": 2, "model.norm": 2, "lm_head": 2},
+)
+
+
+def sent(text: str) -> list[tuple[str, int, int]]:
+    plan = planned(parse(text), SPLIT)
+    check(lower(plan), SPLIT)
+    return [(str(op.type), op.source, op.target) for op in plan.transfers]
+
+
+def test_an_index_travels_before_the_sum_that_it_was_taken_of() -> None:
+    text = """graph {
+      %0 = read layers.0.resid_post@0 : f32[B,P,48]
+      %1 = read layers.2.resid_post@0 : f32[B,P,48]
+      %2 = call torch.add(%0, %1) : f32[B,P,48]
+      %3 = index %2[:, -1] : f32[B,48]
+      save "h" <- %3
+    }"""
+    assert sent(text) == [("f32[B,48]", 0, 2)]
+
+
+def test_an_index_stays_behind_a_sum_whose_whole_is_needed_too() -> None:
+    text = """graph {
+      %0 = read layers.0.resid_post@0 : f32[B,P,48]
+      %1 = read layers.2.resid_post@0 : f32[B,P,48]
+      %2 = call torch.add(%0, %1) : f32[B,P,48]
+      %3 = index %2[:, -1] : f32[B,48]
+      save "h" <- %3
+      save "all" <- %2
+    }"""
+    assert sent(text) == [("f32[B,P,48]", 0, 2)]
+
+
+def test_reductions_are_done_where_the_data_is_and_stacks_leave_from_there() -> None:
+    lines = [f"%{2 * i} = read layers.{i}.resid_post@0 : f32[B,P,48]" for i in range(3)]
+    lines += [f"%{2 * i + 1} = call torch.norm(%{2 * i}, dim=(-1,)) : f32[B,P]" for i in range(3)]
+    text = "graph {\n" + "\n".join([*lines, 'save "norms" <- stack(%1, %3, %5)']) + "\n}"
+    assert sent(text) == []
+    plan = planned(parse(text), SPLIT)
+    assert [step.parts for program in lower(plan) for step in program.steps() if isinstance(step.op, Save)] == [
+        (0,), (1,), (2,),
+    ]  # fmt: skip
+
+
+def test_a_stack_that_stays_on_a_device_is_brought_together_there() -> None:
+    lines = [f"%{i} = read layers.{i}.resid_post@0 : f32[B,P,48]" for i in range(3)]
+    text = "graph {\n" + "\n".join([*lines, 'save "h" <- stack(%0, %1, %2) device=keep']) + "\n}"
+    assert sent(text) == [("f32[B,P,48]", 0, 2), ("f32[B,P,48]", 1, 2)]
+
+
+def test_constants_lie_at_every_place_and_what_is_cheaply_made_of_them() -> None:
+    text = """graph {
+      %0 = const #0 : f32[48]
+      %1 = call torch.mul(%0, 2.0) : f32[48]
+      %2 = read layers.0.resid_post@0 : f32[B,P,48]
+      %3 = call torch.add(%2, %1) : f32[B,P,48]
+      write layers.0.resid_post@1 <- %3
+      %4 = read layers.2.resid_post@0 : f32[B,P,48]
+      %5 = call torch.add(%4, %1) : f32[B,P,48]
+      save "h" <- %5
+    }"""
+    assert sent(text) == []
+
+
+def test_a_parameter_stays_where_it_is_unless_something_is_written_of_it() -> None:
+    text = """graph {
+      %0 = param "lm_head.weight" : f32[101,48]
+      %1 = read layers.0.resid_post@0 : f32[B,P,48]
+      %2 = call torch.nn.functional.linear(%1, %0) : f32[B,P,101]
+      save "lens" <- %2
+    }"""
+    assert sent(text) == [("f32[B,P,48]", 0, 2)]
+    text = """graph {
+      %0 = param "lm_head.weight" : f32[101,48]
+      %1 = index %0[7] : f32[48]
+      %2 = read layers.0.resid_post@0 : f32[B,P,48]
+      %3 = call torch.add(%2, %1) : f32[B,P,48]
+      write layers.0.resid_post@1 <- %3
+      %4 = read logits@0 : f32[B,P,101]
+      save "logits" <- %4
+    }"""
+    assert sent(text) == [("f32[48]", 2, 0)]
+
+
+def test_a_value_travels_once_to_each_place_whoever_reads_it() -> None:
+    text = """graph {
+      %0 = read layers.0.resid_post@0 : f32[B,P,48]
+      %1 = read layers.2.mlp_out@0 : f32[B,P,48]
+      %2 = call torch.add(%0, %1) : f32[B,P,48]
+      %3 = read layers.2.resid_post@0 : f32[B,P,48]
+      %4 = call torch.mul(%0, %3) : f32[B,P,48]
+      save "a" <- %2
+      save "b" <- %4
+    }"""
+    assert sent(text) == [("f32[B,P,48]", 0, 2)]
+
+
+# --- what the checker and the simulator catch -------------------------------------------------------------------------
+
+MIXED = """graph {
+  %0 = read layers.0.resid_post@0 : f32[B,P,48]
+  %1 = call torch.mul(%0, 2.0) : f32[B,P,48]
+  %2 = read layers.1.resid_post@0 : f32[B,P,48]
+  %3 = call torch.add(%2, %0) : f32[B,P,48]
+  %4 = call torch.mul(%3, %1) : f32[B,P,48]
+  write layers.1.resid_post@1 <- %4
+  %5 = read logits@0 : f32[B,P,101]
+  save "logits" <- %5
+}"""
+
+
+def steps_of(programs: tuple[Program, ...], side: Side) -> list[tuple[int, int, int]]:
+    """Where the steps of a kind are: place, block, step."""
+    return [
+        (place, number, index)
+        for place, program in enumerate(programs)
+        for number, block in enumerate(program.blocks)
+        for index, step in enumerate(block.steps)
+        if step.side is side and isinstance(step.op, Transfer)
+    ]
+
+
+def with_steps(
+    programs: tuple[Program, ...], place: int, block: int, steps: tuple[Step, ...]
+) -> tuple[Program, ...]:
+    changed = list(programs)
+    blocks = list(changed[place].blocks)
+    blocks[block] = Block(blocks[block].site, steps)
+    changed[place] = replace(changed[place], blocks=tuple(blocks))
+    return tuple(changed)
+
+
+def without(programs: tuple[Program, ...], side: Side) -> tuple[Program, ...]:
+    place, block, index = steps_of(programs, side)[0]
+    steps = programs[place].blocks[block].steps
+    return with_steps(programs, place, block, (*steps[:index], *steps[index + 1 :]))
+
+
+def swapped(programs: tuple[Program, ...], side: Side) -> tuple[Program, ...]:
+    (place, block, one), (_, _, two) = steps_of(programs, side)[:2]
+    steps = list(programs[place].blocks[block].steps)
+    steps[one], steps[two] = steps[two], steps[one]
+    return with_steps(programs, place, block, tuple(steps))
+
+
+def crossed(programs: tuple[Program, ...]) -> tuple[Program, ...]:
+    """Each of two sends takes the other's value."""
+    (place, block, one), (_, _, two) = steps_of(programs, Side.SEND)[:2]
+    steps = list(programs[place].blocks[block].steps)
+    first, second = steps[one].op, steps[two].op
+    assert isinstance(first, Transfer)
+    assert isinstance(second, Transfer)
+    steps[one] = replace(steps[one], op=replace(first, value=second.value), frees=())
+    steps[two] = replace(steps[two], op=replace(second, value=first.value))
+    return with_steps(programs, place, block, tuple(steps))
+
+
+def late(programs: tuple[Program, ...]) -> tuple[Program, ...]:
+    """A value is received after its use."""
+    place, block, index = steps_of(programs, Side.RECEIVE)[0]
+    steps = programs[place].blocks[block].steps
+    return with_steps(programs, place, block, (*steps[:index], *steps[index + 1 :], steps[index]))
+
+
+MUTATIONS = {
+    "a send is missing": lambda programs: without(programs, Side.SEND),
+    "a receive is missing": lambda programs: without(programs, Side.RECEIVE),
+    "two sends change places": lambda programs: swapped(programs, Side.SEND),
+    "two receives change places": lambda programs: swapped(programs, Side.RECEIVE),
+    "two sends take each other's values": crossed,
+    "a value is used before it arrives": late,
+}
+
+
+@pytest.fixture
+def mixed() -> tuple[Plan, tuple[Program, ...]]:
+    plan = planned(parse(MIXED), SPLIT)
+    programs = lower(plan)
+    check(programs, SPLIT)
+    assert len(plan.transfers) == 2
+    return plan, programs
+
+
+@pytest.mark.parametrize("name", MUTATIONS)
+def test_the_checker_refuses(name, mixed) -> None:
+    with pytest.raises(VerificationError, match="the programs do not fit together"):
+        check(MUTATIONS[name](mixed[1]), SPLIT)
+
+
+@pytest.mark.parametrize("name", [name for name in MUTATIONS if "change places" not in name])
+def test_the_simulator_refuses_or_gives_other_numbers(name, mixed) -> None:
+    plan, programs = mixed
+    graph = parse(MIXED)
+    right = simulated(programs, plan, graph, EVEN_BATCH)
+    assert torch.equal(right["logits"], meaning(graph, EVEN_BATCH)["logits"])
+    try:
+        found = simulated(MUTATIONS[name](programs), plan, graph, EVEN_BATCH)
+    except TracelensError:
+        return
+    assert not torch.equal(found["logits"], right["logits"])
+
+
+@settings(max_examples=2 * settings().max_examples)
+@given(found=GRAPHS, placement=placements(), data=st.data())
+def test_random_programs_that_lack_a_transfer_are_refused(found, placement, data):
+    plan = planned(found[0], placement)
+    programs = lower(plan)
+    if not plan.transfers:
+        return
+    side = data.draw(st.sampled_from([Side.SEND, Side.RECEIVE]))
+    with pytest.raises(VerificationError):
+        check(without(programs, side), placement)
+
+
+def test_programs_are_shown_with_what_they_send(mixed) -> None:
+    plan, programs = mixed
+    assert "send %0 -> place 1" in programs[0].text()
+    assert "recv <- place 0 (its %0) : f32[B,P,48]" in programs[1].text()
+    assert "sends %0 f32[B,P,48] from place 0 to place 1 after layers.0.resid_post" in plan.text()
+    sizes = {"B": 2, "P": 5, "S": 5}
+    assert "between places: 3.8 KiB" in plan.text(sizes)
