@@ -26,6 +26,12 @@ def here() -> str:
     return f"{frame.f_code.co_filename}:{frame.f_lineno}"
 
 
+def test_this_torch_has_what_it_takes() -> None:
+    """So that nothing here is skipped unseen: only a machine with GPUs has a reason for it."""
+    if not torch.cuda.is_available() and torch.__version__ >= "2.13":
+        assert device.missing() is None
+
+
 # -- devices ------------------------------------------------------------------------------------------------------
 
 
@@ -197,6 +203,44 @@ def test_tensors_are_copied_deeply_and_written_to_files(pretend: Pretend, tmp_pa
     assert torch.equal(load_file(tmp_path / "it.safetensors")["it"], there.t().cpu())
 
 
+def test_files_of_torch(pretend: Pretend, tmp_path) -> None:
+    there = torch.arange(6.0, device=ONE).reshape(2, 3)
+    torch.save({"it": there, "view": there[1]}, tmp_path / "it.pt")
+    for place in (None, "cpu", "pretend:2"):
+        found = torch.load(tmp_path / "it.pt", map_location=place)
+        assert found["it"].device == torch.device(place or ONE)
+        assert torch.equal(found["it"].cpu(), there.cpu())
+        assert found["view"].untyped_storage().data_ptr() == found["it"].untyped_storage().data_ptr()
+
+
+def test_streams_are_there_and_do_nothing(pretend: Pretend) -> None:
+    there = torch.zeros(3, device=ONE)
+    side = torch.pretend.Stream(device=ONE)
+    side.wait_stream(torch.pretend.current_stream(ONE))
+    with torch.pretend.stream(side):
+        back = there.to("cpu", non_blocking=True)
+    there.record_stream(side)
+    event = torch.pretend.Event()
+    event.record(side)
+    assert event.query()
+    event.synchronize()
+    assert torch.equal(back, torch.zeros(3))
+
+
+def test_devices_by_number(pretend: Pretend) -> None:
+    assert torch.ones(2).to(1).device == torch.device(ONE)
+    assert torch.ones(2, device=2).device == torch.device("pretend:2")
+
+
+def test_a_weight_without_data_gives_garbage_as_elsewhere(pretend: Pretend) -> None:
+    """What makes it worth a refusal: torch itself lets it pass."""
+    there = torch.ones(2, 3, device=ONE)
+    out = torch.nn.functional.linear(there, torch.empty(4, 3, device="meta"))
+    assert (out.shape, out.device) == ((2, 4), torch.device(ONE))
+    with pytest.raises(RuntimeError, match="meta"):
+        there + torch.empty(2, 3, device="meta")
+
+
 def test_the_module_of_the_devices(pretend: Pretend) -> None:
     assert torch.pretend.is_available()
     assert torch.pretend.device_count() == pretend.count >= 5
@@ -341,6 +385,7 @@ def test_every_copy_between_devices_in_order(pretend: Pretend) -> None:
     there.cpu()
     assert len(seen.copies) == 5  # the block has ended
     assert isinstance(seen.copies[0], Copy)
+    assert [one.waits for one in seen.copies] == [False, False, False, True, False]
 
 
 READS: dict[str, Callable[[torch.Tensor], object]] = {

@@ -163,3 +163,16 @@ def test_a_saved_model_loads_onto_the_devices(pretend: Pretend, family: str, tmp
     assert loaded.hf_device_map == places
     with torch.no_grad():
         assert torch.equal(loaded(**prompts()).logits.cpu(), wanted[0])
+
+
+@pytest.mark.parametrize("way", ["auto", "balanced", "sequential"])
+def test_accelerate_may_choose_the_map(pretend: Pretend, way: str, tmp_path) -> None:
+    model = FAMILIES["llama"].build()
+    wanted = answers(model)
+    model.save_pretrained(tmp_path)
+    loaded = type(model).from_pretrained(
+        tmp_path, device_map=way, max_memory={0: "100KB", 1: "150KB", "cpu": "1GB"}
+    )
+    assert set(loaded.hf_device_map.values()) == {0, 1, "cpu"}
+    assert {parameter.device.type for parameter in loaded.parameters()} == {"pretend", "meta"}
+    assert torch.equal(answers(loaded.eval())[0], wanted[0])

@@ -13,10 +13,18 @@ Operations whose operands are on two devices raise what torch raises for GPUs. C
 host reads and bytes alive are counted inside ``watched()``. Every operation is the CPU's own kernel on the same bytes:
 results equal those of the CPU bit for bit.
 
-Not like a GPU: there are no streams (work is done when a call returns), no pinned memory and no random generators of
-its own (the CPU's draw), and backward passes run in the calling thread; a backward pass that a test starts in a thread
-of its own needs ``torch.autograd.set_multithreading_enabled(False)`` there. Second derivatives of fused attention, and
-convolutions, are not there.
+Devices may be named by number, as GPUs: ``device_map="auto"`` works if ``max_memory={0: "150KB", 1: ...}`` says how
+much there is (accelerate asks only kinds of devices that it knows). Where a map does not say where the model as a whole
+runs, accelerate takes any of the devices: pass ``main_device`` to ``dispatch_model``.
+
+Not like a GPU:
+
+* No streams (work is done when a call returns), no pinned memory, and no random generators: the CPU's draws.
+* Backward passes run in the calling thread. A backward pass that a test starts in a thread of its own needs
+  ``torch.autograd.set_multithreading_enabled(False)`` there.
+* Attention with a gradient is computed on the CPU's side of autograd: no second derivatives through it.
+* No convolutions, recurrent cells, sparse or quantised tensors, autocast, ``torch.compile``, nested ``torch.func``
+  transforms of several levels; nothing resizes a storage without its tensor.
 """
 
 from __future__ import annotations
@@ -29,7 +37,7 @@ from tests.support.pretend import device
 from tests.support.pretend.maps import device_map
 from tests.support.pretend.seen import Copy, HostRead, Seen, watched
 
-__all__ = ["Copy", "HostRead", "Pretend", "Seen", "device_map", "pretend", "watched"]
+__all__ = ["Copy", "HostRead", "Pretend", "Seen", "device_map", "pretend", "pretend_throughout", "watched"]
 
 
 class Pretend:
@@ -44,11 +52,16 @@ class Pretend:
         return [f"pretend:{index}" for index in range(count)]
 
 
-@pytest.fixture
-def pretend() -> Iterator[Pretend]:
-    """The pretend devices, open for one test; skips where torch cannot have them."""
+def _pretend() -> Iterator[Pretend]:
     reason = device.missing()
     if reason is not None:
         pytest.skip(reason)
     with device.opened():
         yield Pretend()
+
+
+pretend = pytest.fixture(_pretend, name="pretend")
+"""The pretend devices, open for one test; skips where torch cannot have them."""
+
+pretend_throughout = pytest.fixture(_pretend, name="pretend_throughout", scope="module")
+"""The same, open for a module: for tests that hypothesis calls many times."""

@@ -29,6 +29,9 @@ def missing() -> str | None:
     wanted = ("PrivateUse1Hooks", "DeviceGuard", "register_python_privateuseone_hook")
     if parts is None or not all(hasattr(parts, name) for name in wanted):
         return f"torch {torch.__version__} has no backends written in Python (torch._C._acc)"
+    if torch.cuda.is_available():
+        # Torch knows one kind of accelerator in a process, and it would no longer be the real one.
+        return "there is a real accelerator; hide it to have pretend devices: CUDA_VISIBLE_DEVICES="
     if not _kept and torch._C._get_privateuse1_backend_name() not in ("privateuseone", "pretend"):
         return f"another backend has taken the place: {torch._C._get_privateuse1_backend_name()}"
     return None
@@ -68,25 +71,38 @@ def opened() -> Iterator[None]:
     """While this is open, the devices say that they are there, and the backward pass runs in the caller's thread.
 
     Torch counts one device of a backend written in Python, and has no backward thread for the others. And it lets no
-    such backend name an allocator, so it would crash where a storage is made without a tensor: in ``copy.deepcopy``.
+    such backend name an allocator, so it would crash where a storage is made without a tensor: in ``copy.deepcopy``
+    and ``torch.load``.
     """
     global _open
     register()
     _open += 1
     try:
-        with torch.autograd.set_multithreading_enabled(False), patch.object(_StorageBase, "clone", _clone):
+        with torch.autograd.set_multithreading_enabled(False), _patched_storages():
             yield
     finally:
         _open -= 1
 
 
-_storage_clone = _StorageBase.clone
+@contextmanager
+def _patched_storages() -> Iterator[None]:
+    clone, to = _StorageBase.clone, _StorageBase.to
+
+    def new_clone(storage: Any) -> Any:
+        return _copied(storage, storage.device) if storage.device.type == "pretend" else clone(storage)
+
+    def new_to(storage: Any, *, device: Any, non_blocking: bool = False) -> Any:
+        device = torch.device(device)
+        if "pretend" not in (device.type, storage.device.type) or device == storage.device:
+            return to(storage, device=device, non_blocking=non_blocking)
+        return _copied(storage, device)
+
+    with patch.object(_StorageBase, "clone", new_clone), patch.object(_StorageBase, "to", new_to):
+        yield
 
 
-def _clone(storage: Any) -> Any:
-    if storage.device.type != "pretend":
-        return _storage_clone(storage)
-    return memory.bytes_of(storage).clone().untyped_storage()
+def _copied(storage: Any, device: torch.device) -> Any:
+    return memory.bytes_of(storage).to(device, copy=True).untyped_storage()
 
 
 def _is_available() -> bool:
@@ -124,11 +140,11 @@ class _Device:
         _set_device(self.before)
 
 
-class _Stream:
+class _Stream(torch.Stream):
     """Work on a pretend device is done when the call returns: every stream is the one stream."""
 
-    def __init__(self, device: Any = None, priority: int = 0) -> None:
-        self.device = torch.device("pretend", _index(device))
+    def __new__(cls, device: Any = None, priority: int = 0) -> _Stream:
+        return super().__new__(cls, device=torch.device("pretend", _index(device)))
 
     def synchronize(self) -> None:
         """Done already."""
@@ -212,6 +228,8 @@ def _module() -> types.ModuleType:
         "ipc_collect": nothing,
         "manual_seed": nothing,
         "manual_seed_all": nothing,
+        "get_rng_state": lambda device=None: torch.get_rng_state(),
+        "set_rng_state": lambda state, device=None: torch.set_rng_state(state),
         "_is_in_bad_fork": lambda: False,
         "memory_allocated": _alive,
         "memory_reserved": _alive,

@@ -155,6 +155,6 @@ def take_over(tensor: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
 
 
 def bytes_of(storage: torch.UntypedStorage) -> torch.Tensor:
-    """The whole of a pretend storage, byte by byte."""
+    """The whole of a storage, of the CPU or a pretend device, byte by byte."""
     empty = torch.empty(0, dtype=torch.uint8, device=storage.device)
     return _set.redispatch(CPU_KEY, empty, storage, 0, (storage.nbytes(),), (1,))

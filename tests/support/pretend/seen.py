@@ -35,6 +35,11 @@ class Copy:
         """Where the copy was asked for."""
         return self.lines[-1] if self.lines else ""
 
+    @property
+    def waits(self) -> bool:
+        """Whether the host waits for it, in either direction: copies between accelerators never make it wait."""
+        return not self.non_blocking and "cpu" in (self.source, self.target)
+
 
 @dataclass(frozen=True)
 class HostRead:
