@@ -81,6 +81,15 @@ def test_an_offloaded_model_gives_the_same_bits(pretend: Pretend, family: str, t
         assert torch.equal(model.generate(**prompts(), max_new_tokens=4, do_sample=False), wanted[1])
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_inference_mode_gives_the_same_bits(pretend: Pretend, family: str, tmp_path) -> None:
+    with torch.inference_mode():
+        wanted = FAMILIES[family].build()(**prompts()).logits
+        found = spread(FAMILIES[family].build(), "five", tmp_path)(**prompts()).logits
+    assert found.is_inference()
+    assert torch.equal(found, wanted)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_half_precision(pretend: Pretend, dtype: torch.dtype, tmp_path) -> None:
     wanted = answers(FAMILIES["llama"].build(dtype=dtype))
