@@ -329,7 +329,7 @@ def test_numbers_from_the_cpu_are_welcome_where_gpus_take_them(pretend: Pretend)
     with pytest.raises(RuntimeError, match="same device"):
         torch.cat([there[0], torch.ones(1)])
     with pytest.raises(RuntimeError, match="same device"):
-        torch.stack([there[0, 0], two])
+        there.index_select(0, torch.tensor(1))
     with pytest.raises(RuntimeError, match="same device"):
         two.mul_(there[0, 0])
     with pytest.raises(RuntimeError, match="generator"):
