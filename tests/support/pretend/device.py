@@ -6,6 +6,7 @@ import threading
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 from unittest.mock import patch
 
@@ -34,7 +35,19 @@ def missing() -> str | None:
         return "there is a real accelerator; hide it to have pretend devices: CUDA_VISIBLE_DEVICES="
     if not _kept and torch._C._get_privateuse1_backend_name() not in ("privateuseone", "pretend"):
         return f"another backend has taken the place: {torch._C._get_privateuse1_backend_name()}"
-    return None
+    return _broken()
+
+
+@cache
+def _broken() -> str | None:
+    """What goes wrong at the first use; a torch of another version may have the parts and not join them."""
+    try:
+        with opened():
+            there = torch.ones(2, 3, device="pretend:1").t()[1:]
+            works = torch.equal((there + 1).cpu(), torch.full((2, 2), 2.0)) and there.device.index == 1
+    except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
+        return f"torch {torch.__version__} has no devices of this kind: {error}"
+    return None if works else f"torch {torch.__version__} takes pretend tensors for something else"
 
 
 def register() -> None:
