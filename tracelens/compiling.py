@@ -16,6 +16,7 @@ from tracelens.backends.autograd_mode import outside_inference
 from tracelens.backends.differentiate import require_differentiable, usable
 from tracelens.backends.execute import State
 from tracelens.backends.local import LocalCode, Run, prepare
+from tracelens.backends.places import placement
 from tracelens.backends.ready import running_device
 from tracelens.backends.replacing import require_replaceable
 from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on
@@ -24,6 +25,7 @@ from tracelens.errors import (
     LayerRangeError,
     ModelMovedError,
     PositionAxisError,
+    SeveralDevicesError,
     SpecialisedGraphError,
     TracelensError,
     VerificationError,
@@ -45,6 +47,7 @@ from tracelens.ir.ops import (
     Write,
 )
 from tracelens.ir.retype import mixing_operations, retype, sizes_of
+from tracelens.ir.sites import Scope
 from tracelens.ir.text import op_text
 from tracelens.ir.types import TensorType
 from tracelens.ir.verify import verify
@@ -73,6 +76,11 @@ class Compiled:
     saves: tuple[Save, ...]
     spread: object
     """The key of what the model's parts ran on (:attr:`tracelens.backends.spread.Spread.key`)."""
+
+    @cached_property
+    def device(self) -> torch.device:
+        """Where the program is done."""
+        return torch.device(self.plan.placement.places[0].device)
 
     @cached_property
     def described(self) -> tuple[SavedTensor, ...]:
@@ -173,7 +181,7 @@ class Compiler:
         )
         plan = make_plan(
             numbered,
-            Placement.single(str(anatomy.device), anatomy.n_layers),
+            self._placement(graph),
             carries=anatomy.family.carries,
             type_of=anatomy.type_of,
             generating=generating,
@@ -184,6 +192,30 @@ class Compiler:
         return Compiled(
             numbered, plan, programs, prepare(programs[0], plan.graph, anatomy), saves, anatomy.spread.key
         )
+
+    def _placement(self, graph: Graph) -> Placement:
+        """Where the graph is done: so far on one of the devices of a model that is spread over several."""
+        whole = placement(self.anatomy)
+        if len(whole.places) == 1:
+            return whole
+        used: dict[int, int] = {}
+        for number, op in enumerate(graph.ops):
+            if isinstance(op, Read | Write) and op.site.kind.scope is not Scope.INPUT:
+                used.setdefault(whole.place_of(op.site).index, number)
+            elif isinstance(op, Param):
+                used.setdefault(whole.of_path(op.path), number)
+        if len(used) > 1:
+            names = ", ".join(whole.places[index].device for index in used)
+            raise graph.blame(
+                SeveralDevicesError(
+                    f"the block uses parts of the model on several devices ({names}), and so far a block runs on one "
+                    "of them",
+                    instead="a block for each device",
+                ),
+                max(used.values()),
+            )
+        place = whole.places[next(iter(used), 0)]
+        return Placement.single(place.device, self.anatomy.n_layers)
 
     def _check_sites(self, graph: Graph, generating: bool) -> None:
         """A graph from elsewhere may name layers, sites or types that this model does not have."""
@@ -225,7 +257,7 @@ class Compiler:
 
     def state(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> State:
         """A fresh run state, with the constants checked and in place."""
-        used, device = compiled.used, self.anatomy.device
+        used, device = compiled.used, compiled.device
         tensors: list[Any] = []
         for index, constant in enumerate(cast("tuple[Captured, ...]", graph.constants)):
             if index not in used:
@@ -258,7 +290,7 @@ class Compiler:
             )
         check_fits(graph, compiled, prompt)
         state = self.state(graph, compiled, prompt)
-        mask = _mask(prompt, device)
+        mask = _mask(prompt, compiled.device)
         run = Run(self.anatomy.model, compiled.code, state, mask, mask if prompt.ragged else None)
         try:
             if compiled.plan.stop is None:

@@ -32,6 +32,8 @@ class Placement:
     layers: tuple[int, ...]
     ends: Mapping[str, int] = field(default_factory=dict[str, int])
     modules: Mapping[str, int] = field(default_factory=dict[str, int])
+    apart: Mapping[tuple[str, int], int] = field(default_factory=dict[tuple[str, int], int])
+    """The places of sites that are elsewhere than their layer, by name and layer: a norm may be."""
 
     @classmethod
     def single(cls, device: str, n_layers: int) -> Placement:
@@ -42,7 +44,7 @@ class Placement:
         if isinstance(site, ModuleSite):
             return self.places[self.of_path(site.path)]
         if site.kind.scope is Scope.LAYER and site.layer is not None:
-            return self.places[self.layers[site.layer]]
+            return self.places[self.apart.get((site.name, site.layer), self.layers[site.layer])]
         if not self.layers:
             return self.places[self.ends.get(site.name, 0)]
         default = self.layers[-1] if site.kind.scope is Scope.AFTER else self.layers[0]

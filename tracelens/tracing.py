@@ -13,7 +13,7 @@ from tracelens.advice import in_generation
 from tracelens.backends.local import Run
 from tracelens.backends.ready import running_device
 from tracelens.backends.spread import Loading
-from tracelens.backends.transfer import inputs_on
+from tracelens.backends.transfer import Everywhere, inputs_on
 from tracelens.coming import ON_BLOCKS, not_yet
 from tracelens.compiling import Compiled, Compiler, check_fits, owning, relocate
 from tracelens.errors import (
@@ -328,7 +328,7 @@ def generate(
         ids = args[0] if ids is None else ids
         cache = kwargs.get("past_key_values")
         if prompt.ragged:
-            run.real = kwargs["attention_mask"].bool()
+            run.real = Everywhere(kwargs["attention_mask"].bool())
         seen = 0 if cache is None else int(cache.get_seq_length())
         return {"B": ids.shape[0], "P": ids.shape[1], "S": seen + ids.shape[1]}
 

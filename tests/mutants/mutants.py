@@ -279,8 +279,8 @@ MUTANTS = (
     Mutant(
         "written scores and patterns show the padding",
         "backends/attention.py",
-        "if found is tensor or (real := self.real()) is None:",
-        "if True or (real := self.real()) is None:",
+        "if found is tensor or (real := self.real(found.device)) is None:",
+        "if True or (real := self.real(found.device)) is None:",
         (*ATTENTION, "-k", "padding"),
     ),
     Mutant(

@@ -44,7 +44,7 @@ class Visit:
     steps: Mapping[str, Step]
     replaces: bool
     wide: bool
-    real: Callable[[], torch.Tensor | None]
+    real: Callable[[torch.device], torch.Tensor | None]
 
     def attend(
         self,
@@ -82,7 +82,7 @@ class Visit:
     def _written(self, site: str, tensor: torch.Tensor, padding: float) -> torch.Tensor:
         """Scores or pattern after the step of their site; where that wrote, padding stays out of sight."""
         found = self.steps[site](tensor)
-        if found is tensor or (real := self.real()) is None:
+        if found is tensor or (real := self.real(found.device)) is None:
             return found
         return found.masked_fill(~real[:, None, None, :], padding)
 

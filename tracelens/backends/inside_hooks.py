@@ -54,8 +54,9 @@ class InsideHook:
 def join(hooks: Sequence[InsideHook], seat: Seat, replaced: frozenset[int], anatomy: ModelAnatomy) -> None:
     """Makes one session of the hooks of a program; ``replaced`` are the layers whose pattern is ours."""
 
-    def real() -> torch.Tensor | None:
-        return seat.run.real
+    def real(device: torch.device) -> torch.Tensor | None:
+        run: Run = seat.run
+        return None if run.real is None else run.real.on(device)
 
     steps: dict[nn.Module, dict[str, InsideHook]] = {}
     layers: dict[nn.Module, int | None] = {}

@@ -22,6 +22,7 @@ from tracelens.backends.module_hooks import ModuleHook
 from tracelens.backends.replacing import replacement
 from tracelens.backends.spread import Keeper, Loading
 from tracelens.backends.stand_in import StandIn, missed
+from tracelens.backends.transfer import Everywhere, brought
 from tracelens.backends.views import taking_and_putting
 from tracelens.errors import (
     NestedTraceError,
@@ -63,6 +64,8 @@ class HookCode:
     body: Body
     writes: bool
     stops: bool
+    device: torch.device | None
+    """Where the module computes, if it is not the only device: what it is given may still be on another."""
 
     def blamed(self, error: TracelensError) -> Exception:
         """The error with the number of the first step, where it came before any."""
@@ -160,6 +163,7 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
             ),
             any(block.writes for block in blocks),
             program.stop is not None and program.stop in {block.site for block in blocks},
+            anatomy.spread.device_of(path) if len(anatomy.spread.devices) > 1 else None,
         )
         if isinstance(point, ModuleSite) and blocks[0].stands_in:
             if path not in standing:
@@ -201,10 +205,11 @@ class _Hook:
     seat says whether it is its own.
     """
 
-    __slots__ = ("code", "fired", "seat", "writes")
+    __slots__ = ("code", "device", "fired", "seat", "writes")
 
     def __init__(self, code: HookCode, seat: Seat) -> None:
         self.code = code
+        self.device = code.device
         self.seat = seat
         self.writes = code.writes
         self.fired = 0
@@ -218,6 +223,8 @@ class _Hook:
         if self.fired == run.forward_number or not isinstance(tensor, torch.Tensor):
             raise self.unfit(run, tensor)
         self.fired = run.forward_number
+        if self.device is not None:
+            tensor = brought(tensor, self.device)
         return self.code.steps(run.state, tensor)
 
     def unfit(self, run: Run, tensor: Any) -> SiteMismatchError:
@@ -235,6 +242,11 @@ class _Hook:
 
 class _Before(_Hook):
     __slots__ = ()
+
+    def __init__(self, code: HookCode, seat: Seat) -> None:
+        super().__init__(code, seat)
+        # What was brought to the module's device goes on, so that it is not moved there twice.
+        self.writes = code.writes or code.device is not None
 
     def register(self) -> None:
         self.seat.before(self.code.module, self)
@@ -301,7 +313,7 @@ class Run:
     ) -> None:
         """``mask``: the site ``token_mask``. ``real``: which keys [B, S] are no padding; ``None``: all of them."""
         self.model = model
-        self.real = real
+        self.real = real if real is None else Everywhere(real)
         self.code = code
         self.state = state
         self.mask = mask

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from tracelens.backends.hooks import Seat
+from tracelens.backends.transfer import brought
 from tracelens.errors import SiteMismatchError
 from tracelens.ir.module_sites import INPUT, Key, ModuleSite
 
@@ -111,8 +112,13 @@ class ModuleHook:
                 instead="a tensor that the module is given in every run",
             )
         self.fired = run.forward_number
-        found = self.code.steps(run.state, tensor.clone() if self.copies else tensor)
-        return replaced(given, self.key, found) if self.code.writes else None
+        device = self.code.device
+        here = tensor if device is None else brought(tensor, device)
+        found = self.code.steps(run.state, here.clone() if self.copies else here)
+        if self.code.writes:
+            return replaced(given, self.key, found)
+        # What was brought to the module's device goes on, so that it is not moved there twice.
+        return None if here is tensor or self.site.side != INPUT else replaced(given, self.key, here)
 
 
 def replaced(container: Any, key: Key, new: Any) -> Any:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 
+from tracelens.backends.transfer import indices
 from tracelens.errors import WriteTargetError
 from tracelens.selection import Selection
 
@@ -18,7 +19,7 @@ def take_tokens(
     if uniform is not None:
         return tensor[(slice(None),) * axis + (uniform,)]
     moved, back = _in_front(tensor, batch_axis, axis)
-    taken = moved[selection.rows.to(tensor.device), selection.cols.to(tensor.device)]
+    taken = moved[indices(selection.rows, tensor.device), indices(selection.cols, tensor.device)]
     if selection.drops:
         # [B, ...]: the batch axis returns to where it was, less one if the position axis stood before it.
         assert batch_axis is not None
@@ -40,7 +41,7 @@ def put_tokens(
         tensor[(slice(None),) * axis + (uniform,)] = value
         return
     moved, back = _in_front(tensor, batch_axis, axis)
-    rows, columns = selection.rows.to(tensor.device), selection.cols.to(tensor.device)
+    rows, columns = indices(selection.rows, tensor.device), indices(selection.cols, tensor.device)
     if isinstance(value, torch.Tensor):
         shape = list(tensor.shape)
         if selection.drops:

@@ -39,6 +39,31 @@ def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     return tensor if tensor.device.type == "cpu" else tensor.to("cpu")
 
 
+class Everywhere:
+    """A tensor that may be needed on several devices: on each, it is moved once."""
+
+    def __init__(self, tensor: torch.Tensor) -> None:
+        self._on = {tensor.device: tensor}
+        self._tensor = tensor
+
+    def on(self, device: torch.device) -> torch.Tensor:
+        """The tensor on ``device``."""
+        found = self._on.get(device)
+        if found is None:
+            found = self._on[device] = self._tensor.to(device, non_blocking=True)
+        return found
+
+
+def brought(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """What a module is given, where the module computes: accelerate would move it a moment later."""
+    return tensor.to(device, non_blocking=True)
+
+
+def indices(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Chosen rows and positions, which are known on the host, where they choose."""
+    return tensor.to(device, non_blocking=True)
+
+
 def loaded(weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An offloaded weight, from memory or disk, where and as its module uses it."""
     return weight.detach().to(device, dtype, non_blocking=True)
