@@ -11,10 +11,12 @@ from tracelens.constants import Captured
 
 
 class ConstantCache:
-    """The constants of graphs on one device: moved once, found again by identity and version."""
+    """The constants of graphs: moved once to each device that uses them, found again by identity and version."""
 
     def __init__(self) -> None:
-        self._moved: dict[int, tuple[weakref.ref[torch.Tensor], int | None, torch.Tensor]] = {}
+        self._moved: dict[
+            tuple[int, torch.device], tuple[weakref.ref[torch.Tensor], int | None, torch.Tensor]
+        ] = {}
 
     def place(self, constant: Captured, device: torch.device) -> torch.Tensor:
         """The constant's tensor on ``device``; constants are moved, never cast."""
@@ -23,7 +25,7 @@ class ConstantCache:
             tensor = tensor.detach()
         if tensor.device == device:
             return tensor
-        key = id(constant.tensor)
+        key = (id(constant.tensor), device)
         known = self._moved.get(key)
         if known is not None and known[0]() is constant.tensor and known[1] == constant.version:
             return known[2]
