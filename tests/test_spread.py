@@ -9,6 +9,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
+from accelerate.hooks import remove_hook_from_submodules
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -281,6 +282,7 @@ def test_a_program_for_another_spread_is_refused(pretend: Pretend, tmp_path: Pat
     accelerate.dispatch_model(hf, device_map(hf, layers=P[1:4]), main_device=torch.device(P[1]))
     program = model.compile(r)
     assert torch.equal(program(IDS)["h"], wanted)
+    remove_hook_from_submodules(hf)
     accelerate.dispatch_model(hf, device_map(hf, layers=[P[2], P[2], P[0]]), main_device=torch.device(P[2]))
     with pytest.raises(ModelMovedError, match=f"on {P[2]} and {P[0]} now"):
         program(IDS)
@@ -295,3 +297,17 @@ def test_parts_that_nothing_connects_are_refused(pretend: Pretend) -> None:
     hf.model.layers[2].to(P[1])
     with pytest.raises(SeveralDevicesError, match=f"cpu, {P[1]}"):
         tl.wrap(hf)
+
+
+def test_what_lies_on_two_devices_is_refused_by_name(pretend: Pretend, tmp_path: Path) -> None:
+    model = tl.wrap(build("llama", "five", tmp_path))
+
+    def crossing() -> None:
+        with model.trace(IDS):
+            model.layers[2].resid_post += model.layers[0].resid_post
+            model.layers[2].resid_post.save()
+
+    with pytest.raises(SeveralDevicesError, match=f"{P[3]}, {P[1]}") as caught:
+        crossing()
+    assert caught.value.at is not None
+    assert "layers[2].resid_post" in caught.value.at.text

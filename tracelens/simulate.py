@@ -97,7 +97,9 @@ class _Simulation:
         self.site = None
         self._advance()
         if self.waits:
-            raise VerificationError(f"the programs wait for ever: {'; '.join(waiting.what for waiting in self.waits.values())}")
+            raise VerificationError(
+                f"the programs wait for ever: {'; '.join(waiting.what for waiting in self.waits.values())}"
+            )
         if self.underway:
             raise VerificationError(f"%{next(iter(self.underway))} was sent and never received")
         found: dict[str, Tensor] = {}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -22,10 +22,11 @@ def _without_either() -> Iterator[None]:
 @contextmanager
 def with_autograd() -> Iterator[None]:
     """With autograd; the parameters are frozen elsewhere."""
-    with torch.inference_mode(False), torch.enable_grad():
+    with outside_inference(), torch.enable_grad():
         yield
 
 
 def outside_inference() -> AbstractContextManager[object]:
     """Without the user's inference mode, whose tensors autograd cannot use."""
-    return torch.inference_mode(False)
+    # Only where it is on: leaving it also turns on threads for backward passes, which the user may have turned off.
+    return torch.inference_mode(False) if torch.is_inference_mode_enabled() else nullcontext()
