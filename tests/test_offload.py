@@ -21,6 +21,7 @@ from tracelens.errors import (
     MetaTensorError,
     ModelMovedError,
     OpFailedError,
+    OptionError,
     SeveralDevicesError,
     TracelensError,
 )
@@ -429,3 +430,47 @@ def test_a_plain_module_that_is_offloaded() -> None:
     with model.trace(torch.ones(3, 4)):
         model.module("0").output.save()
     assert not loaded(hf)
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def saved(tmp_path: Path) -> Path:
+    FAMILIES["llama"].build().save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("device_map", ["auto", "cpu", {"": "cpu"}, "balanced"])
+def test_one_device_is_one_device(saved: Path, device_map: Any) -> None:
+    plain, model = tl.load(saved), tl.load(saved, device_map=device_map)
+    assert not model.anatomy.spread.hooked
+    assert model.describe() == plain.describe()
+    with plain.trace(IDS), model.trace(IDS):
+        wanted, found = plain.logits.save(), model.logits.save()
+    assert torch.equal(found.value, wanted.value)
+
+
+def test_parts_are_kept_on_disk_as_the_map_says(saved: Path, tmp_path: Path) -> None:
+    parts = {"model.embed_tokens": "cpu", "model.rotary_emb": "cpu", "model.norm": "cpu", "lm_head": "disk"}
+    layers = {f"model.layers.{layer}": "disk" if layer else "cpu" for layer in range(3)}
+    model = tl.load(saved, device_map={**parts, **layers}, offload_folder=tmp_path / "weights")
+    assert model.anatomy.spread.offloaded("lm_head.weight")
+    assert model.anatomy.spread.offloaded("model.layers.1.mlp")
+    assert not model.anatomy.spread.offloaded("model.layers.0")
+    assert f"{2 * 9 + 1} weights offloaded" in model.describe()
+    plain = tl.load(saved)
+    for name, work in WORK.items():
+        wanted = work(plain)
+        for key, tensor in work(model).items():
+            _equal(tensor, wanted[key], f"{name}: {key}")
+
+
+def test_options_without_a_map_have_no_effect_and_are_refused(saved: Path) -> None:
+    for options in ({"max_memory": {"cpu": "1GiB"}}, {"offload_folder": "weights"}):
+        with pytest.raises(OptionError, match=next(iter(options))) as caught:
+            tl.load(saved, **options)
+        assert caught.value.at is not None
+        assert caught.value.at.text == "tl.load(saved, **options)"
+    # Sites are there without weights, wherever these would be.
+    assert tl.load(saved, weights=False, device_map="auto").n_layers == 3

@@ -311,3 +311,15 @@ def test_what_lies_on_two_devices_is_refused_by_name(pretend: Pretend, tmp_path:
         crossing()
     assert caught.value.at is not None
     assert "layers[2].resid_post" in caught.value.at.text
+
+
+def test_a_saved_model_is_loaded_onto_the_devices(pretend: Pretend, tmp_path: Path) -> None:
+    hf = FAMILIES["llama"].build()
+    hf.save_pretrained(tmp_path)
+    plain = tl.wrap(hf)
+    model = tl.load(tmp_path, device_map=device_map(hf, layers=[P[0], P[1], P[1]]))
+    assert model.describe().endswith(f"on {P[0]} and {P[1]}, float32")
+    assert str(tl.load(tmp_path, device_map=P[2]).anatomy.spread) == P[2]
+    with plain.trace(IDS), model.trace(IDS):
+        wanted, found = plain.layers[2].mlp_act.save(), model.layers[2].mlp_act.save()
+    assert torch.equal(found.value, wanted.value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, overload
@@ -25,7 +25,14 @@ if TYPE_CHECKING:
 
 
 def load(
-    name: str | Path, *, weights: bool = True, dtype: torch.dtype | str = "auto", **options: Any
+    name: str | Path,
+    *,
+    weights: bool = True,
+    dtype: torch.dtype | str = "auto",
+    device_map: str | Mapping[str, str | int | torch.device] | None = None,
+    max_memory: Mapping[str | int, str | int] | None = None,
+    offload_folder: str | Path | None = None,
+    **options: Any,
 ) -> Model:
     """Loads a model and its tokenizer: ``tl.load("smollm2-135m")``, ``tl.load("Qwen/Qwen3-4B")``, ``tl.load("./dir")``.
 
@@ -33,18 +40,42 @@ def load(
     ``weights=False`` reads only the configuration: sites, shapes and recordings are there, running is refused.
     ``dtype``: the dtype of the weights, as transformers takes it. ``options`` go to ``from_pretrained``.
 
+    ``device_map``: spreads the model over the devices of this process, by accelerate: ``"auto"``, ``"balanced"``, one
+    device (``"cuda:1"``), or the device of each part, where ``"cpu"`` and ``"disk"`` keep weights there that run
+    elsewhere. ``max_memory``: how much of it each device may hold (``{0: "20GiB", "cpu": "60GiB"}``).
+    ``offload_folder``: where the weights of parts on ``"disk"`` are kept.
+
     A family without a table gives a :class:`PlainModel`. Raises :class:`~tracelens.errors.OptionError` for a folder
-    that is not there, and what transformers raises where a model cannot be found on the hub.
+    that is not there and for options that have no effect, and what transformers raises where a model cannot be found on
+    the hub or does not fit.
     """
+    if device_map is None and (max_memory is not None or offload_folder is not None):
+        name_, value = (
+            ("max_memory", max_memory) if offload_folder is None else ("offload_folder", offload_folder)
+        )
+        raise OptionError(
+            f"{name_}={value!r} has no effect without device_map: the model is loaded on one device",
+            at=here(),
+            instead='tl.load(name, device_map="auto", ...)',
+        )
     if isinstance(name, Path) or name.startswith((".", "/", "~")):
         _require_folder(Path(name))
     from transformers import AutoConfig, AutoModelForCausalLM
 
     embedded = str(name) in SOURCES
     source = str(embedded_model(str(name))) if embedded else str(name)
+    spreading = {
+        option: dict(value) if isinstance(value, Mapping) else value
+        for option, value in (
+            ("device_map", device_map),
+            ("max_memory", max_memory),
+            ("offload_folder", None if offload_folder is None else str(offload_folder)),
+        )
+        if value is not None
+    }
     if weights:
         with without_bars() if embedded and not (in_notebook() or sys.stderr.isatty()) else nullcontext():
-            found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options)
+            found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **spreading, **options)
     else:
         config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
