@@ -214,6 +214,7 @@ def test_looking_moves_nothing_more(pretend: Pretend, tmp_path: Path) -> None:
     def crossings(name: str, layer: int) -> list[tuple[str, str]]:
         with pretend.watched() as seen, model.trace(IDS):
             getattr(model.layers[layer], name).save(device="keep")
+            model.layers[layer].mlp_act.save(device="keep")  # the pass goes on
         stream = [copy for copy in seen.copies if copy.shape == (2, 5, 48)]
         return [(copy.source, copy.target) for copy in stream]
 

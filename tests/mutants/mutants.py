@@ -27,6 +27,8 @@ GENERATION = ("tests/test_generation.py",)
 MODULES = ("tests/test_modules.py", "-k", "not family and not every")
 SKIPPING = ("tests/test_skipping.py", "-k", "own or several")
 
+OFFLOAD = ("tests/test_offload.py",)
+SPREAD = ("tests/test_spread.py",)
 ATTENTION = ("tests/conformance/test_attention.py",)
 HEADS = ("tests/test_heads.py",)
 
@@ -195,7 +197,7 @@ MUTANTS = (
     Mutant(
         "frozen parameters stay frozen",
         "backends/hooks.py",
-        "            frozen[-1].requires_grad_(True)\n",
+        "            parameter.requires_grad_(True)\n",
         "            pass\n",
         ("tests/test_gradient_runs.py", "-k", "parameters"),
     ),
@@ -314,8 +316,8 @@ MUTANTS = (
     Mutant(
         "a tensor that the model changes in place later is not copied",
         "backends/module_hooks.py",
-        "tensor.clone() if self.copies else tensor",
-        "tensor",
+        "here.clone() if self.copies else here",
+        "here",
         MODULES,
     ),
     Mutant(
@@ -331,5 +333,68 @@ MUTANTS = (
         "return run if number == self.call else None",
         "return run if number == 0 else None",
         ("tests/test_plain_models.py",),
+    ),
+    Mutant(
+        "weights stay loaded after a stop",
+        "backends/spread.py",
+        "            if keeper.loaded:\n                keeper.unload()",
+        "            pass",
+        OFFLOAD,
+    ),
+    Mutant(
+        "weights that the user has loaded are unloaded",
+        "backends/spread.py",
+        "[keeper for keeper in keepers if not keeper.loaded]",
+        "list(keepers)",
+        OFFLOAD,
+    ),
+    Mutant(
+        "an offloaded weight is computed with where it has no data",
+        "backends/anatomy.py",
+        "if not found.is_meta:",
+        "if True:",
+        OFFLOAD,
+    ),
+    Mutant(
+        "the parameters that accelerate put in the place of frozen ones stay frozen",
+        "backends/hooks.py",
+        "if now is not None and now is not parameter:",
+        "if False:",
+        OFFLOAD,
+    ),
+    Mutant(
+        "programs do not notice that the model was moved",
+        "compiling.py",
+        "if compiled.spread != self.anatomy.spread.key:",
+        "if False:",
+        OFFLOAD,
+    ),
+    Mutant(
+        "a model is not looked at again after it was spread anew",
+        "backends/anatomy.py",
+        "if known is None or known.state != state:",
+        "if known is None:",
+        OFFLOAD,
+    ),
+    Mutant(
+        "a layer's input is edited where it comes from",
+        "backends/local.py",
+        "            tensor = brought(tensor, self.device)",
+        "            pass",
+        SPREAD,
+    ),
+    Mutant(
+        "a constant that was moved to one device is used on all",
+        "backends/transfer.py",
+        "key = (id(constant.tensor), device)",
+        'key = (id(constant.tensor), torch.device("cpu"))',
+        SPREAD,
+    ),
+    Mutant(
+        "what a read brought to a module's device is moved there again",
+        "backends/local.py",
+        "self.writes = code.writes or code.device is not None",
+        "self.writes = code.writes",
+        SPREAD,
     ),
 )
