@@ -20,12 +20,12 @@ from tracelens.backends.places import placement
 from tracelens.backends.ready import running_device
 from tracelens.backends.replacing import require_replaceable
 from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on
+from tracelens.checking import check
 from tracelens.constants import Captured, from_payload
 from tracelens.errors import (
     LayerRangeError,
     ModelMovedError,
     PositionAxisError,
-    SeveralDevicesError,
     SpecialisedGraphError,
     TracelensError,
     VerificationError,
@@ -47,13 +47,11 @@ from tracelens.ir.ops import (
     Write,
 )
 from tracelens.ir.retype import mixing_operations, retype, sizes_of
-from tracelens.ir.sites import Scope
 from tracelens.ir.text import op_text
 from tracelens.ir.types import TensorType
 from tracelens.ir.verify import verify
 from tracelens.leaving import leave
 from tracelens.location import Location
-from tracelens.placement import Placement
 from tracelens.plan import Plan, make_plan
 from tracelens.program import Program, lower
 from tracelens.prompted import Prompt
@@ -78,11 +76,6 @@ class Compiled:
     """The key of what the model's parts ran on (:attr:`tracelens.backends.spread.Spread.key`)."""
 
     @cached_property
-    def device(self) -> torch.device:
-        """Where the program is done."""
-        return torch.device(self.plan.placement.places[0].device)
-
-    @cached_property
     def described(self) -> tuple[SavedTensor, ...]:
         """What each save holds."""
         return tuple(describe(self.recorded, save) for save in self.recorded.saves)
@@ -92,9 +85,10 @@ class Compiled:
         return Results(self.described, tensors)
 
     @cached_property
-    def used(self) -> frozenset[int]:
-        """The constants that the plan kept."""
-        return frozenset(op.index for op in self.plan.graph.ops if isinstance(op, Const))
+    def used(self) -> tuple[tuple[int, int], ...]:
+        """The constants that the plan kept, by their numbers and those of the places that need them."""
+        home = self.plan.home
+        return tuple({(op.index, home[op.out]) for op in self.plan.graph.ops if isinstance(op, Const)})
 
     @cached_property
     def selectors(self) -> tuple[tuple[int, TokenSelector], ...]:
@@ -181,41 +175,17 @@ class Compiler:
         )
         plan = make_plan(
             numbered,
-            self._placement(graph),
+            placement(anatomy),
             carries=anatomy.family.carries,
             type_of=anatomy.type_of,
             generating=generating,
         )
         programs = lower(plan)
+        if len(programs) > 1:
+            check(programs, plan.placement)
         planned = {save.name: save for save in plan.graph.saves}
         saves = tuple(planned[save.name] for save in graph.saves)
-        return Compiled(
-            numbered, plan, programs, prepare(programs[0], plan.graph, anatomy), saves, anatomy.spread.key
-        )
-
-    def _placement(self, graph: Graph) -> Placement:
-        """Where the graph is done: so far on one of the devices of a model that is spread over several."""
-        whole = placement(self.anatomy)
-        if len(whole.places) == 1:
-            return whole
-        used: dict[int, int] = {}
-        for number, op in enumerate(graph.ops):
-            if isinstance(op, Read | Write) and op.site.kind.scope is not Scope.INPUT:
-                used.setdefault(whole.place_of(op.site).index, number)
-            elif isinstance(op, Param):
-                used.setdefault(whole.of_path(op.path), number)
-        if len(used) > 1:
-            names = ", ".join(whole.places[index].device for index in used)
-            raise graph.blame(
-                SeveralDevicesError(
-                    f"the block uses parts of the model on several devices ({names}), and so far a block runs on one "
-                    "of them",
-                    instead="a block for each device",
-                ),
-                max(used.values()),
-            )
-        place = whole.places[next(iter(used), 0)]
-        return Placement.single(place.device, self.anatomy.n_layers)
+        return Compiled(numbered, plan, programs, prepare(programs, plan, anatomy), saves, anatomy.spread.key)
 
     def _check_sites(self, graph: Graph, generating: bool) -> None:
         """A graph from elsewhere may name layers, sites or types that this model does not have."""
@@ -257,17 +227,14 @@ class Compiler:
 
     def state(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> State:
         """A fresh run state, with the constants checked and in place."""
-        used, device = compiled.used, compiled.device
-        tensors: list[Any] = []
-        for index, constant in enumerate(cast("tuple[Captured, ...]", graph.constants)):
-            if index not in used:
-                tensors.append(None)
-                continue
+        tensors: dict[tuple[int, int], torch.Tensor] = {}
+        for index, place in compiled.used:
+            constant = cast(Captured, graph.constants[index])
             try:
                 constant.check(None)
             except TracelensError as error:
                 raise graph.blame(error, _capturing(graph, index)) from None
-            tensors.append(self.constants.place(constant, device))
+            tensors[index, place] = self.constants.place(constant, compiled.code.devices.places[place])
         pads = prompt.batch.pads if prompt.ragged else None
         return State(compiled.code.count, tensors, graph.functions, self._parameter, prompt.select, pads)
 
@@ -290,7 +257,7 @@ class Compiler:
             )
         check_fits(graph, compiled, prompt)
         state = self.state(graph, compiled, prompt)
-        mask = _mask(prompt, compiled.device)
+        mask = _mask(prompt, device)
         run = Run(self.anatomy.model, compiled.code, state, mask, mask if prompt.ragged else None)
         try:
             if compiled.plan.stop is None:
@@ -302,7 +269,7 @@ class Compiler:
                     require_differentiable(model)
                     args = tuple(usable(value) for value in args)
                     inputs = {name: usable(value) for name, value in inputs.items()}
-                    state.constants = [usable(value) for value in state.constants]
+                    state.constants = {key: usable(value) for key, value in state.constants.items()}
                     run.mask = usable(mask)
 
                 def forward() -> None:

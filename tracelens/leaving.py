@@ -19,7 +19,7 @@ from tracelens.location import here
 from tracelens.prompted import Prompt
 from tracelens.selection import unpadded
 
-Members = tuple[tuple[torch.Tensor, int], ...]
+Members = Sequence[tuple[torch.Tensor, int]]
 """The tensors of one save (several, if it stacks layers), each with its version when it was saved."""
 
 
@@ -44,13 +44,15 @@ def leave(
                 raise MutatedActivationError(
                     f"the model changed the tensor saved as {save.name!r} in place after it had been read"
                 )
-        tensor = torch.stack([member for member, _ in members]) if save.stacked else members[0][0]
-        if tensor.requires_grad:
-            tensor = tensor.detach()
+        parts = [member.detach() if member.requires_grad else member for member, _ in members]
         if save.dtype is not None:
-            tensor = tensor.to(torch_dtype(save.dtype))
+            parts = [part.to(torch_dtype(save.dtype)) for part in parts]
+        if save.stacked and len({part.device for part in parts}) == 1:
+            parts = [torch.stack(parts)]
         if save.keep is Keep.CPU:
-            tensor = on_cpu(tensor)
+            parts = [on_cpu(part) for part in parts]
+        # The members of several devices meet only here.
+        tensor = torch.stack(parts) if save.stacked and len(parts) > 1 else parts[0]
         if prompt.ragged and types[save.values[0]].padded_axes:
             value: Any = _per_prompt(tensor, types[save.values[0]], prompt, stacked=save.stacked)
         else:

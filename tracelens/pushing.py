@@ -13,6 +13,7 @@ from tracelens.errors import TracelensError
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import WHOLE, Call, Index, IndexItem, Op, Slice, operands
+from tracelens.ir.passes.forward_order import forward_order
 from tracelens.ir.passes.rebuild import rebuild, renamed
 from tracelens.ir.retype import retype, sizes_of
 from tracelens.ir.types import TensorType
@@ -27,7 +28,8 @@ def push_indices(graph: Graph, placement: Placement) -> Graph:
     if len(placement.places) == 1:
         return graph
     while (number := _candidate(graph, homes(graph, placement))) is not None:
-        graph = _pushed(graph, number)
+        # The operands are indexed as soon as they are there, which is before where the result was.
+        graph = forward_order(_pushed(graph, number))
     return graph
 
 

@@ -27,6 +27,7 @@ from tracelens.backends.execute import (
     plain_number,
     read_parameter,
     selector_place,
+    sent,
 )
 from tracelens.backends.selecting import put_tokens, take_tokens
 from tracelens.backends.views import Put, Take
@@ -48,11 +49,12 @@ from tracelens.ir.ops import (
     Save,
     Slice,
     Special,
+    Transfer,
     Write,
     results,
 )
 from tracelens.ir.types import DType, TensorType
-from tracelens.program import Step
+from tracelens.program import Side, Step
 
 # A name inside the package, so that no line of a generated function is taken for the user's.
 _FILE = str(Path(__file__).with_name("<hook>"))
@@ -75,6 +77,14 @@ class Body:
         return self.numbers[trace.tb_lineno - 1] if trace is not None else self.numbers[-1]
 
 
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Where values are: the device of each place, and the place of each value."""
+
+    places: tuple[torch.device, ...]
+    home: Mapping[int, int]
+
+
 @lru_cache(maxsize=4096)
 def _compiled(source: str) -> CodeType:
     """Layers with the same steps have the same source: it is compiled once."""
@@ -88,16 +98,17 @@ def body(
     fresh: frozenset[int],
     shapes: dict[TensorType, int],
     gradients: Mapping[int, Gradients],
+    devices: Devices,
     view: tuple[Take, Put] | None = None,
 ) -> Body:
     """The function for some steps.
 
-    ``fresh``: the values that no one else holds, so that a write need not copy them. ``shapes`` numbers the types whose
-    sizes the run has to know, in ``state.shapes``; types that are new to it are added. ``gradients``: what takes the
-    gradients of the program, by the numbers of the operations. ``view`` finds the site in the module's tensor, and
-    makes a new one of it.
+    ``devices``: where values are. ``fresh``: the values that no one else holds, so that a write need not copy them.
+    ``shapes`` numbers the types whose sizes the run has to know, in ``state.shapes``; types that are new to it are
+    added. ``gradients``: what takes the gradients of the program, by the numbers of the operations. ``view`` finds the
+    site in the module's tensor, and makes a new one of it.
     """
-    writer = _Writer(steps, types, fresh, shapes, gradients)
+    writer = _Writer(steps, types, fresh, shapes, gradients, devices)
     if view is not None:
         writer.line("whole = tensor")
         writer.line(f"tensor = {writer.name(view[0])}(tensor)")
@@ -122,8 +133,10 @@ class _Writer:
         fresh: frozenset[int],
         shapes: dict[TensorType, int],
         gradients: Mapping[int, Gradients],
+        devices: Devices,
     ) -> None:
         self.types = types
+        self.devices = devices
         self.fresh = fresh
         self.shapes = shapes
         self.gradients = gradients
@@ -190,7 +203,13 @@ class _Writer:
     def write(self, step: Step) -> None:
         """The lines of one step."""
         self.number = step.number
-        self._operation(step.op)
+        match step.op:
+            case Save():
+                self._save(step.op, step.parts)
+            case Grad() if step.side is Side.ARRIVE:
+                pass  # autograd has brought them
+            case _:
+                self._operation(step.op)
         for value in step.frees:
             if value in self._variables:
                 self.line(f"{self._variables[value]} = None")
@@ -200,7 +219,14 @@ class _Writer:
     def _operation(self, op: Op) -> None:
         match op:
             case Const():
-                self._new(op.out, f"state.constant({self.name(op.index)})")
+                place = self.devices.home[op.out]
+                self._new(op.out, f"state.constant({self.name((op.index, place))})")
+            case Transfer():
+                device = self.devices.places[op.target]
+                self._new(
+                    op.out,
+                    f"{self.name(sent)}(state, {self.ref(op.value)}, {self.name(op)}, {self.name(device)})",
+                )
             case Param():
                 self._new(op.out, f"{self.name(read_parameter)}(state, {self.name(op.path)})")
             case Read():
@@ -213,10 +239,6 @@ class _Writer:
                 self._put(op)
             case Write():
                 self._write(op)
-            case Save():
-                # Each with its version, by which changes made after the save are found.
-                members = "".join(f"({self.ref(value)}, {self.ref(value)}._version), " for value in op.values)
-                self.line(f"state.saved[{self.name(op.name)}] = ({members})")
             case Apply():
                 given = "".join(self.arg(arg) + ", " for arg in op.args)
                 given_types = [self.types[arg.id] if isinstance(arg, Ref) else None for arg in op.args]
@@ -226,6 +248,16 @@ class _Writer:
                 self._several(
                     op.outs, f"{self.name(self.gradients[self.number])}({self.ref(op.loss)}, ({wrt}))"
                 )
+
+    def _save(self, op: Save, parts: tuple[int, ...]) -> None:
+        # Each with its version, by which changes made after the save are found.
+        members = [f"({self.ref(op.values[part])}, {self.ref(op.values[part])}._version)" for part in parts]
+        if len(parts) == len(op.values):
+            self.line(f"state.saved[{self.name(op.name)}] = [{', '.join(members)}]")
+            return
+        self.line(f"members = state.saved.setdefault({self.name(op.name)}, [None] * {len(op.values)})")
+        for part, member in zip(parts, members, strict=True):
+            self.line(f"members[{part}] = {member}")
 
     def _read(self, op: Read) -> None:
         shape = self.shapes.setdefault(op.type, len(self.shapes))

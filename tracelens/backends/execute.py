@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tracelens.backends.transfer import moved
 from tracelens.errors import (
     ApplyResultError,
     MetaTensorError,
@@ -25,6 +26,7 @@ from tracelens.ir.ops import (
     Slice,
     Special,
     TokenSelector,
+    Transfer,
 )
 from tracelens.ir.types import TensorType
 
@@ -42,13 +44,14 @@ class State:
         "select",
         "shapes",
         "sizes",
+        "traffic",
         "values",
     )
 
     def __init__(
         self,
         count: int,
-        constants: Sequence[torch.Tensor | None],
+        constants: dict[tuple[int, int], torch.Tensor],
         functions: Sequence[Any],
         parameter: Callable[[str], torch.Tensor],
         select: Callable[[TokenSelector], Any],
@@ -65,14 +68,22 @@ class State:
         self.select = select
         self.sizes: Mapping[str, int] = {}
         self.shapes: Sequence[tuple[int, ...]] = ()
-        # By name: the tensors, each with the version that was saved.
-        self.saved: dict[str, tuple[tuple[torch.Tensor, int], ...]] = {}
+        # By name: the tensors, each with the version that was saved. Those of other places come later.
+        self.saved: dict[str, list[Any]] = {}
+        # What went from place to place.
+        self.traffic: list[tuple[Transfer, int]] = []
 
-    def constant(self, index: int) -> torch.Tensor:
-        tensor = self.constants[index]
-        assert tensor is not None
+    def constant(self, which: tuple[int, int]) -> torch.Tensor:
+        """A constant at a place, by both numbers."""
+        tensor = self.constants[which]
         self.foreign.append(tensor)
         return tensor
+
+
+def sent(state: State, tensor: torch.Tensor, transfer: Transfer, device: torch.device) -> torch.Tensor:
+    """A value on its way to another place."""
+    state.traffic.append((transfer, tensor.nbytes))
+    return moved(tensor, device)
 
 
 def read_parameter(state: State, path: str) -> torch.Tensor:

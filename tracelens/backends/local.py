@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from threading import get_ident
 from typing import Any, cast
@@ -13,7 +13,7 @@ from torch import nn
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.autograd_mode import plain_mode, with_autograd
 from tracelens.backends.base import Side, Tap
-from tracelens.backends.body import Body, body
+from tracelens.backends.body import Body, Devices, body
 from tracelens.backends.differentiate import gradients_of
 from tracelens.backends.execute import State
 from tracelens.backends.hooks import Seat, seat_of
@@ -36,8 +36,8 @@ from tracelens.ir.ops import Call, IndexPut, Write, results
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 from tracelens.location import here
-from tracelens.plan import replaced_layers
-from tracelens.program import Block, Program
+from tracelens.plan import Plan, replaced_layers
+from tracelens.program import Block, Program, merged
 
 
 class ForwardStopped(Exception):
@@ -94,7 +94,7 @@ class LocalCode:
     """A program ready to run on one device: what happens before the pass, and at each hook point."""
 
     graph: Graph
-    program: Program
+    devices: Devices
     before: Body | None
     hooks: tuple[_Hook | ModuleHook | StandIn | InsideHook, ...]
     count: int
@@ -122,8 +122,10 @@ class LocalCode:
 _KEPT_SIZES = 64
 
 
-def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
-    """Compiles a program for a model."""
+def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> LocalCode:
+    """Compiles the programs of all places for a model whose devices this process owns."""
+    graph = plan.graph
+    devices = Devices(tuple(torch.device(place.device) for place in plan.placement.places), plan.home)
     fresh = frozenset(
         value
         for op in graph.ops
@@ -134,9 +136,9 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
     before: Body | None = None
     points: dict[tuple[str, Tap] | ModuleSite, list[Block]] = {}
     shapes: dict[TensorType, int] = {}
-    for block in program.blocks:
+    for block in merged(programs):
         if block.site is None:
-            before = body(block.steps, graph.types, fresh, shapes, gradients)
+            before = body(block.steps, graph.types, fresh, shapes, gradients, devices)
         elif isinstance(block.site, ModuleSite):
             points[block.site] = [block]
         else:
@@ -159,10 +161,11 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
                 fresh,
                 shapes,
                 gradients,
+                devices,
                 None if tap.view is None else taking_and_putting(tap.view, anatomy.widths),
             ),
             any(block.writes for block in blocks),
-            program.stop is not None and program.stop in {block.site for block in blocks},
+            plan.stop is not None and plan.stop in {block.site for block in blocks},
             anatomy.spread.device_of(path) if len(anatomy.spread.devices) > 1 else None,
         )
         if isinstance(point, ModuleSite) and blocks[0].stands_in:
@@ -181,7 +184,7 @@ def prepare(program: Program, graph: Graph, anatomy: ModelAnatomy) -> LocalCode:
     count, differentiates = graph.next_value, bool(gradients)
     keepers = anatomy.spread.keepers
     return LocalCode(
-        graph, program, before, tuple(hooks), count, seat, differentiates, keepers, tuple(shapes)
+        graph, devices, before, tuple(hooks), count, seat, differentiates, keepers, tuple(shapes)
     )
 
 

@@ -23,7 +23,7 @@ def placement(anatomy: ModelAnatomy) -> Placement:
     layers = tuple(
         number[spread.device_of(anatomy.family.layers.format(layer))] for layer in range(anatomy.n_layers)
     )
-    ends: dict[str, int] = {}
+    ends = {"token_mask": number[spread.inputs]}
     apart: dict[tuple[str, int], int] = {}
     for kind in KINDS:
         tap = anatomy.family.taps.get(kind.name)

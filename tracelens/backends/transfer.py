@@ -11,7 +11,7 @@ from tracelens.constants import Captured
 
 
 class ConstantCache:
-    """The constants of graphs: moved once to each device that uses them, found again by identity and version."""
+    """The constants of graphs on each device: moved once, found again by identity and version."""
 
     def __init__(self) -> None:
         self._moved: dict[
@@ -29,11 +29,16 @@ class ConstantCache:
         known = self._moved.get(key)
         if known is not None and known[0]() is constant.tensor and known[1] == constant.version:
             return known[2]
-        moved = tensor.to(device, non_blocking=True)
-        moved_cache = self._moved
-        reference = weakref.ref(constant.tensor, lambda _: moved_cache.pop(key, None))
-        self._moved[key] = (reference, constant.version, moved)
-        return moved
+        found = moved(tensor, device)
+        cache = self._moved
+        reference = weakref.ref(constant.tensor, lambda _: cache.pop(key, None))
+        self._moved[key] = (reference, constant.version, found)
+        return found
+
+
+def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A tensor on another device. The host goes on at once, but for a copy to its own memory, which it may read."""
+    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
