@@ -80,7 +80,7 @@ def test_places_are_where_the_modules_compute(pretend: Pretend, tmp_path: Path) 
     assert [place.device for place in where.places] == [P[1], P[0]]
     assert where.layers == (1, 0, 1)
     assert {name: where.places[index].device for name, index in where.ends.items()} == {
-        "embed": P[1], "final_norm": P[1], "lm_head": P[0], "logits": P[0],
+        "token_mask": P[0], "embed": P[1], "final_norm": P[1], "lm_head": P[0], "logits": P[0],
     }  # fmt: skip
     assert where.place_of(Site("resid_post", 1)).device == P[1]
     assert where.places[where.of_path("model.layers.2.mlp.up_proj.weight")].device == P[0]
@@ -298,20 +298,6 @@ def test_parts_that_nothing_connects_are_refused(pretend: Pretend) -> None:
     hf.model.layers[2].to(P[1])
     with pytest.raises(SeveralDevicesError, match=f"cpu, {P[1]}"):
         tl.wrap(hf)
-
-
-def test_what_lies_on_two_devices_is_refused_by_name(pretend: Pretend, tmp_path: Path) -> None:
-    model = tl.wrap(build("llama", "five", tmp_path))
-
-    def crossing() -> None:
-        with model.trace(IDS):
-            model.layers[2].resid_post += model.layers[0].resid_post
-            model.layers[2].resid_post.save()
-
-    with pytest.raises(SeveralDevicesError, match=f"{P[3]}, {P[1]}") as caught:
-        crossing()
-    assert caught.value.at is not None
-    assert "layers[2].resid_post" in caught.value.at.text
 
 
 def test_a_saved_model_is_loaded_onto_the_devices(pretend: Pretend, tmp_path: Path) -> None:

@@ -85,6 +85,11 @@ class Compiled:
         return Results(self.described, tensors)
 
     @cached_property
+    def reads_mask(self) -> bool:
+        """Does the program look at where the real tokens are?"""
+        return any(isinstance(op, Read) and op.site.name == "token_mask" for op in self.plan.graph.ops)
+
+    @cached_property
     def used(self) -> tuple[tuple[int, int], ...]:
         """The constants that the plan kept, by their numbers and those of the places that need them."""
         home = self.plan.home
@@ -257,7 +262,7 @@ class Compiler:
             )
         check_fits(graph, compiled, prompt)
         state = self.state(graph, compiled, prompt)
-        mask = _mask(prompt, device)
+        mask = _mask(prompt, device) if compiled.reads_mask or prompt.ragged else None
         run = Run(self.anatomy.model, compiled.code, state, mask, mask if prompt.ragged else None)
         try:
             if compiled.plan.stop is None:

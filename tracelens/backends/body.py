@@ -7,6 +7,7 @@ its operands lie, what is plain data), and the steps become the source of a func
 
 from __future__ import annotations
 
+import builtins
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -143,7 +144,8 @@ class _Writer:
         self.lines = ["def body(state, tensor):"]
         self.number = steps[0].number if steps else 0
         self.numbers = [self.number]
-        self.names: dict[str, Any] = {"Tensor": torch.Tensor, "isinstance": isinstance}
+        # Builtins, because what torch calls may import something, which looks for them here.
+        self.names: dict[str, Any] = {"__builtins__": builtins, "Tensor": torch.Tensor}
         self._by_identity: dict[int, str] = {}
         self._variables: dict[int, str] = {}
         made = {value for step in steps for value, _ in results(step.op)}
