@@ -231,6 +231,28 @@ def test_nothing_stays_loaded_after_an_exception(
     assert loaded(hf) == kept
 
 
+def test_nothing_stays_loaded_after_an_interrupt_while_weights_are_loaded(tmp_path: Path) -> None:
+    hf = _offloaded(tmp_path)
+    plain, kept = _plain(hf), loaded(hf)
+    hook = hf.model.layers[1]._hf_hook
+    own = hook.weights_map
+
+    class Interrupted(dict[str, Tensor]):
+        def __getitem__(self, name: str) -> Tensor:
+            if name == "mlp.up_proj.weight":
+                assert loaded(hf) != kept
+                raise KeyboardInterrupt
+            return own[name]
+
+    hook.weights_map = Interrupted()
+    model = tl.wrap(hf)
+    with pytest.raises(KeyboardInterrupt), model.trace(IDS):
+        model.logits.save()
+    assert loaded(hf) == kept
+    hook.weights_map = own
+    assert torch.equal(_plain(hf), plain)
+
+
 def test_nothing_stays_loaded_after_an_error_in_a_block(tmp_path: Path) -> None:
     """A module that is called on a value has its weights loaded by accelerate, while the block is recorded."""
     hf = _offloaded(tmp_path, "memory")

@@ -9,7 +9,7 @@ from typing import Any
 import accelerate
 import pytest
 import torch
-from accelerate.hooks import remove_hook_from_submodules
+from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
 from torch import Tensor
 from transformers import PreTrainedModel
 
@@ -309,4 +309,43 @@ def test_a_saved_model_is_loaded_onto_the_devices(pretend: Pretend, tmp_path: Pa
     assert str(tl.load(tmp_path, device_map=P[2]).anatomy.spread) == P[2]
     with plain.trace(IDS), model.trace(IDS):
         wanted, found = plain.layers[2].mlp_act.save(), model.layers[2].mlp_act.save()
+    assert torch.equal(found.value, wanted.value)
+
+
+def test_a_plain_module_on_two_devices(pretend: Pretend) -> None:
+    def build() -> torch.nn.Sequential:
+        torch.manual_seed(0)
+        return torch.nn.Sequential(torch.nn.Linear(4, 8), torch.nn.ReLU(), torch.nn.Linear(8, 2))
+
+    found = []
+    for module in (
+        build(),
+        accelerate.dispatch_model(build(), {"0": P[1], "1": P[1], "2": P[0]}, main_device=torch.device(P[0])),
+    ):
+        model = tl.wrap(module)
+        outputs = []
+        with model.trace(torch.ones(3, 4)):
+            model.module("2").input[:, 0] = 2.0
+            outputs.append(model.module("2").output.save())
+        with model.trace(torch.ones(3, 4)):
+            outputs.append(model.module("0").output.save())
+        with model.trace(torch.ones(3, 4)):
+            outputs.append(model.module("").output.save())
+        found.append([out.value for out in outputs])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_hooks_without_one_on_the_whole_model(pretend: Pretend) -> None:
+    """Nobody brings the logits back, so they are where the head is, and the inputs where the embedding is."""
+    hf = FAMILIES["llama"].build()
+    parts = device_map(hf, layers=[P[0], P[0], P[1]])
+    for path, device in parts.items():
+        hook = AlignDevicesHook(torch.device(device), io_same_device=False, place_submodules=True)
+        add_hook_to_module(hf.get_submodule(path), hook)
+    plain, model = tl.wrap(FAMILIES["llama"].build()), tl.wrap(hf)
+    assert str(model.anatomy.device) == P[0]
+    assert placement(model.anatomy).place_of(Site("logits")).device == P[1]
+    with plain.trace(IDS), model.trace(IDS):
+        wanted, found = plain.logits.save(), model.logits.save()
     assert torch.equal(found.value, wanted.value)

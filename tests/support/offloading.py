@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any, Protocol, cast
 
 from accelerate import cpu_offload, disk_offload, dispatch_model
-from torch import nn
+from torch import device, nn
 from transformers import PreTrainedModel
 
-Way = Callable[[PreTrainedModel, Path], PreTrainedModel]
+
+class Way(Protocol):
+    """Offloads a model, of which everything runs on one device."""
+
+    def __call__(self, model: PreTrainedModel, folder: Path, on: str = "cpu") -> PreTrainedModel: ...
 
 
-def _memory(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    return cpu_offload(model, execution_device="cpu")
+def _memory(model: PreTrainedModel, folder: Path, on: str = "cpu") -> PreTrainedModel:
+    return cast(PreTrainedModel, cpu_offload(model, execution_device=device(on)))
 
 
-def _memory_with_buffers(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    return cpu_offload(model, execution_device="cpu", offload_buffers=True)
+def _memory_with_buffers(model: PreTrainedModel, folder: Path, on: str = "cpu") -> PreTrainedModel:
+    return cast(PreTrainedModel, cpu_offload(model, execution_device=device(on), offload_buffers=True))
 
 
-def _disk(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    return disk_offload(model, folder, execution_device="cpu")
+def _disk(model: PreTrainedModel, folder: Path, on: str = "cpu") -> PreTrainedModel:
+    return cast(PreTrainedModel, disk_offload(model, folder, execution_device=device(on)))
 
 
-def _mixed(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
-    """Every second part on disk, the others not offloaded: the device that runs them is the CPU."""
-    parts = parts_of(model)
-    map_ = {path: "disk" if number % 2 else "cpu" for number, path in enumerate(parts)}
-    return dispatch_model(model, map_, main_device="cpu", offload_dir=folder)
+def _mixed(model: PreTrainedModel, folder: Path, on: str = "cpu") -> PreTrainedModel:
+    """Every second part on disk, the others where they run."""
+    places = {path: "disk" if number % 2 else on for number, path in enumerate(parts_of(model))}
+    return _dispatched(model, places, folder, on)
 
 
-def _layers_at_once(model: PreTrainedModel, folder: Path) -> PreTrainedModel:
+def _layers_at_once(model: PreTrainedModel, folder: Path, on: str = "cpu") -> PreTrainedModel:
     """Layers on disk, each of which loads all of its weights when it is entered."""
-    map_ = {path: "disk" if _is_layer(path) else "cpu" for path in parts_of(model)}
+    places = {path: "disk" if _is_layer(path) else on for path in parts_of(model)}
     kinds = {type(part).__name__ for path, part in parts_of(model).items() if _is_layer(path)}
-    return dispatch_model(
-        model, map_, main_device="cpu", offload_dir=folder, preload_module_classes=sorted(kinds)
-    )
+    return _dispatched(model, places, folder, on, preload_module_classes=sorted(kinds))
+
+
+def _dispatched(
+    model: PreTrainedModel, places: Mapping[str, str], folder: Path, on: str, **options: Any
+) -> PreTrainedModel:
+    found = dispatch_model(model, {**places}, main_device=device(on), offload_dir=folder, **options)
+    return cast(PreTrainedModel, found)
 
 
 WAYS: Mapping[str, Way] = {

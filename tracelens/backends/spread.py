@@ -136,10 +136,12 @@ def spread_of(model: nn.Module, state: State, head: str | None) -> Spread:
     devices = tuple(dict.fromkeys(found.met)) or (main,)
     spread = Spread(devices, devices[0], True, keepers, state, own, kept)
     returning = any(getattr(part, "io_same_device", False) for part in _parts(vars(model).get("_hf_hook")))
-    if head is not None and returning:
+    if head is not None:
+        own[""] = spread.device_of(head)  # where what the model returns is made
+    if returning:
         # The model returns its outputs to where its inputs were; inputs are small, logits are not.
-        spread = replace(spread, inputs=spread.device_of(head))
-        own[""] = spread.inputs
+        own[""] = own[""] if head is not None else spread.inputs
+        spread = replace(spread, inputs=own[""])
     return spread
 
 
