@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import inspect
+import re
 import subprocess
 import sys
 import textwrap
@@ -171,9 +172,18 @@ def test_only_backends_know_transformers() -> None:
         assert not [module for module in imports_of(path) if module.split(".")[0] == "transformers"], path
 
 
+# Tensors of the user's, before a run or after it, that are brought to the host.
+HOST = ("batch", "constants", "results", "selection", "sweeping")
+_MOVES = re.compile(r"""\.(cpu|cuda)\(|\.to\((device|\w+\.device|"cpu")""")
+
+
 def test_one_file_registers_hooks_and_one_moves_tensors() -> None:
     for path in FILES:
         source = path.read_text()
+        if name_of(path) not in ("backends.transfer", *HOST):
+            # What is said in docstrings and messages is not done.
+            code = re.sub(r'"(?:[^"\\n])*\.to\([^"\n]*"', "", source)
+            assert not _MOVES.search(code), path
         if name_of(path) != "backends.hooks":
             assert "register_forward" not in source, path
             assert "register_full_backward" not in source, path

@@ -349,3 +349,20 @@ def test_hooks_without_one_on_the_whole_model(pretend: Pretend) -> None:
     with plain.trace(IDS), model.trace(IDS):
         wanted, found = plain.logits.save(), model.logits.save()
     assert torch.equal(found.value, wanted.value)
+
+
+def test_tokens_of_rows_of_different_lengths(pretend: Pretend, tmp_path: Path) -> None:
+    """Which positions these are is known on the host; they are chosen where the tensor is."""
+    found = []
+    for hf in (FAMILIES["llama"].build(), build("llama", "offloaded", tmp_path)):
+        model = tl.wrap(hf)
+        with model.trace(ROWS) as t:
+            model.layers[0].resid_post.tok[0] = torch.linspace(-1, 1, 48)
+            model.layers[2].mlp_act.tok[1] *= 2.0
+            model.layers[2].resid_post.tok[-1] += model.layers[0].resid_post.tok[1]
+            model.layers[2].resid_post.tok[:2].save("first two")
+            model.layers[2].scores.save("scores")
+            model.logits.tok[-1].save("logits")
+        found.append(t.results)
+    for name, wanted in found[0].items():
+        _equal(found[1][name], wanted, name)

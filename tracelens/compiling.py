@@ -19,7 +19,7 @@ from tracelens.backends.local import LocalCode, Run, prepare
 from tracelens.backends.places import placement
 from tracelens.backends.ready import running_device
 from tracelens.backends.replacing import require_replaceable
-from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on
+from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on, moved
 from tracelens.checking import check
 from tracelens.constants import Captured, from_payload
 from tracelens.errors import (
@@ -291,7 +291,7 @@ def _mask(prompt: Prompt, device: torch.device) -> torch.Tensor | None:
     """Where the prompt's real tokens are; inputs that are no prompt have none."""
     if isinstance(prompt, Inputs):
         return None
-    return prompt.batch.mask if device.type == "cpu" else prompt.batch.mask.to(device)
+    return moved(prompt.batch.mask, device)
 
 
 def _arguments(prompt: Prompt, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:

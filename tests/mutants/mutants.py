@@ -379,7 +379,7 @@ MUTANTS = (
     Mutant(
         "a layer's input is edited where it comes from",
         "backends/local.py",
-        "            tensor = brought(tensor, self.device)",
+        "            tensor = moved(tensor, self.device)",
         "            pass",
         SPREAD,
     ),

@@ -22,7 +22,7 @@ from tracelens.backends.module_hooks import ModuleHook
 from tracelens.backends.replacing import replacement
 from tracelens.backends.spread import Keeper, Loading
 from tracelens.backends.stand_in import StandIn, missed
-from tracelens.backends.transfer import Everywhere, brought
+from tracelens.backends.transfer import Everywhere, moved
 from tracelens.backends.views import taking_and_putting
 from tracelens.errors import (
     NestedTraceError,
@@ -227,7 +227,7 @@ class _Hook:
             raise self.unfit(run, tensor)
         self.fired = run.forward_number
         if self.device is not None:
-            tensor = brought(tensor, self.device)
+            tensor = moved(tensor, self.device)
         return self.code.steps(run.state, tensor)
 
     def unfit(self, run: Run, tensor: Any) -> SiteMismatchError:

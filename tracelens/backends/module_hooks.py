@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from tracelens.backends.hooks import Seat
-from tracelens.backends.transfer import brought
+from tracelens.backends.transfer import moved
 from tracelens.errors import SiteMismatchError
 from tracelens.ir.module_sites import INPUT, Key, ModuleSite
 
@@ -113,7 +113,7 @@ class ModuleHook:
             )
         self.fired = run.forward_number
         device = self.code.device
-        here = tensor if device is None else brought(tensor, device)
+        here = tensor if device is None else moved(tensor, device)
         found = self.code.steps(run.state, here.clone() if self.copies else here)
         if self.code.writes:
             return replaced(given, self.key, found)

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from tracelens.backends.transfer import indices
+from tracelens.backends.transfer import moved
 from tracelens.errors import WriteTargetError
 from tracelens.selection import Selection
 
@@ -18,8 +18,8 @@ def take_tokens(
     uniform = selection.uniform
     if uniform is not None:
         return tensor[(slice(None),) * axis + (uniform,)]
-    moved, back = _in_front(tensor, batch_axis, axis)
-    taken = moved[indices(selection.rows, tensor.device), indices(selection.cols, tensor.device)]
+    front, back = _in_front(tensor, batch_axis, axis)
+    taken = front[moved(selection.rows, tensor.device), moved(selection.cols, tensor.device)]
     if selection.drops:
         # [B, ...]: the batch axis returns to where it was, less one if the position axis stood before it.
         assert batch_axis is not None
@@ -40,8 +40,8 @@ def put_tokens(
     if uniform is not None:
         tensor[(slice(None),) * axis + (uniform,)] = value
         return
-    moved, back = _in_front(tensor, batch_axis, axis)
-    rows, columns = indices(selection.rows, tensor.device), indices(selection.cols, tensor.device)
+    front, back = _in_front(tensor, batch_axis, axis)
+    rows, columns = moved(selection.rows, tensor.device), moved(selection.cols, tensor.device)
     if isinstance(value, torch.Tensor):
         shape = list(tensor.shape)
         if selection.drops:
@@ -52,7 +52,7 @@ def put_tokens(
             shape[axis] = columns.shape[1]
             value = value.expand(shape).movedim(back, (0, 1))
         value = value.to(tensor.dtype)
-    moved[rows, columns] = value
+    front[rows, columns] = value
 
 
 def _in_front(

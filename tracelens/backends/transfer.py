@@ -57,24 +57,13 @@ class Everywhere:
         """The tensor on ``device``."""
         found = self._on.get(device)
         if found is None:
-            found = self._on[device] = self._tensor.to(device, non_blocking=device.type != "cpu")
+            found = self._on[device] = moved(self._tensor, device)
         return found
-
-
-def brought(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """What a module is given, where the module computes: accelerate would move it a moment later."""
-    # Towards the host, a copy that nobody waits for may be read before it is there.
-    return tensor.to(device, non_blocking=device.type != "cpu")
-
-
-def indices(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Chosen rows and positions, which are known on the host, where they choose."""
-    return tensor.to(device, non_blocking=device.type != "cpu")
 
 
 def loaded(weight: torch.Tensor, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     """An offloaded weight, from memory or disk, where and as its module uses it."""
-    return weight.detach().to(device, dtype, non_blocking=device.type != "cpu")
+    return moved(weight.detach(), device).to(dtype)
 
 
 def arguments_on(value: Any, device: torch.device) -> Any:
