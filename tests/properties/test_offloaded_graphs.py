@@ -6,18 +6,23 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+import accelerate
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import tracelens as tl
+from tests.properties.test_devices import compare
 from tests.strategies import graphs
 from tests.support.batches import EVEN, RAGGED, random_rows
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, LAYERS
 from tests.support.offloading import WAYS, loaded
 from tests.support.plain import untouched
+from tests.support.pretend import device_map, pretend_throughout
 from tracelens.errors import UnusedGradientError
+
+__all__ = ["pretend_throughout"]
 
 ROTARY = ("llama", "mistral", "qwen2", "qwen3")
 EVEN_ROWS, RAGGED_ROWS = random_rows(EVEN), random_rows(RAGGED)
@@ -28,6 +33,9 @@ GRAPHS = st.one_of(
     graphs(aligned=False).map(lambda graph: (graph, RAGGED_ROWS)),
     graphs(sizes=SIZES, gradients=True).map(lambda graph: (graph, EVEN_ROWS)),
 )
+
+
+P = ["pretend:0", "pretend:1", "pretend:2"]
 
 
 @cache
@@ -69,3 +77,37 @@ def test_an_offloaded_model_gives_the_same_bits(
         )
         for one, other in pairs:
             assert torch.equal(one.nan_to_num(), other.nan_to_num()), key
+
+
+@st.composite
+def maps(draw: Any) -> dict[str, Any]:
+    """Over three devices, with parts that are kept in memory or on disk and run on the first."""
+    somewhere = st.sampled_from([*P, "cpu", "disk"])
+    layers = draw(st.lists(somewhere, min_size=LAYERS - 1, max_size=LAYERS - 1))
+    layers.insert(draw(st.integers(0, LAYERS - 1)), draw(st.sampled_from(P)))
+    return {"layers": layers, **{part: draw(somewhere) for part in ("embedding", "norm", "head")}}
+
+
+@pytest.mark.usefixtures("pretend_throughout")
+@settings(max_examples=2 * settings().max_examples)
+@given(name=st.sampled_from(ROTARY), found=GRAPHS, parts=maps())
+def test_a_model_that_is_spread_and_offloaded_gives_the_same_numbers(
+    tmp_path_factory: pytest.TempPathFactory, name: str, found: Any, parts: dict[str, Any]
+) -> None:
+    graph, rows = found
+    try:
+        wanted = _plain(name).compile(graph)(rows)
+    except UnusedGradientError:
+        return
+    hf = FAMILIES[name].build(attn="eager")
+    accelerate.dispatch_model(
+        hf,
+        device_map(hf, **parts),
+        main_device=torch.device(P[0]),
+        offload_dir=tmp_path_factory.mktemp("weights"),
+    )
+    kept = loaded(hf)
+    with untouched(hf):
+        results = tl.wrap(hf).compile(graph)(rows)
+    assert loaded(hf) == kept
+    compare(graph, results, wanted)
