@@ -74,6 +74,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("prompt_tokens", 5),
     ("leaving", 5),
     ("compiling", 5),
+    ("reusable", 5),
     ("tracing", 5),
     ("sweeping", 5),
     ("module_handle", 5),

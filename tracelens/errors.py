@@ -136,6 +136,10 @@ class UnknownModuleError(TracelensError, KeyError):
         return TracelensError.__str__(self)
 
 
+class UnknownAttributeError(TracelensError, AttributeError):
+    """The object has no attribute of that name, or none that can be assigned to."""
+
+
 class ModuleCallError(TracelensError):
     """A forward pass does not call the module, or calls it several times and it was not said which call is meant."""
 
@@ -383,7 +387,7 @@ class OpFailedError(TracelensError):
 
 
 class TrainingModeError(TracelensError):
-    """The model drops activations at random, because it is in training mode."""
+    """The model is in training mode, in which it drops activations at random or changes its own statistics."""
 
 
 class ApplyResultError(TracelensError):

@@ -23,7 +23,7 @@ from tracelens.prompted import Prompt
 from tracelens.site_table import SiteTable, site_table
 from tracelens.tracing import Generation, Program, Record, Trace
 from tracelens.values import Value
-from tracelens.view import display
+from tracelens.view import Fold, Line, Shown, Stack, View, display, html
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _OWN = ("_compiler", "_hf", "_latest", "_tokenizer", "anatomy", "layers")
 
 
-class Model:
+class Model(Shown):
     """A language model whose inside can be read and changed.
 
     Made by :func:`tracelens.load` and :func:`tracelens.wrap`. ``model.layers[i].<site>`` and ``model.<site>`` name the
@@ -268,8 +268,11 @@ class Model:
         present = [kind.name for kind in GLOBAL_KINDS if self.anatomy.has(Site(kind.name))]
         return sorted({*_PUBLIC, *present})
 
-    def __repr__(self) -> str:
-        return f"<tracelens model: {self.describe()}>"
+    def _view(self) -> View:
+        return Line(f"<tracelens model: {self.describe()}>")
+
+    def _repr_html_(self) -> str:
+        return html(Stack((Line(self.describe()), Fold("sites", self.sites()._view()))))
 
 
 _PUBLIC = tuple(sorted({"layers", *(name for name in vars(Model) if not name.startswith("_"))}))

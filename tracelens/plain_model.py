@@ -17,6 +17,7 @@ from tracelens.errors import (
     NoTraceError,
     OptionError,
     SpecialisedGraphError,
+    UnknownAttributeError,
 )
 from tracelens.inputs import Inputs
 from tracelens.ir.dims import Sizes
@@ -27,9 +28,11 @@ from tracelens.module_handle import ModuleHandle
 from tracelens.open_recordings import open_recorders
 from tracelens.recorder import Recorder
 from tracelens.results import Results
+from tracelens.reusable import Reusable, require_graph
 from tracelens.subject import INPUTS
-from tracelens.tracing import Program, Record, Recording, Trace, program_text, require_graph
+from tracelens.tracing import Program, Record, Recording, Trace
 from tracelens.values import Value
+from tracelens.view import Fold, Line, Shown, Stack, Table, View, html
 
 _KEPT = 16  # shapes of inputs for which a model is kept ready
 
@@ -45,7 +48,7 @@ _WORDS = {
 }
 
 
-class PlainModel:
+class PlainModel(Shown):
     """Any module of PyTorch, whose submodules can be read and changed by path.
 
     Made by :func:`tracelens.wrap`. ``model.trace(x)`` takes what the module's forward takes. There are no named sites,
@@ -168,8 +171,26 @@ class PlainModel:
             instead="model.module(path).output; model.modules() lists the paths, model.hf is the module itself",
         )
 
-    def __repr__(self) -> str:
-        return f"<tracelens model without named sites: {type(self._module).__name__}>"
+    def __setattr__(self, name: str, new: Any) -> None:
+        if name.startswith("_"):
+            object.__setattr__(self, name, new)
+            return
+        path = name if name in self.modules() else ""
+        side = "input" if name in ("input", "inputs") else "output"
+        raise UnknownAttributeError(
+            f"nothing can be assigned to {name!r} of a model: what it computes is changed at its modules",
+            at=here(),
+            instead=f'model.module("{path}").{side} = value, in a block; model.modules() lists the paths',
+        )
+
+    def _view(self) -> View:
+        return Line(f"<tracelens model without named sites: {type(self._module).__name__}>")
+
+    def _repr_html_(self) -> str:
+        rows = tuple((path or '""', type(module).__name__) for path, module in self._module.named_modules())
+        return html(
+            Stack((Line(self.describe()), Fold(f"{len(rows)} modules", Table(("path", "module"), rows))))
+        )
 
 
 class Fitted:
@@ -217,13 +238,13 @@ class PlainRecord(_OnInputs, Record):
     """A block that only records."""
 
 
-class PlainProgram:
+class PlainProgram(Reusable):
     """A compiled graph: call it on inputs of the shapes that it was recorded for."""
 
     def __init__(self, model: PlainModel, graph: Graph) -> None:
         require_graph(graph, "model.record(x)")
+        object.__setattr__(self, "graph", graph)
         self._model = model
-        self.graph = graph
         self._names = frozenset(op.name for op in graph.ops if isinstance(op, Const) and op.name is not None)
         taken = sorted(self._names & set(inspect.signature(model._module.forward).parameters))
         if taken:
@@ -265,6 +286,3 @@ class PlainProgram:
         if self._program is None:
             return self.graph.text()
         return self._program.explain()
-
-    def __repr__(self) -> str:
-        return program_text(self.graph)

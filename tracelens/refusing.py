@@ -16,6 +16,7 @@ from tracelens.errors import (
     LayerMappingError,
     RandomFunctionError,
     TracelensError,
+    UnknownAttributeError,
     UnsupportedFunctionError,
     ValueBranchError,
     WriteTargetError,
@@ -23,6 +24,7 @@ from tracelens.errors import (
 from tracelens.ir.functions import nearest
 from tracelens.ir.infer import refusal_of
 from tracelens.ir.refused import Reason
+from tracelens.ir.sites import near
 from tracelens.location import frames_inside, here, raised_at
 
 _ERRORS: dict[Reason, type[TracelensError]] = {
@@ -154,6 +156,18 @@ def parameter_target(what: str) -> WriteTargetError:
             "the site that follows: model.lm_head[..., token] = value after the unembedding, "
             "model.layers[i].mlp_out = value after an MLP; model.sites() lists them"
         ),
+    )
+
+
+def unknown_attribute(
+    what: str, name: str, owner: str, candidates: Sequence[str], otherwise: str
+) -> UnknownAttributeError:
+    """The error for ``owner.name``, which there is not; ``otherwise``: what to write where no name is like it."""
+    likely = near(name, tuple(candidates))
+    return UnknownAttributeError(
+        f"{what} has no {name!r}",
+        at=here(),
+        instead=f"did you mean {', '.join(f'{owner}.{other}' for other in likely)}?" if likely else otherwise,
     )
 
 

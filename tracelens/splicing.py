@@ -3,17 +3,27 @@
 from __future__ import annotations
 
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from tracelens.errors import Blaming, LostUpdateError, ShapeError, SpliceError, StaleValueError
+from tracelens.errors import (
+    Blaming,
+    LostUpdateError,
+    ShapeError,
+    SpliceError,
+    StaleValueError,
+    UnknownAttributeError,
+)
 from tracelens.ir.ops import IndexItem, Ref
+from tracelens.ir.sites import near
 from tracelens.location import Location, here
 from tracelens.operand import Operand
 from tracelens.recorder import Recorder
+from tracelens.refusing import unknown_attribute
 from tracelens.subject import spelling
 from tracelens.values import Value
+from tracelens.view import Line, Shown, View
 
 _LOST = "to change the model:   s.features += v\nto compute a new value: f = f + v"
 
@@ -66,7 +76,20 @@ class _Update(Value):
         return self._splice._expect(result, self._id)
 
 
-class Splice:
+_PARTS = ("features", "input", "reconstruction", "error")
+_CALLED = {
+    **dict.fromkeys(
+        ("activations", "acts", "codes", "encoded", "f", "feature_acts", "hidden", "latent", "latents", "z"),
+        "features",
+    ),
+    **dict.fromkeys(("decoded", "output", "out", "recon"), "reconstruction"),
+    **dict.fromkeys(("error_term", "residual", "sae_error"), "error"),
+    **dict.fromkeys(("inputs", "site", "value", "x"), "input"),
+}
+"""What other libraries, and people, call the parts of a splice."""
+
+
+class Splice(Shown):
     """A module in the model's path while its block is open: ``with tl.splice(...) as s:``.
 
     ``s.features`` are what ``encode`` gives, to read, save and change: ``s.features[..., 17] = 0``,
@@ -214,6 +237,32 @@ class Splice:
         """What the reconstruction misses of the site that is written: that site less :attr:`reconstruction`."""
         return Value(self._recorder, self._target._id) - self.reconstruction
 
+    if not TYPE_CHECKING:  # type checkers know the attributes that there are
+
+        def __getattr__(self, name: str) -> NoReturn:
+            if name.startswith("_"):
+                raise AttributeError(name)
+            raise _no_part(name)
+
+    def __setattr__(self, name: str, new: Any) -> None:
+        if name != "features" and not name.startswith("_"):
+            raise _not_assigned(name)
+        object.__setattr__(self, name, new)
+
+    def _view(self) -> View:
+        state = (
+            "not open yet"
+            if self._first is None
+            else "open"
+            if self._closed is None
+            else "its block has ended"
+        )
+        to = f" to {self._target._site}" if self._target is not self._source else ""
+        features = "" if self._features is None else f", features {self._features._type}"
+        error = "with" if self._keep_error else "without"
+        what = f"{type(self._module).__name__} at {self._source._site}{to}"
+        return Line(f"<splice of {what}{features}, {error} the error, {state}>")
+
     # --- changes -----------------------------------------------------------------------------------------------------
 
     def _require_current(self, features: Value) -> None:
@@ -290,6 +339,44 @@ def splice(site: Any, module: Any, *, keep_error: bool = True, to: Any = None) -
             instead="a module with encode(x) that gives features, and decode(features) that gives x again",
         )
     return Splice(site, target, module, keep_error)
+
+
+_ASSIGNED = "s.features = new, s.features[..., 17] = 0: the features are what a splice opens to changes"
+
+
+def _no_part(name: str) -> UnknownAttributeError:
+    """The error for ``s.name``."""
+    if name == "keep_error":
+        return _not_assigned(name)
+    meant = _CALLED.get(name)
+    return unknown_attribute(
+        "a splice",
+        name,
+        "s",
+        () if meant else _PARTS,
+        f"s.{meant}" if meant else "s.features, s.input, s.reconstruction and s.error",
+    )
+
+
+def _not_assigned(name: str) -> UnknownAttributeError:
+    """The error for ``s.name = new``."""
+    if name == "keep_error":
+        return UnknownAttributeError(
+            "whether a splice keeps the error is said where it is made",
+            at=here(),
+            instead="tl.splice(site, module, keep_error=False)",
+        )
+    if name not in _PARTS:
+        known = near(name, ("features",)) or _CALLED.get(name) == "features"
+        return unknown_attribute("a splice", name, "s", (), "s.features = new" if known else _ASSIGNED)
+    return UnknownAttributeError(
+        f"the {name} of a splice can be read, and nothing can be assigned to it",
+        at=here(),
+        instead={
+            "error": "keep_error=False leaves the error away; s.features = new changes the features",
+            "input": "an assignment to the site before the splice",
+        }.get(name, _ASSIGNED),
+    )
 
 
 def _named(value: Any) -> str:

@@ -22,7 +22,6 @@ from tracelens.errors import (
     NothingSavedError,
     NoTokenizerError,
     NotRunYetError,
-    OptionError,
     TracelensError,
 )
 from tracelens.explain import explain
@@ -39,6 +38,7 @@ from tracelens.prompted import Prompt
 from tracelens.recorder import Recorder
 from tracelens.refusing import failed_block, module_that_failed
 from tracelens.results import Results
+from tracelens.reusable import Reusable, require_graph
 
 if TYPE_CHECKING:
     from tracelens.model import Model
@@ -356,7 +356,7 @@ def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:
     return row
 
 
-class Program:
+class Program(Reusable):
     """A compiled graph: call it on as many prompts as you like, without recording again.
 
     It owns copies of the graph's constants, so changing the original tensors later has no effect on it.
@@ -367,7 +367,7 @@ class Program:
         self._model = model
         self._compiler: Compiler = model._compiler
         with Blaming(here()):
-            self.graph = owning(graph)
+            object.__setattr__(self, "graph", owning(graph))
         if not graph.saves and not graph.applies:
             raise (
                 nothing_saved(graph)
@@ -421,21 +421,3 @@ class Program:
     def explain(self) -> str:
         """The graph with its lines, the plan, and the program of each place."""
         return explain(self._model.describe(), self.graph, self._compiled.plan, self._compiled.programs, None)
-
-    def __repr__(self) -> str:
-        return program_text(self.graph)
-
-
-def require_graph(graph: object, recording: str) -> None:
-    """Refuses what is no graph; ``recording`` is how this model's user opens a block that makes one."""
-    if not isinstance(graph, Graph):
-        raise OptionError(
-            f"model.compile takes a graph or a recording, not a {type(graph).__name__}",
-            at=here(),
-            instead=f"model.compile(r), where r is from: with {recording} as r: ...",
-        )
-
-
-def program_text(graph: Graph) -> str:
-    """A program in one line."""
-    return f"<program: {len(graph.ops)} operations, saves {[save.name for save in graph.saves]}>"

@@ -71,6 +71,13 @@ class Stack:
 
 View = Line | Code | Table | Fold | TokenRows | Stack
 
+
+def folded(explained: str) -> tuple[Fold, ...]:
+    """The sections of an ``explain()``, each under its first line; the very first is a line for the reader already."""
+    sections = explained.split("\n\n")[1:]
+    return tuple(Fold(section.splitlines()[0].rstrip(" {"), Code(section)) for section in sections)
+
+
 WIDTH = 100
 """How many columns a terminal is taken to have: wider rows of tokens are broken."""
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from tracelens.errors import TracelensError
-from tracelens.view import Code, Fold, Line, Stack, View, html
+from tracelens.view import Code, Line, Stack, View, folded, html
 
 if TYPE_CHECKING:
     from tracelens.tracing import Recording
@@ -14,12 +14,12 @@ if TYPE_CHECKING:
 def recording_html(recording: Recording) -> str:
     """A block in a notebook: what was saved, and behind folds the graph, the plan and the programs."""
     try:
-        sections = recording.explain().split("\n\n")
+        explained = recording.explain()
     except TracelensError as error:
         return html(Code(str(error)))
-    parts: list[View] = [Line(sections[0])]
+    parts: list[View] = [Line(explained.partition("\n\n")[0])]
     results = getattr(recording, "_results", None)
     if results is not None and len(results):
         parts.append(results._view())
-    parts += [Fold(section.splitlines()[0].rstrip(" {"), Code(section)) for section in sections[1:]]
+    parts += folded(explained)
     return html(Stack(tuple(parts)))
