@@ -13,6 +13,7 @@ import torch
 
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.autograd_mode import outside_inference
+from tracelens.backends.departing import Departures
 from tracelens.backends.differentiate import require_differentiable, usable
 from tracelens.backends.execute import State
 from tracelens.backends.local import LocalCode, Run, prepare
@@ -241,7 +242,12 @@ class Compiler:
                 raise graph.blame(error, _capturing(graph, index)) from None
             tensors[index, place] = self.constants.place(constant, compiled.code.devices.places[place])
         pads = prompt.batch.pads if prompt.ragged else None
-        return State(compiled.code.count, tensors, graph.functions, self._parameter, prompt.select, pads)
+        departures = (
+            Departures(compiled.plan.graph.types, prompt.sizes) if compiled.code.devices.departing else None
+        )
+        return State(
+            compiled.code.count, tensors, graph.functions, self._parameter, prompt.select, pads, departures
+        )
 
     def _parameter(self, path: str) -> torch.Tensor:
         return self.anatomy.weight(path)
@@ -282,7 +288,8 @@ class Compiler:
                     model(*args, **inputs)
 
                 run.execute(forward, each_forward=None)
-            return leave(compiled.saves, compiled.plan.graph.types, state.saved, prompt, state.foreign)
+            types = compiled.plan.graph.types
+            return leave(compiled.saves, types, state.saved, prompt, state.foreign, state.departures)
         except TracelensError as error:
             raise relocate(error, graph) from error.__cause__
 

@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 
+from tracelens.backends.departing import Departures, require_unchanged
 from tracelens.backends.transfer import on_cpu
-from tracelens.errors import MutatedActivationError, SavedFileError
+from tracelens.errors import SavedFileError
 from tracelens.ir.infer import torch_dtype
 from tracelens.ir.ops import Keep, Save
 from tracelens.ir.types import TensorType
@@ -29,10 +30,12 @@ def leave(
     saved: Mapping[str, Members],
     prompt: Prompt,
     foreign: Sequence[torch.Tensor] = (),
+    departures: Departures | None = None,
 ) -> dict[str, Callable[[], Any]]:
     """The saved tensors, detached, compact and where they were asked to be; every one has its own memory.
 
-    ``foreign``: tensors in memory of the user's or the model's, which no saved tensor may share.
+    ``foreign``: tensors in memory of the user's or the model's, which no saved tensor may share. ``departures``: the
+    tensors that are on their way already; reading them waits for their arrival.
     """
     taken = {tensor.untyped_storage().data_ptr() for tensor in foreign}
     found: dict[str, Callable[[], Any]] = {}
@@ -40,10 +43,19 @@ def leave(
     for save in saves:
         members = saved[save.name]
         for member, seen in members:
-            if member._version != seen:
-                raise MutatedActivationError(
-                    f"the model changed the tensor saved as {save.name!r} in place after it had been read"
-                )
+            require_unchanged(save, member, seen)
+        files = files or save.to is not None
+        split = (
+            partial(_per_prompt, type_=types[save.values[0]], prompt=prompt, stacked=save.stacked)
+            if prompt.ragged and types[save.values[0]].padded_axes
+            else None
+        )
+        if departures is not None and (host := departures.host(save)) is not None:
+            rest = [part for part, (member, _) in enumerate(members) if member.device.type == "cpu"]
+            for part in rest:  # of a stack whose other members come from devices
+                host[part].copy_(members[part][0].detach())
+            found[save.name] = _Arriving(departures, host, split)
+            continue
         parts = [member.detach() if member.requires_grad else member for member, _ in members]
         if save.dtype is not None:
             parts = [part.to(torch_dtype(save.dtype)) for part in parts]
@@ -53,12 +65,8 @@ def leave(
             parts = [on_cpu(part) for part in parts]
         # The members of several devices meet only here.
         tensor = torch.stack(parts) if save.stacked and len(parts) > 1 else parts[0]
-        if prompt.ragged and types[save.values[0]].padded_axes:
-            value: Any = _per_prompt(tensor, types[save.values[0]], prompt, stacked=save.stacked)
-        else:
-            value = _own(tensor, taken)
+        value: Any = _own(tensor, taken) if split is None else split(tensor)
         found[save.name] = partial(_same, value)
-        files = files or save.to is not None
     if files:
         _write_files(saves, found)
     return found
@@ -66,6 +74,30 @@ def leave(
 
 def _same(value: Any) -> Any:
     return value
+
+
+class _Arriving:
+    """A saved tensor that is on its way to the host: the first who reads it waits."""
+
+    def __init__(
+        self,
+        departures: Departures,
+        host: torch.Tensor,
+        split: Callable[[torch.Tensor], list[torch.Tensor]] | None,
+    ) -> None:
+        self._departures: Departures | None = departures
+        self._value: Any = host
+        self._split = split
+
+    def __call__(self) -> Any:
+        departures = self._departures
+        if departures is not None:
+            departures.wait()
+            split, self._split = self._split, None
+            if split is not None:
+                self._value = split(self._value)
+            self._departures = None
+        return self._value
 
 
 def _own(tensor: torch.Tensor, taken: set[int]) -> torch.Tensor:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -23,6 +23,7 @@ from tracelens.backends.execute import (
     applied,
     fitted,
     full,
+    kept,
     mismatch,
     plain_item,
     plain_number,
@@ -84,6 +85,12 @@ class Devices:
 
     places: tuple[torch.device, ...]
     home: Mapping[int, int]
+    views: frozenset[int] = frozenset()
+    """The values that may be parts of others, in the same memory."""
+    departing: Mapping[tuple[int, int], tuple[torch.device, tuple[tuple[Save, int], ...]]] = field(
+        default_factory=dict[tuple[int, int], tuple[torch.device, tuple[tuple[Save, int], ...]]]
+    )
+    """After which save (its number and its place) a device has saved all, and what that is."""
 
 
 @lru_cache(maxsize=4096)
@@ -253,7 +260,20 @@ class _Writer:
 
     def _save(self, op: Save, parts: tuple[int, ...]) -> None:
         # Each with its version, by which changes made after the save are found.
-        members = [f"({self.ref(op.values[part])}, {self.ref(op.values[part])}._version)" for part in parts]
+        members: list[str] = []
+        for part in parts:
+            value = op.values[part]
+            saved = self.ref(value)
+            if op.dtype is not None or value in self.devices.views:
+                saved = f"k{part}"
+                dtype = None if op.dtype is None else torch_dtype(op.dtype)
+                self.line(f"{saved} = {self.name(kept)}({self.ref(value)}, {self.name(dtype)})")
+            members.append(f"({saved}, {saved}._version)")
+        self._members(op, parts, members)
+        if departing := self.devices.departing.get((self.number, self.devices.home[op.values[parts[0]]])):
+            self.line(f"state.depart(*{self.name(departing)})")
+
+    def _members(self, op: Save, parts: tuple[int, ...], members: list[str]) -> None:
         if len(parts) == len(op.values):
             self.line(f"state.saved[{self.name(op.name)}] = [{', '.join(members)}]")
             return

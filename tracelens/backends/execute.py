@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from tracelens.backends.departing import Departures
 from tracelens.backends.transfer import moved
 from tracelens.errors import (
     ApplyResultError,
@@ -22,6 +23,7 @@ from tracelens.ir.ops import (
     Apply,
     IndexItem,
     Read,
+    Save,
     Scalar,
     Slice,
     Special,
@@ -36,6 +38,7 @@ class State:
 
     __slots__ = (
         "constants",
+        "departures",
         "foreign",
         "functions",
         "pads",
@@ -56,7 +59,9 @@ class State:
         parameter: Callable[[str], torch.Tensor],
         select: Callable[[TokenSelector], Any],
         pads: Sequence[int] | None = None,
+        departures: Departures | None = None,
     ) -> None:
+        self.departures = departures
         # How much padding stands before each row, where rows differ in length.
         self.pads = pads
         self.values: list[Any] = [None] * count
@@ -73,11 +78,26 @@ class State:
         # What went from place to place.
         self.traffic: list[tuple[Transfer, int]] = []
 
+    def depart(self, device: torch.device, parts: Sequence[tuple[Save, int]]) -> None:
+        """Sends what was saved on a device, which has nothing to add."""
+        if self.departures is not None:
+            self.departures.depart(device, parts, self.saved)
+
     def constant(self, which: tuple[int, int]) -> torch.Tensor:
         """A constant at a place, by both numbers."""
         tensor = self.constants[which]
         self.foreign.append(tensor)
         return tensor
+
+
+def kept(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """A tensor to be saved, in the dtype that it is saved in; a part of a larger one does not keep that one alive."""
+    tensor = tensor.detach()
+    if dtype is not None:
+        tensor = tensor.to(dtype)
+    if tensor.untyped_storage().nbytes() > tensor.nbytes:
+        return tensor.clone(memory_format=torch.contiguous_format)
+    return tensor
 
 
 def sent(state: State, tensor: torch.Tensor, transfer: Transfer, device: torch.device) -> torch.Tensor:

@@ -30,9 +30,10 @@ from tracelens.errors import (
     SiteMismatchError,
     TracelensError,
 )
+from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import INPUT, ModuleSite
-from tracelens.ir.ops import Call, IndexPut, Write, results
+from tracelens.ir.ops import Call, Index, IndexPut, Keep, Save, Write, results
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 from tracelens.location import here
@@ -125,7 +126,8 @@ _KEPT_SIZES = 64
 def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> LocalCode:
     """Compiles the programs of all places for a model whose devices this process owns."""
     graph = plan.graph
-    devices = Devices(tuple(torch.device(place.device) for place in plan.placement.places), plan.home)
+    places = tuple(torch.device(place.device) for place in plan.placement.places)
+    devices = Devices(places, plan.home, _views(graph), _departing(programs, places))
     fresh = frozenset(
         value
         for op in graph.ops
@@ -186,6 +188,38 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
     return LocalCode(
         graph, devices, before, tuple(hooks), count, seat, differentiates, keepers, tuple(shapes)
     )
+
+
+def _views(graph: Graph) -> frozenset[int]:
+    """The values that may lie in the memory of others."""
+    return frozenset(
+        value
+        for op in graph.ops
+        if isinstance(op, Index)
+        or (isinstance(op, Call) and (known := FUNCTIONS.get(op.function)) and known.kind in _VIEWING)
+        for value, _ in results(op)
+    )
+
+
+def _departing(
+    programs: Sequence[Program], places: Sequence[torch.device]
+) -> dict[tuple[int, int], tuple[torch.device, tuple[tuple[Save, int], ...]]]:
+    """After which save each device but the host has saved all that goes to the host."""
+    found: dict[tuple[int, int], tuple[torch.device, tuple[tuple[Save, int], ...]]] = {}
+    for program in programs:
+        device = places[program.place.index]
+        parts: list[tuple[Save, int]] = []
+        last = None
+        for step in program.steps():
+            if isinstance(step.op, Save) and step.op.keep is Keep.CPU:
+                parts += [(step.op, part) for part in step.parts]
+                last = step.number
+        if last is not None and device.type != "cpu":
+            found[last, program.place.index] = (device, tuple(parts))
+    return found
+
+
+_VIEWING = (Kind.SHAPE, Kind.AXIS, Kind.PATTERN, Kind.GENERAL)
 
 
 def _written(block: Block) -> Write:
