@@ -63,6 +63,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("pushing", 3),
     ("checking", 3),
     ("simulate", 3),
+    ("memory", 3),
     ("plan", 3),
     ("program", 3),
     ("reference", 3),

@@ -33,7 +33,7 @@ from tracelens.errors import (
     WriteTargetError,
 )
 from tracelens.inputs import Inputs
-from tracelens.ir.dims import KEY, POSITION, symbols
+from tracelens.ir.dims import KEY, POSITION, Sizes, symbols
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import (
     Apply,
@@ -53,8 +53,9 @@ from tracelens.ir.types import TensorType
 from tracelens.ir.verify import verify
 from tracelens.leaving import leave
 from tracelens.location import Location
+from tracelens.memory import extra_memory, require_room
 from tracelens.plan import Plan, make_plan
-from tracelens.program import Program, lower
+from tracelens.program import Program, lower, merged
 from tracelens.prompted import Prompt
 from tracelens.results import Results, SavedTensor, describe
 from tracelens.steps import Steps
@@ -80,6 +81,15 @@ class Compiled:
     def described(self) -> tuple[SavedTensor, ...]:
         """What each save holds."""
         return tuple(describe(self.recorded, save) for save in self.recorded.saves)
+
+    def require_room(self, graph: Graph, sizes: Sizes, most: int) -> None:
+        """Raises :class:`~tracelens.errors.ExtraMemoryError` for a run that would hold more than ``most`` bytes."""
+        plan = self.plan
+        found = extra_memory(merged(self.programs), plan.graph, plan.home, plan.placement.places, sizes)
+        try:
+            require_room(found, plan.graph, most)
+        except TracelensError as error:
+            raise relocate(error, graph) from None
 
     def results(self, tensors: Mapping[str, Callable[[], Any]]) -> Results:
         """The results of a run."""

@@ -390,6 +390,10 @@ class TrainingModeError(TracelensError):
     """The model is in training mode, in which it drops activations at random or changes its own statistics."""
 
 
+class ExtraMemoryError(TracelensError):
+    """A run would hold more memory beside the model than the user allows."""
+
+
 class ApplyResultError(TracelensError):
     """A function given to ``tl.apply`` returned something else than ``like=`` declares."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Write
 from tracelens.ir.text import op_text
+from tracelens.ir.types import bytes_text
+from tracelens.memory import extra_memory
 from tracelens.plan import Plan
-from tracelens.program import Program
+from tracelens.program import Program, merged
 from tracelens.prompted import Prompt
 from tracelens.subject import INPUTS
 
@@ -19,10 +21,27 @@ def explain(
     sections = [
         f"{model}{over}",
         _graph(graph),
-        "\n".join([plan.text(None if prompt is None else prompt.sizes), *_unseen(graph, plan)]),
+        "\n".join(
+            [
+                plan.text(None if prompt is None else prompt.sizes),
+                *_memory(plan, programs, prompt),
+                *_unseen(graph, plan),
+            ]
+        ),
         *(program.text() for program in programs if program.blocks),
     ]
     return "\n\n".join(sections)
+
+
+def _memory(plan: Plan, programs: tuple[Program, ...], prompt: Prompt | None) -> list[str]:
+    """What each device holds beside the model; on the host alone nobody counts it."""
+    places = plan.placement.places
+    if prompt is None or [place.device for place in places] == ["cpu"]:
+        return []
+    found = extra_memory(merged(programs), plan.graph, plan.home, places, prompt.sizes)
+    return [
+        f"  holds at most {bytes_text(one.bytes)} on {one.place.device} beside the model" for one in found
+    ]
 
 
 def _unseen(graph: Graph, plan: Plan) -> list[str]:

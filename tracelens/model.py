@@ -17,6 +17,7 @@ from tracelens.handles import Layers, global_site, no_target, recorder_of, unkno
 from tracelens.ir.graph import Graph
 from tracelens.ir.sites import GLOBAL_KINDS, Site
 from tracelens.location import here
+from tracelens.memory import bytes_of
 from tracelens.module_handle import ModuleHandle
 from tracelens.prompt_tokens import PromptTokens
 from tracelens.prompted import Prompt
@@ -58,21 +59,27 @@ class Model(Shown):
 
     # --- blocks --------------------------------------------------------------------------------------------------
 
-    def trace(self, prompt: Any) -> Trace:
+    def trace(self, prompt: Any, *, max_extra_memory: int | str | None = None) -> Trace:
         """Opens a block that runs the model once on ``prompt`` when it ends.
 
         ``prompt``: a text, a list of texts, token ids (list, nested list, tensor, array), or a dict with ``input_ids``
-        and ``attention_mask``. Raises :class:`~tracelens.errors.PromptError` and its kinds at once.
+        and ``attention_mask``. ``max_extra_memory``: how much the block may hold on a device beside the model, in bytes
+        or as ``"2GiB"``. Raises :class:`~tracelens.errors.PromptError` and its kinds at once, and
+        :class:`~tracelens.errors.ExtraMemoryError` before the model runs.
         """
-        return Trace(self, self.prepare(prompt))
+        return Trace(self, self.prepare(prompt), _room(max_extra_memory))
 
     def record(self, prompt: Any = None) -> Record:
         """Opens a block that only records; without a prompt, sizes are symbols and the graph fits every prompt."""
         return Record(self, None if prompt is None else self.prepare(prompt))
 
-    def compile(self, graph: Graph | Record | Trace) -> Program:
-        """A reusable program: ``program(prompt)`` runs the graph without recording it again."""
-        return Program(self, graph.graph if isinstance(graph, Record | Trace) else graph)
+    def compile(self, graph: Graph | Record | Trace, *, max_extra_memory: int | str | None = None) -> Program:
+        """A reusable program: ``program(prompt)`` runs the graph without recording it again.
+
+        ``max_extra_memory``: as for :meth:`trace`, for every prompt that the program is called with.
+        """
+        recorded = graph.graph if isinstance(graph, Record | Trace) else graph
+        return Program(self, recorded, _room(max_extra_memory))
 
     def generate(self, prompt: Any, *, max_new_tokens: int, **options: Any) -> Generation:
         """Opens a block whose writes hold in every forward pass while ``max_new_tokens`` tokens are generated.
@@ -276,3 +283,10 @@ class Model(Shown):
 
 
 _PUBLIC = tuple(sorted({"layers", *(name for name in vars(Model) if not name.startswith("_"))}))
+
+
+def _room(size: int | str | None) -> int | None:
+    if size is None:
+        return None
+    with Blaming(here()):
+        return bytes_of(size)

@@ -15,7 +15,7 @@ from tracelens.ir.passes.forward_order import moments_of
 from tracelens.ir.passes.mark_leaves import mark_leaves
 from tracelens.ir.passes.pipeline import improve
 from tracelens.ir.sites import BEFORE_ALL, Effect, Scope, Sequence, Site
-from tracelens.ir.types import TensorType
+from tracelens.ir.types import TensorType, bytes_text
 from tracelens.placement import Placement
 from tracelens.placing import place
 from tracelens.pushing import push_indices
@@ -155,12 +155,11 @@ class Plan:
                 lines.append(f"  saves {name!r}: {type_}")
             else:
                 shape = f"{type_.dtype.value} {list(type_.sizes(sizes))}"
-                lines.append(f"  saves {name!r}: {shape}, {_bytes(type_.nbytes(sizes))}")
+                lines.append(f"  saves {name!r}: {shape}, {bytes_text(type_.nbytes(sizes))}")
         if sizes is not None and self.graph.saves:
             between = sum(op.type.nbytes(sizes) for op in self.transfers)
-            lines.append(
-                f"  bytes that leave the run: {_bytes(self.bytes_saved(sizes))}; between places: {_bytes(between)}"
-            )
+            leaving = bytes_text(self.bytes_saved(sizes))
+            lines.append(f"  bytes that leave the run: {leaving}; between places: {bytes_text(between)}")
         return "\n".join(lines)
 
     def _owned(self, index: int) -> str:
@@ -176,7 +175,7 @@ class Plan:
                 when = next(
                     (f"after {site}" for site in self.sites if site.sequence == known), "before the pass"
                 )
-                size = f", {_bytes(op.type.nbytes(sizes))}" if sizes is not None else ""
+                size = f", {bytes_text(op.type.nbytes(sizes))}" if sizes is not None else ""
                 lines.append(
                     f"  sends %{op.value} {op.type} from place {op.source} to place {op.target} {when}{size}"
                 )
@@ -329,12 +328,3 @@ def _ranges(layers: list[int]) -> str:
 
 def _counted(sites: tuple[int, ...]) -> str:
     return "one site" if len(sites) == 1 else f"{len(sites)} sites"
-
-
-def _bytes(count: int) -> str:
-    size = float(count)
-    for unit in ("B", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
-        size /= 1024
-    return f"{size:.2f} GiB"

@@ -192,8 +192,9 @@ class PlanView:
 class Trace(Recording):
     """A block that runs the model once, when it ends. ``t["name"]`` and ``t.results`` hold what was saved."""
 
-    def __init__(self, model: Model, prompt: Prompt) -> None:
+    def __init__(self, model: Model, prompt: Prompt, most: int | None = None) -> None:
         super().__init__(model, prompt)
+        self._most = most
         self._results: Results | None = None
 
     def _end(self, recorder: Recorder, graph: Graph) -> None:
@@ -204,6 +205,8 @@ class Trace(Recording):
             self._results = Results((), {})
             return
         compiled = self._compiled()
+        if self._most is not None:
+            compiled.require_room(graph, self._prompt.sizes, self._most)
         tensors = self._compiler.run(graph, compiled, self._prompt)
         recorder.deliver(tensors)
         self._results = compiled.results(tensors)
@@ -362,7 +365,8 @@ class Program(Reusable):
     It owns copies of the graph's constants, so changing the original tensors later has no effect on it.
     """
 
-    def __init__(self, model: Model, graph: Graph) -> None:
+    def __init__(self, model: Model, graph: Graph, most: int | None = None) -> None:
+        self._most = most
         require_graph(graph, "model.record()")
         self._model = model
         self._compiler: Compiler = model._compiler
@@ -398,6 +402,8 @@ class Program(Reusable):
         prepared = self._model.prepare(prompt)
         self._require_fit(prepared)
         with Blaming(here()):
+            if self._most is not None:
+                self._compiled.require_room(graph, prepared.sizes, self._most)
             return self._compiled.results(self._compiler.run(graph, self._compiled, prepared))
 
     @property

@@ -133,3 +133,13 @@ def parse_type(text: str) -> TensorType:
     return TensorType(
         DTYPE_BY_SHORT[name], tuple(dims.parse(part) for part in inner.split(",")) if inner else ()
     )
+
+
+def bytes_text(count: int) -> str:
+    """A number of bytes for reading: ``"3.8 KiB"``."""
+    size = float(count)
+    for unit in ("B", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.0f} {unit}" if unit == "B" else f"{size:.1f} {unit}"
+        size /= 1024
+    return f"{size:.2f} GiB"

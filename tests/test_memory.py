@@ -1,0 +1,185 @@
+"""Memory beside the model is known before the run: what is predicted is what is measured on the pretend devices."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import accelerate
+import pytest
+import torch
+
+import tracelens as tl
+from tests.support.families import FAMILIES
+from tests.support.pretend import Pretend, Seen, device_map, pretend
+from tracelens.errors import ExtraMemoryError, OptionError
+from tracelens.memory import bytes_of, extra_memory
+from tracelens.program import merged
+
+__all__ = ["pretend"]
+
+P = [f"pretend:{index}" for index in range(3)]
+ROWS = torch.randint(2, 90, (4, 48), generator=torch.Generator().manual_seed(0)).tolist()
+WEIGHT = torch.randn(48, 48, generator=torch.Generator().manual_seed(1))
+
+
+def every_stream(model: Any) -> None:
+    model.layers[:].resid_post.save()
+
+
+def every_neuron_in_half(model: Any) -> None:
+    model.layers[:].mlp_act.save(dtype=torch.bfloat16)
+
+
+def norms(model: Any) -> None:
+    model.layers[:].resid_post.norm(dim=-1).save()
+
+
+def last_positions(model: Any) -> None:
+    model.layers[:].mlp_act[:, -1].save()
+
+
+def across(model: Any) -> None:
+    model.layers[2].resid_post += model.layers[0].resid_post
+    model.layers[1].resid_post += model.layers[0].resid_post
+    model.logits[:, -1].save()
+
+
+def kept_for_later(model: Any) -> None:
+    early = [model.layers[0].mlp_up, model.layers[0].mlp_pre, model.layers[0].resid_mid]
+    difference = (model.layers[2].mlp_pre - early[0]) * early[1]
+    difference.sum(-1).save()
+    (early[2] + model.layers[2].resid_mid).save()
+
+
+def constants(model: Any) -> None:
+    moved = model.layers[:].resid_mid @ WEIGHT
+    moved.save()
+
+
+def steered(model: Any) -> None:
+    for layer in range(3):
+        model.layers[layer].resid_post += torch.ones(4, 48, 48)
+    model.logits.save(device="keep")
+
+
+BLOCKS = (
+    every_stream,
+    every_neuron_in_half,
+    norms,
+    last_positions,
+    across,
+    kept_for_later,
+    constants,
+    steered,
+)
+
+
+def spread() -> tuple[Any, tl.Model]:
+    hf = FAMILIES["llama"].build(attn="eager")
+    hf = accelerate.dispatch_model(hf, device_map(hf, P), main_device=torch.device(P[0]))
+    return hf, tl.wrap(hf)
+
+
+@contextmanager
+def peaks(hf: Any, seen: Seen) -> Iterator[list[dict[str, int]]]:
+    """The most bytes alive on each device between any module's beginning or end and the next such moment."""
+    found: list[dict[str, int]] = []
+
+    def look(*_: Any) -> None:
+        found.append({device: seen.peak(device) for device in P})
+        seen.reset_peak()
+
+    handles = [module.register_forward_hook(look) for module in hf.modules()]
+    handles += [module.register_forward_pre_hook(look) for module in hf.modules()]
+    yield found
+    for handle in handles:
+        handle.remove()
+
+
+def predicted(model: tl.Model, graph: tl.Graph) -> dict[str, int]:
+    compiled = model._compiler.compile(graph, generating=False)
+    plan, sizes = compiled.plan, model.prepare(ROWS).sizes
+    found = extra_memory(merged(compiled.programs), plan.graph, plan.home, plan.placement.places, sizes)
+    return {extra.place.device: extra.bytes for extra in found}
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
+def test_what_is_predicted_is_measured(pretend: Pretend, block: Callable[[Any], None]) -> None:
+    hf, model = spread()
+
+    def watch(body: Callable[[Any], None] | None) -> tuple[list[dict[str, int]], Any]:
+        with pretend.watched() as seen, peaks(hf, seen) as found:
+            with model.trace(ROWS) as t:
+                if body is not None:
+                    body(model)
+                model.logits[:, -1, :1].save("end")
+            at_the_end = {device: seen.alive(device) for device in P}
+        return [*found, at_the_end], t
+
+    bare, _ = watch(None)
+    found, t = watch(block)
+    assert len(found) == len(bare) == 91
+    said = predicted(model, t.graph)
+    for device in P:
+        measured = max(one[device] - other[device] for one, other in zip(found, bare, strict=True))
+        assert said[device] == pytest.approx(measured, rel=0.05, abs=1024), device
+    assert sum(said.values()) > 4 * 48 * 4
+
+
+def test_reducing_in_every_layer_takes_no_more_with_more_layers(pretend: Pretend) -> None:
+    """A layer's own tensor is let go of before the next one is there."""
+    hf = FAMILIES["llama"].build()
+    hf = accelerate.dispatch_model(hf, device_map(hf, [P[0]] * 3, norm=P[1]), main_device=torch.device(P[0]))
+    model = tl.wrap(hf)
+    found: list[int] = []
+    for layers in (1, 2, 3):
+        with model.record() as r:
+            (model.layers[:layers].mlp_act * 2).norm(dim=-1).save()
+        found.append(predicted(model, r.graph)[P[0]] - layers * 4 * 48 * 4)
+    assert found[0] == found[1] == found[2] > 4 * 48 * 4 * 48
+
+
+def test_too_much_is_refused_before_the_run_and_the_largest_are_named(pretend: Pretend) -> None:
+    hf, model = spread()
+    calls: list[int] = []
+    handle = hf.model.layers[0].register_forward_hook(lambda *_: calls.append(1))
+
+    def saving(most: int | str) -> None:
+        with model.trace(ROWS, max_extra_memory=most):
+            model.layers[1].resid_post.norm(dim=-1).save("norms")
+            model.layers[1].mlp_act.save("neurons")
+            model.layers[1].resid_post.save("stream")
+
+    with pytest.raises(
+        ExtraMemoryError, match=r"on pretend:1 .*layers\.1\.mlp_act.*layers\.1\.resid_post"
+    ) as caught:
+        saving("8KiB")
+    assert caught.value.at is not None
+    assert "mlp_act" in caught.value.at.text
+    assert not calls
+    saving("1MiB")
+    assert calls
+    handle.remove()
+    with model.record() as r:
+        model.layers[1].mlp_act.save("neurons")
+    program = model.compile(r, max_extra_memory="20KiB")
+    assert program(ROWS[:1])["neurons"].shape[:2] == (1, 48)
+    with pytest.raises(ExtraMemoryError):
+        program(ROWS)
+
+
+def test_sizes_are_numbers_or_texts() -> None:
+    assert [bytes_of(size) for size in (5, "7 B", "2GiB", "1.5 MiB", "3KB")] == [5, 7, 2**31, 3 * 2**19, 3000]
+    for size in ("2", "GiB", -1, 2.5, True):
+        with pytest.raises(OptionError, match="is not a size"):
+            bytes_of(size)  # pyright: ignore[reportArgumentType]  # what users may write
+
+
+def test_explain_says_what_is_held(pretend: Pretend) -> None:
+    _, model = spread()
+    with model.trace(ROWS) as t:
+        model.layers[1].mlp_act.save()
+    assert "holds at most" in t.explain()
+    assert "on pretend:1 beside the model" in t.explain()

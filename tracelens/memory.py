@@ -1,0 +1,209 @@
+"""How much memory a run takes on each device beside the model's own forward pass, said before it starts.
+
+The programs are walked through without running them. What counts is what the plan holds on to: values from when they
+are made to when they are freed, what has arrived from other places, constants, and what was saved. A site's own tensor
+is the model's, and counts only once the model would have let go of it. Views count with the tensor that they are a part
+of. What one operation needs for a moment, within itself, is not counted, and neither is what autograd keeps.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from tracelens.errors import ExtraMemoryError, OptionError
+from tracelens.ir.dims import Sizes
+from tracelens.ir.functions import FUNCTIONS, Kind
+from tracelens.ir.graph import Graph
+from tracelens.ir.ops import Call, Const, Grad, Index, Op, Param, Read, Save, Slice, Transfer, operands
+from tracelens.ir.text import op_text
+from tracelens.ir.types import bytes_text
+from tracelens.placement import Place
+from tracelens.program import Block, Side, Step
+
+_VIEWS = frozenset(
+    f"torch.{name}" for name in ("detach", "narrow", "select", "chunk", "split", "split_with_sizes", "unbind")
+)
+_UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+
+
+@dataclass(frozen=True, slots=True)
+class Holding:
+    """Something that is held at a place: the operation that made it, and its bytes."""
+
+    number: int
+    what: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
+class ExtraMemory:
+    """What one place holds at most, and what of it weighs most at that moment."""
+
+    place: Place
+    bytes: int
+    holdings: tuple[Holding, ...]
+
+
+def extra_memory(
+    blocks: Sequence[Block], graph: Graph, home: Mapping[int, int], places: Sequence[Place], sizes: Sizes
+) -> tuple[ExtraMemory, ...]:
+    """The most that each place holds, for a prompt of these sizes; ``blocks`` are those of all places together."""
+    walk = _Walk(graph, home, [place.device for place in places], sizes)
+    for block in blocks:
+        walk.block(block)
+    return tuple(
+        ExtraMemory(place, walk.most.get(place.index, 0), walk.at_most.get(place.index, ()))
+        for place in places
+    )
+
+
+def require_room(found: Sequence[ExtraMemory], graph: Graph, most: int) -> None:
+    """Raises :class:`~tracelens.errors.ExtraMemoryError` where a place would hold more than ``most`` bytes."""
+    for extra in found:
+        if extra.bytes <= most:
+            continue
+        largest = "; ".join(f"{bytes_text(one.bytes)} for `{one.what}`" for one in extra.holdings[:3])
+        raise graph.blame(
+            ExtraMemoryError(
+                f"the run would hold {bytes_text(extra.bytes)} on {extra.place.device} beside the model, and "
+                f"max_extra_memory is {bytes_text(most)}; the most of it: {largest}",
+                instead="save less of it: some positions, a reduction, or a narrower dtype: "
+                "value[:, -1].save(), value.norm(dim=-1).save(), value.save(dtype=torch.bfloat16)",
+            ),
+            extra.holdings[0].number,
+        )
+
+
+def bytes_of(size: int | str) -> int:
+    """``"2GiB"`` as a number of bytes; :class:`~tracelens.errors.OptionError` for what is no size."""
+    if type(size) is int and size >= 0:
+        return size
+    found = (
+        re.fullmatch(r"\s*([0-9]+(?:\.[0-9]+)?)\s*([KMG]i?B|B)\s*", size) if isinstance(size, str) else None
+    )
+    if found is None:
+        raise OptionError(
+            f"max_extra_memory={size!r} is not a size",
+            instead='max_extra_memory="2GiB", or a number of bytes',
+        )
+    return int(float(found[1]) * _UNITS[found[2]])
+
+
+class _Walk:
+    def __init__(self, graph: Graph, home: Mapping[int, int], devices: Sequence[str], sizes: Sizes) -> None:
+        self.graph = graph
+        self.devices = devices
+        self.home = home
+        self.sizes = sizes
+        self.root: dict[int, int] = {}
+        """The value whose memory a value lies in."""
+        self.users: dict[int, int] = {}
+        """How many values, and saves, hold on to a root."""
+        self.held: dict[int, dict[int, Holding]] = {}
+        """By place and root."""
+        self.now: dict[int, int] = {}
+        self.most: dict[int, int] = {}
+        self.at_most: dict[int, tuple[Holding, ...]] = {}
+        self.copies = -1
+
+    def block(self, block: Block) -> None:
+        """One site: afterwards the model goes on, and lets go of the site's tensor."""
+        read: list[int] = []
+        for step in block.steps:
+            if step.side is not Side.ARRIVE:
+                self._step(step, read)
+            for value in step.frees:
+                self._release(self.root[value])
+        for root in read:
+            if self.users.get(root):
+                self._hold(self.home[root], root, root)
+
+    def _step(self, step: Step, read: list[int]) -> None:
+        op = step.op
+        match op:
+            case Read():
+                self._own(op.out)
+                read.append(op.out)
+            case Param():
+                self._own(op.out)
+            case Save():
+                for part in step.parts:
+                    self._save(op, op.values[part], step.number)
+            case Transfer():
+                self._made(op.out)
+            case Grad():
+                for out in op.outs:
+                    self._made(out)
+            case Const():
+                self._own(op.out)
+                if self.devices[self.home[op.out]] != "cpu":  # there it is the user's own tensor
+                    self._hold(self.home[op.out], op.out, op.out)
+            case _:
+                for out in op.outs if isinstance(op, Call) else list(step.makes):
+                    base = _viewed(op)
+                    if base is None:
+                        self._made(out)
+                    else:
+                        self.root[out] = self.root[base]
+                        self.users[self.root[out]] += 1
+
+    def _own(self, value: int) -> None:
+        self.root[value] = value
+        self.users[value] = 1
+
+    def _made(self, value: int) -> None:
+        self._own(value)
+        self._hold(self.home[value], value, value)
+
+    def _save(self, op: Save, value: int, number: int) -> None:
+        root = self.root[value]
+        type_ = self.graph.types[value]
+        if root == value and op.dtype in (None, type_.dtype):
+            self.users[root] += 1
+            return
+        # A part of something larger, or in another dtype: a tensor of its own.
+        size = type_.nbytes(self.sizes)
+        if op.dtype is not None:
+            size = size // type_.dtype.itemsize * op.dtype.itemsize
+        self.copies -= 1
+        self.users[self.copies] = 1
+        self._add(self.home[value], self.copies, Holding(number, op_text(op), size))
+
+    def _hold(self, place: int, root: int, value: int) -> None:
+        number = self.graph.producer[value]
+        size = self.graph.types[value].nbytes(self.sizes)
+        self._add(place, root, Holding(number, op_text(self.graph.ops[number]), size))
+
+    def _add(self, place: int, root: int, holding: Holding) -> None:
+        held = self.held.setdefault(place, {})
+        if root in held:
+            return
+        held[root] = holding
+        self.now[place] = self.now.get(place, 0) + holding.bytes
+        if self.now[place] > self.most.get(place, 0):
+            self.most[place] = self.now[place]
+            self.at_most[place] = tuple(sorted(held.values(), key=lambda one: -one.bytes))
+
+    def _release(self, root: int) -> None:
+        self.users[root] -= 1
+        if self.users[root]:
+            return
+        if isinstance(self.graph.ops[self.graph.producer[root]], Const):
+            return  # it stays where it was put, for the next run
+        holding = self.held.get(self.home[root], {}).pop(root, None)
+        if holding is not None:
+            self.now[self.home[root]] -= holding.bytes
+
+
+def _viewed(op: Op) -> int | None:
+    """The operand in whose memory the result lies, if it makes no memory of its own."""
+    if isinstance(op, Index):
+        return op.base if all(item is None or isinstance(item, int | Slice) for item in op.index) else None
+    if not isinstance(op, Call):
+        return None
+    known = FUNCTIONS.get(op.function)
+    viewing = op.function in _VIEWS or (known is not None and known.kind is Kind.SHAPE)
+    used = operands(op)
+    return used[0] if viewing and used else None
