@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -93,7 +94,10 @@ def peaks(hf: Any, seen: Seen) -> Iterator[list[dict[str, int]]]:
 
     handles = [module.register_forward_hook(look) for module in hf.modules()]
     handles += [module.register_forward_pre_hook(look) for module in hf.modules()]
+    gc.collect()
+    gc.disable()  # what other tests have left behind must not be freed meanwhile
     yield found
+    gc.enable()
     for handle in handles:
         handle.remove()
 
