@@ -14,7 +14,7 @@ from tracelens.errors import (
     TracelensError,
     UnusedGradientError,
 )
-from tracelens.ir.gradients import Sources, is_one_number, sources
+from tracelens.ir.gradients import Sources, is_computed, is_one_number, sources
 from tracelens.ir.ops import Param, Read, TokenSelector
 from tracelens.ir.sites import Effect
 from tracelens.ir.text import index_text
@@ -23,6 +23,7 @@ from tracelens.mapped import MappedValue
 from tracelens.operand import Operand
 from tracelens.recorder import Recorder
 from tracelens.selection import written
+from tracelens.splicing import Features, SavedFeatures
 from tracelens.subject import spelling
 from tracelens.values import Value
 
@@ -39,8 +40,9 @@ def grad(loss: Value, wrt: Any) -> Any:
     """The derivative of ``loss`` with respect to sites: one value for each, of the site's shape and dtype.
 
     ``loss``: one floating number, computed from sites that the forward pass reaches after (or at) those of ``wrt``.
-    ``wrt``: a site as it was read, also one mapped over layers, or a list or tuple of them, in any order; what comes
-    back is of the same kind. All of them take one backward pass, which is run as soon as the loss is there.
+    ``wrt``: a site as it was read, also one mapped over layers, the features of a splice (:func:`tracelens.splice`), or
+    a list or tuple of them, in any order; what comes back is of the same kind. All of them take one backward pass,
+    which is run as soon as the loss is there.
 
     It is the derivative at the version that was read: before a later write to the site, and through it. Gradients can
     be computed on and saved like any value. They cannot be written into the same forward pass
@@ -128,6 +130,13 @@ def _target(recorder: Recorder, made_of: Sources, value: Any) -> int:
         )
     number = recorder.own(value)
     op = recorder.ops[value._defined_by()]
+    if isinstance(value, Features | SavedFeatures) and value._parent is None and is_computed(op):
+        if value.is_floating_point():
+            return number
+        raise GradientTargetError(
+            f"there is no gradient with respect to features that are {value._type}",
+            instead="a module whose encode gives floating numbers",
+        )
     if not isinstance(op, Read):
         raise _no_site(value, isinstance(op, Param))
     site = op.site
@@ -150,6 +159,14 @@ def _target(recorder: Recorder, made_of: Sources, value: Any) -> int:
 
 def _no_site(value: Value, parameter: bool) -> GradientTargetError:
     root = value._root()
+    if isinstance(root, Features):
+        part = f"[{index_text(value._index)}]" if value._index and value._parent is root else "[...]"
+        return GradientTargetError(
+            "a gradient is with respect to the features of a splice as a whole, as they were read from it",
+            instead=f"f = s.features; tl.grad(loss, f){part}"
+            if root is not value
+            else "f = s.features; tl.grad(loss, f)",
+        )
     if root is not value and root._site is not None:
         index = value._index or ()
         selector = next((item for item in index if isinstance(item, TokenSelector)), None)
@@ -167,7 +184,8 @@ def _no_site(value: Value, parameter: bool) -> GradientTargetError:
         )
     return GradientTargetError(
         "a gradient is with respect to sites, and this value was computed from them",
-        instead="the site that it was computed from: h = model.layers[i].resid_post; tl.grad(loss, h)",
+        instead="the site that it was computed from: h = model.layers[i].resid_post; tl.grad(loss, h); "
+        "or the features of a splice: tl.grad(loss, s.features)",
     )
 
 

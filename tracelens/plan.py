@@ -186,11 +186,20 @@ class Plan:
         for op, known in zip(self.graph.ops, self.moments, strict=True):
             if isinstance(op, Grad):
                 at = next(site for site in self.sites if site.sequence == known)
-                first = min(self.differentiated, key=lambda site: site.sequence)
+                first = self._first_leaf()
                 lines.append(
                     f"  one backward pass from %{op.loss}, at {at}, to {_counted(op.wrt)}; autograd starts at {first}"
                 )
         return lines
+
+    def _first_leaf(self) -> Site:
+        """The site at which the first leaf is made, of that site or of something that is computed there."""
+        leaves = min(
+            known
+            for op, known in zip(self.graph.ops, self.moments, strict=True)
+            if isinstance(op, Call) and op.function == LEAF
+        )
+        return next(site for site in self.sites if site.sequence == leaves)
 
     def _extent(self, n_layers: int) -> str:
         if self.whole:

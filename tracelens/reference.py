@@ -14,7 +14,7 @@ from torch import Tensor
 
 from tracelens.errors import CausalityError, UnusedGradientError
 from tracelens.ir import dims
-from tracelens.ir.gradients import LEAF, differentiated
+from tracelens.ir.gradients import LEAF, differentiated, differentiated_values
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import resolve, torch_dtype
 from tracelens.ir.module_sites import ModuleSite
@@ -39,6 +39,7 @@ from tracelens.ir.ops import (
     Transfer,
     Write,
     operands,
+    results,
 )
 from tracelens.ir.sites import Site
 from tracelens.ir.types import DType
@@ -93,6 +94,7 @@ class Evaluator:
         self.versions: dict[tuple[Site, int], Tensor] = {}
         self.values: dict[int, Tensor] = {}
         self.differentiated = differentiated(graph)
+        self.leaves = differentiated_values(graph)
 
     def intercept(self, site: Site, tensor: Tensor) -> Tensor:
         """One site: its versions are made one after the other, and the last goes on."""
@@ -185,6 +187,9 @@ class Evaluator:
                 self.values[op.out] = self.values[op.value]
             case Write() | Save():
                 pass  # these make no values
+        for out, _ in results(op) if self.leaves else ():
+            if out in self.leaves:
+                self.values[out] = resolve(LEAF)(self.values[out])
 
     def keep(self, outs: tuple[int, ...], result: Any) -> None:
         parts = (result,) if isinstance(result, Tensor) else cast("tuple[Tensor, ...]", tuple(result))

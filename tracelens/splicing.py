@@ -22,7 +22,7 @@ from tracelens.operand import Operand
 from tracelens.recorder import Recorder
 from tracelens.refusing import unknown_attribute
 from tracelens.subject import spelling
-from tracelens.values import Value
+from tracelens.values import Saved, Value
 from tracelens.view import Line, Shown, View
 
 _LOST = "to change the model:   s.features += v\nto compute a new value: f = f + v"
@@ -61,6 +61,26 @@ class Features(Value):
 
     def _updated(self, result: Any) -> Any:
         return self._splice._expect(result, None)
+
+    def save(
+        self,
+        name: str | None = None,
+        *,
+        device: str = "cpu",
+        dtype: torch.dtype | None = None,
+        to: str | None = None,
+    ) -> Saved:
+        """Lets the features leave the run; as :meth:`tracelens.Value.save`."""
+        plain = super().save(name, device=device, dtype=dtype, to=to)
+        handle = SavedFeatures(self._recorder, self._id)
+        handle._parent, handle._index, handle._delivery = plain._parent, plain._index, plain._delivery
+        return handle
+
+
+class SavedFeatures(Saved):
+    """Features that leave the run: a gradient can be taken with respect to them all the same."""
+
+    __slots__ = ()
 
 
 class _Update(Value):

@@ -82,7 +82,7 @@ def test_a_splice_says_what_there_is_to_read(name: str, instead: str) -> None:
         with model.trace(IDS):
             with tl.splice(model.layers[0].resid_post, SAE) as s:
                 getattr(s, name).save()  # <-
-    assert not hasattr(s, name)
+    assert not hasattr(s, name)  # pyright: ignore[reportPossiblyUnboundVariable]
 
 
 def test_a_splice_shows_itself() -> None:

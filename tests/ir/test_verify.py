@@ -113,7 +113,25 @@ BROKEN: list[tuple[str, int, str, str]] = [
     ),
     (_GRADIENTS, 1, _H + "%1 = grad %0 wrt %0 : f32[B,P,48]", "not one floating number"),
     (_GRADIENTS, 2, _H + _SUM + "%2 = grad %1 wrt %0 : f32[B,P,47]", "the types of the sites"),
-    (_GRADIENTS, 2, _H + _SUM + "%2 = grad %1 wrt %1 : f32[]", "%1 is not a site"),
+    (
+        _GRADIENTS,
+        3,
+        _H + _SUM + "%2 = const #0 : f32[48]\n%3 = grad %1 wrt %2 : f32[48]",
+        "%2 is neither a site that can be written nor computed from sites",
+    ),
+    (
+        _GRADIENTS,
+        4,
+        _H + _SUM + "%2 = const #0 : f32[48]\n%3 = call torch.tanh(%2) : f32[48]\n"
+        "%4 = grad %1 wrt %3 : f32[48]",
+        "%3 is not made of sites",
+    ),
+    (
+        _GRADIENTS,
+        3,
+        _H + _SUM + "%2 = call torch.isnan(%0) : bool[B,P,48]\n%3 = grad %1 wrt %2 : bool[B,P,48]",
+        "which is not floating",
+    ),
     (
         _GRADIENTS,
         3,
@@ -131,7 +149,7 @@ BROKEN: list[tuple[str, int, str, str]] = [
         _GRADIENTS,
         3,
         _H + _SUM + "%2 = read token_mask@0 : bool[B,P]\n%3 = grad %1 wrt %2 : bool[B,P]",
-        "%2 is not a site that can be written",
+        "%2 is neither a site that can be written",
     ),
     (
         "constants_have_one_name",

@@ -41,10 +41,12 @@ def _gradients(graph: Graph, number: int, *, last: bool) -> Gradients:
         whole = [part for part in found if part is not None]
         if len(whole) != len(wrt):
             unused = next(read for part, read in zip(found, reads, strict=False) if part is None)
-            assert unused is not None
             raise UnusedGradientError(
-                f"the loss does not depend on {unused.site}: nothing that has a derivative leads from there to it",
-                instead="a loss that is computed from that site, or the gradient without it",
+                f"the loss does not depend on {'the computed value' if unused is None else unused.site}: nothing that "
+                "has a derivative leads from there to it",
+                instead="a loss that is computed from that value, or from a site behind the write that it goes into"
+                if unused is None
+                else "a loss that is computed from that site, or the gradient without it",
             )
         return whole
 

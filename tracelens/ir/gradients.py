@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import ModuleSite
-from tracelens.ir.ops import Call, Grad, Op, Read, Ref, Write, operands, results
+from tracelens.ir.ops import Apply, Call, Grad, Index, IndexPut, Op, Read, Ref, Write, operands, results
 from tracelens.ir.sites import Effect, Site
 from tracelens.ir.types import TensorType
 
@@ -88,6 +88,11 @@ def site_read(op: Op, makers: Sequence[Op]) -> Read | None:
     return op if isinstance(op, Read) and op.site.kind.effect is not Effect.NONE else None
 
 
+def is_computed(op: Op) -> bool:
+    """Does ``op`` compute its values in the block, so that a leaf can be made of one of them?"""
+    return isinstance(op, Call | Apply | Index | IndexPut)
+
+
 def is_one_number(type_: TensorType) -> bool:
     """Is this the type of a loss: floating, and of one element whatever the prompt?"""
     return type_.dtype.is_floating and all(dim == 1 for dim in type_.shape)
@@ -103,3 +108,14 @@ def differentiated(graph: Graph) -> frozenset[tuple[Site, int]]:
                 if read is not None:
                     found.add((read.site, read.version))
     return frozenset(found)
+
+
+def differentiated_values(graph: Graph) -> frozenset[int]:
+    """The computed values that gradients are taken with respect to, and that are no leaves yet."""
+    wanted = {value for op in graph.ops if isinstance(op, Grad) for value in op.wrt}
+    makers = {value: graph.ops[graph.producer[value]] for value in wanted}
+    return frozenset(
+        value
+        for value, op in makers.items()
+        if is_computed(op) and not (isinstance(op, Call) and op.function == LEAF)
+    )

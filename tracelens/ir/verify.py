@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 
 from tracelens.errors import TracelensError, VerificationError
-from tracelens.ir.gradients import is_one_number, site_read, sources
+from tracelens.ir.gradients import is_computed, is_one_number, site_read, sources
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import INPUT, ModuleSite, can_travel
 from tracelens.ir.ops import Const, Grad, Read, Save, Write, moment, operands, results
@@ -197,9 +197,16 @@ def gradients_are_of_sites(graph: Graph) -> Iterator[Complaint]:
         if made_of.gradient:
             yield number, f"%{op.loss} is made of a gradient"
         for value in op.wrt:
-            read = site_read(graph.ops[graph.producer[value]], graph.ops)
-            if read is None:
-                yield number, f"%{value} is not a site that can be written"
+            maker = graph.ops[graph.producer[value]]
+            read = site_read(maker, graph.ops)
+            if read is None and is_computed(maker):
+                # Whether the model leads from it to the loss, the run finds out.
+                if not graph.types[value].dtype.is_floating:
+                    yield number, f"%{value} is {graph.types[value]}, which is not floating"
+                elif not sources(graph.ops, value).reads:
+                    yield number, f"%{value} is not made of sites"
+            elif read is None:
+                yield number, f"%{value} is neither a site that can be written nor computed from sites"
             elif not read.type.dtype.is_floating:
                 yield number, f"{read.site} is {read.type}, which is not floating"
             elif not made_of.may_use(value, read):

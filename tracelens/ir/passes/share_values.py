@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Hashable
 from dataclasses import replace
 
+from tracelens.ir.gradients import differentiated_values
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Call, Const, Grad, Index, IndexPut, Op, Param, Read, results
 from tracelens.ir.passes.rebuild import rebuild, substitute
@@ -13,12 +14,14 @@ from tracelens.ir.text import op_text
 
 def share_values(graph: Graph) -> Graph:
     """Merges equal reads, constants, parameters and pure computations. ``Apply`` is not pure and is never merged."""
+    alone = differentiated_values(graph)
     renamed: dict[int, int] = {}
     first: dict[Hashable, Op] = {}
     kept: list[tuple[int, Op]] = []
     for number, original in enumerate(graph.ops):
         op = substitute(original, renamed)
-        key = _meaning(op)
+        # A gradient counts the uses of one value, and not those of another one that is computed alike.
+        key = None if any(value in alone for value, _ in results(original)) else _meaning(op)
         if key is not None:
             known = first.setdefault(key, op)
             if known is not op:
