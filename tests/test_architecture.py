@@ -70,6 +70,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("backends", 4),
     ("pretrained", 5),
     ("results", 5),
+    ("report", 5),
     ("explain", 5),
     ("site_table", 5),
     ("prompt_tokens", 5),

@@ -46,7 +46,7 @@ def run_with_nnsight(graph: Graph | Recording, nnsight_model: Any, prompt: Any) 
             graph,
             forward_through(nnsight_model, model.anatomy, graph, inputs, mask),
             constants=[
-                model._compiler.constants.place(cast("Captured", constant), device)
+                model._compiler.constants.place(cast("Captured", constant), device, [])
                 for constant in graph.constants
             ],
             parameters=model.anatomy.weight,

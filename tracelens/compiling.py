@@ -6,16 +6,17 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, cast
+from functools import cached_property, partial
+from time import perf_counter
+from typing import Any, NamedTuple, cast
 
 import torch
 
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.autograd_mode import outside_inference
-from tracelens.backends.departing import Departures
+from tracelens.backends.departing import Departures, Peaks
 from tracelens.backends.differentiate import require_differentiable, usable
-from tracelens.backends.execute import State
+from tracelens.backends.execute import Journey, State
 from tracelens.backends.local import LocalCode, Run, prepare
 from tracelens.backends.places import placement
 from tracelens.backends.ready import running_device
@@ -53,10 +54,11 @@ from tracelens.ir.types import TensorType
 from tracelens.ir.verify import verify
 from tracelens.leaving import leave
 from tracelens.location import Location
-from tracelens.memory import extra_memory, require_room
+from tracelens.memory import ExtraMemory, extra_memory, require_room
 from tracelens.plan import Plan, make_plan
 from tracelens.program import Program, lower, merged
 from tracelens.prompted import Prompt
+from tracelens.report import RunReport
 from tracelens.results import Results, SavedTensor, describe
 from tracelens.steps import Steps
 from tracelens.subject import PADS
@@ -82,12 +84,15 @@ class Compiled:
         """What each save holds."""
         return tuple(describe(self.recorded, save) for save in self.recorded.saves)
 
+    def held(self, sizes: Sizes) -> tuple[ExtraMemory, ...]:
+        """The most that a run for these sizes holds on each device beside the model."""
+        plan = self.plan
+        return extra_memory(merged(self.programs), plan.graph, plan.home, plan.placement.places, sizes)
+
     def require_room(self, graph: Graph, sizes: Sizes, most: int) -> None:
         """Raises :class:`~tracelens.errors.ExtraMemoryError` for a run that would hold more than ``most`` bytes."""
-        plan = self.plan
-        found = extra_memory(merged(self.programs), plan.graph, plan.home, plan.placement.places, sizes)
         try:
-            require_room(found, plan.graph, most)
+            require_room(self.held(sizes), self.plan.graph, most)
         except TracelensError as error:
             raise relocate(error, graph) from None
 
@@ -144,6 +149,13 @@ class Compiled:
                 continue
             found.append(graph.location(number).line - 1)
         return tuple(found)
+
+
+class Ran(NamedTuple):
+    """What a run gave."""
+
+    tensors: dict[str, Callable[[], Any]]
+    report: RunReport
 
 
 class Compiler:
@@ -244,32 +256,43 @@ class Compiler:
     def state(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> State:
         """A fresh run state, with the constants checked and in place."""
         tensors: dict[tuple[int, int], torch.Tensor] = {}
+        traffic: list[Journey] = []
         for index, place in compiled.used:
             constant = cast(Captured, graph.constants[index])
             try:
                 constant.check(None)
             except TracelensError as error:
                 raise graph.blame(error, _capturing(graph, index)) from None
-            tensors[index, place] = self.constants.place(constant, compiled.code.devices.places[place])
+            where = compiled.code.devices.places[place]
+            tensors[index, place] = self.constants.place(constant, where, traffic)
         pads = prompt.batch.pads if prompt.ragged else None
         departures = (
             Departures(compiled.plan.graph.types, prompt.sizes) if compiled.code.devices.departing else None
         )
-        return State(
+        state = State(
             compiled.code.count, tensors, graph.functions, self._parameter, prompt.select, pads, departures
         )
+        state.traffic += traffic
+        return state
 
     def _parameter(self, path: str) -> torch.Tensor:
         return self.anatomy.weight(path)
 
-    def run(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> dict[str, Callable[[], Any]]:
-        """One forward pass over ``prompt``; gives the saved tensors by name."""
+    def run(self, graph: Graph, compiled: Compiled, prompt: Prompt, *, measure: bool = False) -> Ran:
+        """One forward pass over ``prompt``; gives the saved tensors by name, and what it has cost."""
+        peaks = Peaks(compiled.code.devices.places if measure else ())
+        started = perf_counter()
         if not compiled.code.differentiates:
-            return self._run(graph, compiled, prompt)
-        with outside_inference():
-            return self._run(graph, compiled, prompt)
+            tensors, traffic = self._run(graph, compiled, prompt)
+        else:
+            with outside_inference():
+                tensors, traffic = self._run(graph, compiled, prompt)
+        planned = partial(compiled.held, prompt.sizes)
+        return Ran(tensors, RunReport(perf_counter() - started, traffic, planned, peaks.found()))
 
-    def _run(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> dict[str, Callable[[], Any]]:
+    def _run(
+        self, graph: Graph, compiled: Compiled, prompt: Prompt
+    ) -> tuple[dict[str, Callable[[], Any]], list[Journey]]:
         device = running_device(self.anatomy)
         if compiled.spread != self.anatomy.spread.key:
             raise ModelMovedError(
@@ -299,7 +322,8 @@ class Compiler:
 
                 run.execute(forward, each_forward=None)
             types = compiled.plan.graph.types
-            return leave(compiled.saves, types, state.saved, prompt, state.foreign, state.departures)
+            saved = leave(compiled.saves, types, state.saved, prompt, state.foreign, state.departures)
+            return saved, state.traffic
         except TracelensError as error:
             raise relocate(error, graph) from error.__cause__
 

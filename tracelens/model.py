@@ -59,15 +59,18 @@ class Model(Shown):
 
     # --- blocks --------------------------------------------------------------------------------------------------
 
-    def trace(self, prompt: Any, *, max_extra_memory: int | str | None = None) -> Trace:
+    def trace(
+        self, prompt: Any, *, max_extra_memory: int | str | None = None, measure: bool = False
+    ) -> Trace:
         """Opens a block that runs the model once on ``prompt`` when it ends.
 
         ``prompt``: a text, a list of texts, token ids (list, nested list, tensor, array), or a dict with ``input_ids``
         and ``attention_mask``. ``max_extra_memory``: how much the block may hold on a device beside the model, in bytes
-        or as ``"2GiB"``. Raises :class:`~tracelens.errors.PromptError` and its kinds at once, and
+        or as ``"2GiB"``. ``measure``: ``t.report`` also tells the peak of memory on each device, for which torch's own
+        peak is reset. Raises :class:`~tracelens.errors.PromptError` and its kinds at once, and
         :class:`~tracelens.errors.ExtraMemoryError` before the model runs.
         """
-        return Trace(self, self.prepare(prompt), _room(max_extra_memory))
+        return Trace(self, self.prepare(prompt), _room(max_extra_memory), measure=measure)
 
     def record(self, prompt: Any = None) -> Record:
         """Opens a block that only records; without a prompt, sizes are symbols and the graph fits every prompt."""

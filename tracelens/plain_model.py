@@ -230,8 +230,7 @@ class PlainTrace(_OnInputs, Trace):
     """A block that runs the model once on its inputs, when it ends."""
 
     def __init__(self, fitted: Fitted, inputs: Inputs) -> None:
-        _OnInputs.__init__(self, fitted, inputs)
-        self._results = None
+        _OnInputs.__init__(self, fitted, inputs)  # without what traces of language models can be told
 
 
 class PlainRecord(_OnInputs, Record):

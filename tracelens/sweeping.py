@@ -257,7 +257,7 @@ def _numbered(program: Program, point: Point) -> dict[int, Captured]:
 def _alone(program: Program, compiler: Compiler, prompt: Prompt, points: Sequence[Point]) -> dict[str, Any]:
     """A single point, as the program runs it; every tensor with a first axis of one point."""
     (point,) = points
-    found = compiler.run(_at(program.graph, _numbered(program, point)), program._compiled, prompt)
+    found = compiler.run(_at(program.graph, _numbered(program, point)), program._compiled, prompt).tensors
     return {name: _with_axis(fetch()) for name, fetch in found.items()}
 
 
@@ -299,7 +299,7 @@ class _Together:
             constants.append(Captured(tensor, type_, tensor._version))
         prompt = self._prompt(len(points))
         graph = replace(self.graph, constants=tuple(constants))
-        for name, fetch in self.compiler.run(graph, self.compiled, prompt).items():
+        for name, fetch in self.compiler.run(graph, self.compiled, prompt).tensors.items():
             save = next(save for save in self.graph.saves if save.name == name)
             found[name] = _apart(fetch(), len(points), rows, save)
         return found
@@ -308,7 +308,7 @@ class _Together:
         if self.compiled_before is None:
             return {}
         graph = _at(self.before, _numbered(self.program, point))
-        found = self.compiler.run(graph, self.compiled_before, self.prompt)
+        found = self.compiler.run(graph, self.compiled_before, self.prompt).tensors
         return {name: fetch() for name, fetch in found.items()}
 
     def _prompt(self, times: int) -> Prompt:

@@ -37,6 +37,7 @@ from tracelens.plan import Plan
 from tracelens.prompted import Prompt
 from tracelens.recorder import Recorder
 from tracelens.refusing import failed_block, module_that_failed
+from tracelens.report import RunReport
 from tracelens.results import Results
 from tracelens.reusable import Reusable, require_graph
 
@@ -192,10 +193,17 @@ class PlanView:
 class Trace(Recording):
     """A block that runs the model once, when it ends. ``t["name"]`` and ``t.results`` hold what was saved."""
 
-    def __init__(self, model: Model, prompt: Prompt, most: int | None = None) -> None:
+    _most: int | None = None
+    _measure = False
+    _report: RunReport | None = None
+    _results: Results | None = None
+
+    def __init__(
+        self, model: Model, prompt: Prompt, most: int | None = None, *, measure: bool = False
+    ) -> None:
         super().__init__(model, prompt)
         self._most = most
-        self._results: Results | None = None
+        self._measure = measure
 
     def _end(self, recorder: Recorder, graph: Graph) -> None:
         assert self._prompt is not None
@@ -207,9 +215,10 @@ class Trace(Recording):
         compiled = self._compiled()
         if self._most is not None:
             compiled.require_room(graph, self._prompt.sizes, self._most)
-        tensors = self._compiler.run(graph, compiled, self._prompt)
-        recorder.deliver(tensors)
-        self._results = compiled.results(tensors)
+        ran = self._compiler.run(graph, compiled, self._prompt, measure=self._measure)
+        recorder.deliver(ran.tensors)
+        self._results = compiled.results(ran.tensors)
+        self._report = ran.report
 
     @property
     def results(self) -> Results:
@@ -217,6 +226,13 @@ class Trace(Recording):
         if self._results is None:
             raise self._missing("result", "the model has not run yet")
         return self._results
+
+    @property
+    def report(self) -> RunReport:
+        """What the run has cost: what the block sent between devices, what it held on each, and how long it took."""
+        if self._report is None:
+            raise self._missing("report", "the model has not run")
+        return self._report
 
     def __getitem__(self, name: str) -> Any:
         return self.results[name]
@@ -404,7 +420,7 @@ class Program(Reusable):
         with Blaming(here()):
             if self._most is not None:
                 self._compiled.require_room(graph, prepared.sizes, self._most)
-            return self._compiled.results(self._compiler.run(graph, self._compiled, prepared))
+            return self._compiled.results(self._compiler.run(graph, self._compiled, prepared).tensors)
 
     @property
     def constants(self) -> NamedConstants:

@@ -234,7 +234,7 @@ class _Writer:
                 device = self.devices.places[op.target]
                 self._new(
                     op.out,
-                    f"{self.name(sent)}(state, {self.ref(op.value)}, {self.name(op)}, {self.name(device)})",
+                    f"{self.name(sent)}(state, {self.ref(op.value)}, {self.name(device)})",
                 )
             case Param():
                 self._new(op.out, f"{self.name(read_parameter)}(state, {self.name(op.path)})")

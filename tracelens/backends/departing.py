@@ -91,3 +91,24 @@ def require_unchanged(save: Save, tensor: torch.Tensor, seen: int) -> None:
         raise MutatedActivationError(
             f"the model changed the tensor saved as {save.name!r} in place after it had been read"
         )
+
+
+class Peaks:
+    """The most bytes that are allocated on devices from now on, beyond what is there."""
+
+    def __init__(self, devices: Sequence[torch.device]) -> None:
+        self._before: dict[torch.device, int] = {}
+        for device in devices:
+            if device.type != "cpu":
+                module: Any = torch.get_device_module(device)
+                self._before[device] = module.memory_allocated(device)
+                module.reset_peak_memory_stats(device)
+
+    def found(self) -> dict[str, int]:
+        """By device; waits for each to have done its work."""
+        peaks: dict[str, int] = {}
+        for device, before in self._before.items():
+            module: Any = torch.get_device_module(device)
+            module.synchronize(device)
+            peaks[str(device)] = module.max_memory_allocated(device) - before
+        return peaks

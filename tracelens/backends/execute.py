@@ -28,9 +28,10 @@ from tracelens.ir.ops import (
     Slice,
     Special,
     TokenSelector,
-    Transfer,
 )
 from tracelens.ir.types import TensorType
+
+Journey = tuple[str, str, str, int]
 
 
 class State:
@@ -75,13 +76,15 @@ class State:
         self.shapes: Sequence[tuple[int, ...]] = ()
         # By name: the tensors, each with the version that was saved. Those of other places come later.
         self.saved: dict[str, list[Any]] = {}
-        # What went from place to place.
-        self.traffic: list[tuple[Transfer, int]] = []
+        # What went from device to device: source, target, why, bytes.
+        self.traffic: list[Journey] = []
 
     def depart(self, device: torch.device, parts: Sequence[tuple[Save, int]]) -> None:
         """Sends what was saved on a device, which has nothing to add."""
         if self.departures is not None:
             self.departures.depart(device, parts, self.saved)
+            for save, part in parts:
+                self.traffic.append((str(device), "cpu", "results", self.saved[save.name][part][0].nbytes))
 
     def constant(self, which: tuple[int, int]) -> torch.Tensor:
         """A constant at a place, by both numbers."""
@@ -100,9 +103,9 @@ def kept(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
     return tensor
 
 
-def sent(state: State, tensor: torch.Tensor, transfer: Transfer, device: torch.device) -> torch.Tensor:
+def sent(state: State, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A value on its way to another place."""
-    state.traffic.append((transfer, tensor.nbytes))
+    state.traffic.append((str(tensor.device), str(device), "transfers", tensor.nbytes))
     return moved(tensor, device)
 
 

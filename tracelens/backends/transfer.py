@@ -18,8 +18,10 @@ class ConstantCache:
             tuple[int, torch.device], tuple[weakref.ref[torch.Tensor], int | None, torch.Tensor]
         ] = {}
 
-    def place(self, constant: Captured, device: torch.device) -> torch.Tensor:
-        """The constant's tensor on ``device``; constants are moved, never cast."""
+    def place(
+        self, constant: Captured, device: torch.device, journeys: list[tuple[str, str, str, int]]
+    ) -> torch.Tensor:
+        """The constant's tensor on ``device``; constants are moved, never cast. ``journeys`` gets what is moved now."""
         tensor = constant.tensor
         if tensor.requires_grad:
             tensor = tensor.detach()
@@ -30,6 +32,7 @@ class ConstantCache:
         if known is not None and known[0]() is constant.tensor and known[1] == constant.version:
             return known[2]
         found = moved(tensor, device)
+        journeys.append((str(tensor.device), str(device), "constants", found.nbytes))
         cache = self._moved
         reference = weakref.ref(constant.tensor, lambda _: cache.pop(key, None))
         self._moved[key] = (reference, constant.version, found)
