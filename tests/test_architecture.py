@@ -64,6 +64,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("checking", 3),
     ("simulate", 3),
     ("memory", 3),
+    ("reach", 3),
     ("plan", 3),
     ("program", 3),
     ("reference", 3),

@@ -384,6 +384,27 @@ def test_sizes_are_told_apart() -> None:
     assert {pair: str(size_of(pair)) for pair in pairs} == pairs
 
 
+@main_family
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("rows", [EVEN_ROWS[:1], RAGGED_ROWS], ids=["one", "ragged"])
+def test_the_mask_is_refused_by_name_wherever_it_passes_and_never_offered(family, attn, rows) -> None:
+    hf = FAMILIES[family].build(attn=attn)
+    model = tl.wrap(hf)
+    layer = "transformer.h.1" if family == "gpt2" else "model.layers.1"
+    for path in ("", layer.split(".")[0], layer, layer + (".attn" if family == "gpt2" else ".self_attn")):
+        assert "mask" not in repr(model.module(path).inputs)
+        with pytest.raises(ModuleTensorError, match="is the attention mask") as caught, model.trace(rows):
+            model.module(path).inputs["attention_mask"].save()
+        assert caught.value.at is not None
+        assert caught.value.at.filename == __file__
+        assert "model.token_mask" in str(caught.value.instead)
+        with pytest.raises(ModuleTensorError) as missing, model.trace(rows):
+            model.module(path).inputs["nothing"].save()
+        assert "mask" not in str(missing.value)
+        with pytest.raises(ModuleTensorError, match="is the attention mask"), model.trace(rows):
+            model.module(path).inputs["attention_mask"] = 0
+
+
 class Halved(nn.Module):
     """Takes every second position, whose number is no multiple of the prompt's sizes."""
 

@@ -23,6 +23,7 @@ from tracelens.errors import (
     ReplacementError,
     ShapeError,
     SkippedSiteError,
+    UnknownModuleError,
     UnknownSiteError,
     VerificationError,
 )
@@ -452,12 +453,8 @@ SKIP = (
 @pytest.mark.parametrize(
     ("old", "new"),
     [
-        ("after layers.1.resid_pre+6", "after layers.1.resid_pre+5"),
         ("after layers.1.resid_pre+6", "after layers.1.resid_post+6"),
-        ('instead of module("model.layers.1").input', 'instead of module("model.layers.1.mlp").input'),
         ('instead of module("model.layers.1").input', 'instead of module("model.layers.1").inputs[0]'),
-        ('instead of module("model.layers.1").input', 'instead of module("model.layers.1").call(0).input'),
-        (SKIP, SKIP.replace("resid_post@1", "mlp_add@1")),
         (SKIP, SKIP.replace("@1 <-", "@2 <-")),
         (SKIP, "%90 = read layers.1.mlp_out@0 : f32[B,P,48]\n  " + SKIP),
         (SKIP, "%90 = read layers.1.resid_post@0 : f32[B,P,48]\n  " + SKIP),
@@ -473,6 +470,49 @@ def test_altered_graphs_are_refused(old, new) -> None:
     model.compile(tl.parse(text))
     with pytest.raises(VerificationError):
         model.compile(tl.parse(text.replace(old, new)))
+
+
+def test_the_moment_of_a_named_site_is_that_of_the_model_that_runs() -> None:
+    model = tl.wrap(FAMILIES["llama"].build())
+    text = skipping(model).text()
+    expected = model.compile(tl.parse(text))(EVEN_ROWS)["logits"]
+    for old, new in (
+        ("after layers.1.resid_pre+6", "after layers.1.resid_pre+5"),
+        ('instead of module("model.layers.1").input', 'instead of module("transformer.h.1").input'),
+    ):
+        assert old in text
+        assert torch.equal(model.compile(tl.parse(text.replace(old, new)))(EVEN_ROWS)["logits"], expected)
+
+
+@pytest.mark.parametrize(("home", "other"), [("llama", "gpt2"), ("gpt2", "qwen3"), ("mistral", "gpt2")])
+def test_graphs_that_leave_modules_out_by_site_run_on_another_family(home, other) -> None:
+    graph = skipping(tl.wrap(FAMILIES[home].build()))
+    hf = FAMILIES[other].build()
+    model = tl.wrap(hf)
+    with model.trace(EVEN_ROWS):
+        model.layers[1].skip()
+        model.layers[2].replace(mlp_add=model.layers[2].mlp_in * 0.5)
+        saved = model.logits.save()
+    logits = saved.value
+    for moved in (graph, tl.parse(graph.text())):
+        called = counting(hf, path_of(hf, 1, "resid_post"))
+        assert torch.equal(tl.wrap(hf).compile(moved)(EVEN_ROWS)["logits"], logits)
+        assert called == []
+
+
+def test_a_module_by_path_is_of_one_family_and_says_so() -> None:
+    llama = tl.wrap(FAMILIES["llama"].build())
+    with llama.record() as r:
+        llama.module("model.layers.1.mlp.act_fn").replace(0.0)
+        llama.logits.save("logits")
+    with pytest.raises(UnknownModuleError):
+        tl.wrap(FAMILIES["gpt2"].build()).compile(r)
+    text = r.graph.text()
+    act = 'module("model.layers.1.mlp.act_fn").input amid layers.1.mlp_pre+'
+    number = int(text.split(act)[1].split()[0])
+    with pytest.raises(VerificationError, match="where the graph has") as caught:
+        llama.compile(tl.parse(text.replace(f"{act}{number}", f"{act}{number - 1}")))
+    assert "replace(mlp_add=...)" in str(caught.value.instead)
 
 
 def test_a_plain_write_that_follows_does_not_bring_the_module_back() -> None:
@@ -521,6 +561,136 @@ def test_what_is_not_run_cannot_be_looked_at(code) -> None:
     assert error.also[0][1].line == 1
     # The same block twice: the second walks along the steps of the first.
     refused(SkippedSiteError, code)
+
+
+# What goes to the module that is not run and nowhere else, and what replaces the module without seeing it.
+OVERLOOKED = {
+    "the stream": ("model.layers[1].skip()", "model.layers[1].resid_pre += 1.0"),
+    "a part of the stream": ("model.layers[1].skip()", "model.layers[1].resid_pre[:, -1] = 0.0"),
+    "the layer's input": ("model.layers[1].skip()", "model.module('model.layers.1').input += 1.0"),
+    "another input": (
+        "model.layers[1].skip()",
+        "model.module('model.layers.1').inputs['position_embeddings'][0] = 0.0",
+    ),
+    "what the MLP receives": ("model.layers[1].replace(mlp_add=0.0)", "model.layers[1].mlp_in = 9.0"),
+    "the norm before it": ("model.layers[1].replace(mlp_add=0.0)", "model.layers[1].mlp_norm = 9.0"),
+    "the norm by path": (
+        "model.layers[1].replace(mlp_add=0.0)",
+        "model.module('model.layers.1.post_attention_layernorm').output *= 2.0",
+    ),
+    "what the norm receives": (
+        "model.layers[1].replace(mlp_add=0.0)",
+        "model.module('model.layers.1.post_attention_layernorm').input *= 2.0",
+    ),
+    "neurons": ("model.layers[1].replace(mlp_out=0.0)", "model.layers[1].mlp_act[..., 3] = 9.0"),
+    "the pattern": ("model.layers[1].replace(attn_out=0.0)", "model.layers[1].pattern = 0.0"),
+    "what attention receives": (
+        "model.layers[1].replace(attn_add=model.layers[1].resid_pre)",
+        "model.layers[1].attn_in += 1.0",
+    ),
+    "a module's own input": (
+        "model.module('model.layers.1.mlp.act_fn').replace(0.0)",
+        "model.module('model.layers.1.mlp.act_fn').input += 1.0",
+    ),
+    "the whole layer's stream": (
+        "model.layers[1].replace(resid_post=0.0)",
+        "model.layers[1].resid_pre += 1.0",
+    ),
+    "what the head reads": ("model.module('lm_head').replace(0.0)", "model.final_norm = 1.0"),
+}
+
+
+@pytest.mark.parametrize(("replacing", "writing"), OVERLOOKED.values(), ids=OVERLOOKED)
+def test_a_write_that_only_a_module_not_run_would_see_is_refused_in_any_order(replacing, writing) -> None:
+    for _ in range(2):  # the second along known steps
+        late = refused(SkippedSiteError, f"{replacing}\n{writing}")
+        assert "nothing would see" in late.problem
+        assert late.also[0][1].line == 1
+    if "skip()" in replacing and "position" not in writing:
+        return  # a skipped layer returns what was written before
+    early = refused(SkippedSiteError, f"{writing}\n{replacing}")
+    assert "nothing sees it" in early.problem
+    assert early.also[0][1].line == 1
+
+
+@main_family
+@both_batches
+def test_a_skipped_layer_returns_what_it_received_after_the_writes_before(family, rows) -> None:
+    hf = FAMILIES[family].build()
+    model = tl.wrap(hf)
+    path = path_of(hf, 1, "resid_post")
+    found: list[Tensor] = []
+    v = torch.linspace(-1, 1, 48)
+    for write in ("site", "module", "both", "none"):
+        with model.trace(rows):
+            if write in ("module", "both"):
+                model.module(path).input *= 2.0
+            if write in ("site", "both"):
+                model.layers[1].resid_pre += v
+            model.layers[1].skip()
+            post = model.layers[1].resid_post[:, -1].save()
+        found.append(post.value)
+    site, module, both, none = found
+    assert torch.equal(site, none + v)
+    assert torch.equal(module, none * 2.0)
+    assert torch.equal(both, (none + v) * 2.0)
+    # Writes further up are seen whatever the order.
+    with model.trace(rows):
+        model.layers[1].skip()
+        model.layers[0].resid_post += v
+        post = model.layers[1].resid_post[:, -1].save()
+    assert torch.equal(post.value, none + v)
+
+
+def test_what_stands_in_place_of_a_module_may_be_made_of_what_was_written() -> None:
+    model = tl.wrap(FAMILIES["llama"].build())
+    found: list[Tensor] = []
+    for write in ("", "mlp_in", "mlp_norm"):
+        with model.trace(EVEN_ROWS):
+            layer = model.layers[1]
+            if write:
+                setattr(layer, write, getattr(layer, write) * 2.0)
+            layer.replace(mlp_add=layer.mlp_in @ WEIGHT)
+            add = layer.mlp_add.save()
+        found.append(add.value)
+    torch.testing.assert_close(found[1], found[0] * 2.0, atol=1e-6, rtol=1e-6)
+    assert torch.equal(found[2], found[1])
+    # What was read before the write does not see it.
+    refused(
+        SkippedSiteError,
+        "h = model.layers[1].mlp_in\nmodel.layers[1].mlp_in += 1\nmodel.layers[1].replace(mlp_add=h)",
+    )
+
+
+def test_a_graph_from_elsewhere_with_a_write_that_nothing_sees_is_refused() -> None:
+    model = tl.wrap(FAMILIES["llama"].build())
+    text = skipping(model).text()
+    for after in (True, False):
+        new = "write layers.1.resid_pre@1 <- 0"
+        altered = text.replace(SKIP, f"{SKIP}\n  {new}" if after else f"{new}\n  {SKIP}")
+        with pytest.raises(VerificationError, match="nothing would see" if after else "nothing sees it"):
+            model.compile(tl.parse(altered))
+
+
+def test_explain_claims_no_effect_beyond_a_layer_that_shuts_the_stream_out() -> None:
+    model = tl.wrap(FAMILIES["llama"].build())
+    for code, reach in (
+        ("skip()", "the residual stream: every later layer sees it"),
+        ("replace(resid_post=layer.resid_pre * 2)", "the residual stream: every later layer sees it"),
+        (
+            "replace(resid_post=0.0)",
+            "the residual stream up to layer 1, in whose place stands what does not see",
+        ),
+    ):
+        with model.trace(EVEN_ROWS) as t:
+            model.layers[0].resid_post += 1.0
+            exec(f"model.layers[1].{code}", {"model": model, "layer": model.layers[1]})
+            logits = model.logits.save()
+        with model.trace(EVEN_ROWS):
+            exec(f"model.layers[1].{code}", {"model": model, "layer": model.layers[1]})
+            without = model.logits.save()
+        assert f"writes layers.0.resid_post ({reach}" in t.explain()
+        assert torch.equal(logits.value, without.value) == ("does not see" in reach)
 
 
 def test_a_value_has_to_be_there_before_the_module_runs() -> None:

@@ -20,7 +20,7 @@ from tracelens.backends.execute import Journey, State
 from tracelens.backends.local import LocalCode, Run, prepare
 from tracelens.backends.places import placement
 from tracelens.backends.ready import running_device
-from tracelens.backends.replacing import require_replaceable
+from tracelens.backends.replacing import at_home
 from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on, moved
 from tracelens.checking import check
 from tracelens.constants import Captured, from_payload
@@ -60,6 +60,7 @@ from tracelens.program import Program, lower, merged
 from tracelens.prompted import Prompt
 from tracelens.report import RunReport
 from tracelens.results import Results, SavedTensor, describe
+from tracelens.skipping import refuse_unseen_in
 from tracelens.steps import Steps
 from tracelens.subject import PADS
 
@@ -192,7 +193,13 @@ class Compiler:
     def _compiled(self, graph: Graph, generating: bool) -> Compiled:
         anatomy = self.anatomy
         verify(graph)
+        self._check_layers(graph)
+        own = at_home(anatomy, graph)
+        if own.ops != graph.ops:  # it was recorded for another model
+            verify(own)
+            graph = own
         self._check_sites(graph, generating)
+        refuse_unseen_in(graph, anatomy)
         # Lines differ between recordings of one structure: the compiled graph names operations, and the recording that
         # runs turns these into its own lines.
         numbered = replace(
@@ -215,16 +222,24 @@ class Compiler:
         saves = tuple(planned[save.name] for save in graph.saves)
         return Compiled(numbered, plan, programs, prepare(programs, plan, anatomy), saves, anatomy.spread.key)
 
+    def _check_layers(self, graph: Graph) -> None:
+        for number, op in enumerate(graph.ops):
+            if (
+                isinstance(op, Read | Write)
+                and op.site.layer is not None
+                and op.site.layer >= self.anatomy.n_layers
+            ):
+                error = LayerRangeError(
+                    f"the graph names {op.site}; the model has {self.anatomy.n_layers} layers"
+                )
+                raise graph.blame(error, number)
+
     def _check_sites(self, graph: Graph, generating: bool) -> None:
-        """A graph from elsewhere may name layers, sites or types that this model does not have."""
+        """A graph from elsewhere may name sites or types that this model does not have."""
         sizes, pinned = sizes_of(graph), {pin.symbol for pin in graph.pins}
         for number, op in enumerate(graph.ops):
             try:
                 if isinstance(op, Read | Write):
-                    if op.site.layer is not None and op.site.layer >= self.anatomy.n_layers:
-                        raise LayerRangeError(
-                            f"the graph names {op.site}; the model has {self.anatomy.n_layers} layers"
-                        )
                     if generating and op.site.name == "k_rot":
                         raise WriteTargetError(
                             f"{op.site} cannot be used in a generation: behind it stands the cache, which keeps the "
@@ -236,8 +251,6 @@ class Compiler:
                         raise VerificationError(
                             f"{op.site} is {own} in this model; the graph was recorded for {op.type}"
                         )
-                    if isinstance(op, Write) and op.instead is not None:
-                        require_replaceable(self.anatomy, op)
                     # The verifier knows the types of the sites that the graph reads, and only those.
                     fits = retype(op, graph.types, sizes, {op.site: own})
                     if fits is not None and not fits.pins <= pinned:

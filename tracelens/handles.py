@@ -44,6 +44,10 @@ class Described(Anatomy, Headed, Protocol):
         """The moment before the module that makes a site."""
         ...
 
+    def stream_input(self, site: Site) -> ModuleSite:
+        """The side of a module at which a site is what the module receives."""
+        ...
+
 
 def recorder_of(anatomy: Anatomy, what: str) -> Recorder:
     """The open recording of the model; :class:`NoTraceError` outside a block."""
@@ -114,7 +118,9 @@ class LayerHandle:
         return head_out(self._anatomy, self.z, self._index)
 
     def skip(self) -> None:
-        """Does not run this layer: it returns what it received, ``resid_post := resid_pre``.
+        """Does not run this layer: it returns what it received, ``resid_post := resid_pre``, after all writes so far.
+
+        Later writes to what it receives are refused (:class:`~tracelens.errors.SkippedSiteError`).
 
         >>> with model.trace("The capital of France is"):                             # doctest: +SKIP
         ...     model.layers[5].skip()
@@ -124,7 +130,11 @@ class LayerHandle:
         site = _layer_site("resid_post", self._index)
         with Blaming(here()):
             begins = self._anatomy.begins(site)
-        recorder.replace(site, begins, Value.of_site(recorder, _layer_site("resid_pre", self._index)))
+            received = _layer_site("resid_pre", self._index)
+            at_module = self._anatomy.stream_input(received)
+        # Written by the module's path, it holds more than the site that is named.
+        received = at_module if recorder.is_written(at_module) else received
+        recorder.replace(site, begins, Value.of_site(recorder, received))
 
     def replace(self, **new: Any) -> None:
         """Does not run the modules that make these sites: ``model.layers[5].replace(mlp_add=value)`` skips the MLP.

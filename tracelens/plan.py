@@ -14,18 +14,12 @@ from tracelens.ir.ops import Call, Grad, Op, Read, Ref, Transfer, Write, moment
 from tracelens.ir.passes.forward_order import moments_of
 from tracelens.ir.passes.mark_leaves import mark_leaves
 from tracelens.ir.passes.pipeline import improve
-from tracelens.ir.sites import BEFORE_ALL, Effect, Scope, Sequence, Site
+from tracelens.ir.sites import BEFORE_ALL, Scope, Sequence, Site
 from tracelens.ir.types import TensorType, bytes_text
 from tracelens.placement import Placement
 from tracelens.placing import place
 from tracelens.pushing import push_indices
-
-_REACH = {
-    Effect.STREAM: "the residual stream: every later layer sees it",
-    Effect.BRANCH: "one branch only: the stream changes through that sublayer",
-    Effect.OUTPUT: "after the last layer: only the output changes",
-    Effect.MODULE: "one side of a module: whatever reads that tensor sees it",
-}
+from tracelens.reach import reach
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,7 +128,7 @@ class Plan:
             and not (isinstance(op.value, Ref) and op.value.id in leaves)
         ]
         lines += [
-            f"  writes {op.site} ({_REACH[op.site.kind.effect]})"
+            f"  writes {op.site} ({reach(self.graph, op)})"
             if op.instead is None
             else f"  does not run {op.instead.module}, in whose place {op.site} is written"
             for op in own

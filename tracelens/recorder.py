@@ -51,7 +51,14 @@ from tracelens.ir.sites import AFTER_ALL, Effect, Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location, here
 from tracelens.origins import Origin, latest_origin, refuse_backwards
-from tracelens.skipping import Skipped, refuse_inside, refuse_late, refuse_unready
+from tracelens.skipping import (
+    Skipped,
+    refuse_inside,
+    refuse_late,
+    refuse_overlooked,
+    refuse_unready,
+    refuse_unseen,
+)
 from tracelens.steps import Step
 from tracelens.subject import spelling
 
@@ -212,6 +219,8 @@ class Recorder(Draft):
         type_ = self._type_of(site, location)
         if site.kind.effect is Effect.NONE:
             raise WriteTargetError(f"{site} can be read but not written")
+        if self.skipped:
+            refuse_unseen(self.skipped, site, self.anatomy)
         arg = self._ref_or_scalar(new)
         inferred = self._fit(type_, arg)
         self._check_positions("a write", inferred)
@@ -223,6 +232,10 @@ class Recorder(Draft):
             return self._step(op, (), None, inferred)
         return self._add(key, op, inferred=inferred)
 
+    def is_written(self, site: Site) -> bool:
+        """Has the block written to a site so far?"""
+        return site in self._versions
+
     def replace(self, site: Site, begins: ModuleSite, new: object) -> None:
         """The module between ``begins`` and ``site`` is not run, and ``new`` is what it would have made."""
         self.require_open()
@@ -233,15 +246,17 @@ class Recorder(Draft):
                     f"{begins.module} cannot be left out in model.generate: {reason}",
                     instead="a later layer, a module that does no attention, or model.trace over the whole text",
                 )
-            skipped = Skipped(begins, site, location)
-            refuse_late(skipped, self.ops, self.locations)
             arg = self._ref_or_scalar(new)
+            op = Write(site, 1, arg, begins)
+            skipped = Skipped(begins, site, location, op)
+            refuse_late(skipped, self.ops, self.locations)
             inferred = self._fit(self._type_of(site, location), arg)
             self._check_positions("a write", inferred)
             origin = self._origins[arg.id] if isinstance(arg, Ref) else None
             if origin is not None:
                 refuse_unready(skipped, origin, self.locations)
-        self._take(self._step(Write(site, 1, arg, begins), (), None, inferred), location)
+            refuse_overlooked(skipped, self.ops, self.locations, self.anatomy)
+        self._take(self._step(op, (), None, inferred), location)
         self._versions[site] = 1
         self.skipped.append(skipped)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
@@ -42,6 +43,10 @@ class Anatomy(Protocol):
 
     def needed_in_generation(self, path: str) -> str | None:
         """Why a module cannot be left out in generation, if it cannot."""
+        ...
+
+    def names_at(self, site: ModuleSite) -> Sequence[Site]:
+        """The named sites that a module's side shows, or that the module makes of what it receives there."""
         ...
 
     def parameter_type(self, path: str) -> TensorType: ...

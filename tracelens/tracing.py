@@ -14,6 +14,7 @@ from tracelens.backends.local import Run
 from tracelens.backends.ready import running_device
 from tracelens.backends.spread import Loading
 from tracelens.backends.transfer import Everywhere, inputs_on
+from tracelens.backends.windows import refuse_forgotten
 from tracelens.coming import ON_BLOCKS, not_yet
 from tracelens.compiling import Compiled, Compiler, check_fits, owning, relocate
 from tracelens.errors import (
@@ -355,6 +356,7 @@ def generate(
         return hf.generate(**inputs, **options)
 
     try:
+        refuse_forgotten(anatomy, compiled.plan.graph, prompt.sizes["P"], options)
         output = run.execute(forward, each_forward=sizes)
     except TracelensError as error:
         raise relocate(error, graph) from error.__cause__

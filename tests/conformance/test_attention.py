@@ -503,18 +503,44 @@ def test_rotated_keys_are_refused_in_generations() -> None:
         model.layers[1].z += model.layers[1].k_rot[..., :1, :1]
 
 
-def test_layers_whose_cache_forgets_are_refused_where_keys_are_counted() -> None:
+@pytest.mark.parametrize("family", ["mistral_sliding", "qwen2_sliding"])
+@pytest.mark.parametrize("site", ["pattern", "scores"])
+def test_layers_whose_cache_forgets_are_refused_before_the_run_where_keys_are_counted(family, site) -> None:
+    hf = EVERY[family].build()
+    assert hf.config.sliding_window == 4
+    model = tl.wrap(hf)
+    ids, calls = [5, 6, 7], []
+    counted = hf.register_forward_hook(lambda *_: calls.append(1))
+
+    def halved(layer: int, **options: Any) -> Any:
+        with untouched(hf), model.generate(ids, eos_token_id=None, **options) as t:
+            setattr(model.layers[layer], site, getattr(model.layers[layer], site) * 0.5)
+        return t.tokens
+
+    for new in (3, 9):
+        with pytest.raises(SiteMismatchError, match="sliding window of 4") as failure:
+            halved(1, max_new_tokens=new)
+        assert failure.value.at is not None
+        assert failure.value.at.filename == __file__
+        assert "max_new_tokens=2" in str(failure.value.instead)
+        assert not calls
+    assert len(halved(1, max_new_tokens=2)) == 2  # all that goes in are four tokens
+    if family == "qwen2_sliding":
+        assert len(halved(0, max_new_tokens=9)) == 9  # layer 0 looks back over everything
+    # Every step over the whole text: the same as tracing each of them.
+    tokens = halved(1, max_new_tokens=5, use_cache=False)
+    for end, token in enumerate(tokens):
+        with model.trace([*ids, *tokens[:end]]):
+            setattr(model.layers[1], site, getattr(model.layers[1], site) * 0.5)
+            best = model.logits[0, -1].argmax(-1).save()
+        assert best.value.item() == token
+    counted.remove()
+
+
+def test_layers_whose_cache_forgets_take_what_counts_no_keys() -> None:
     hf = EVERY["mistral_sliding"].build()
     model = tl.wrap(hf)
-    with (
-        untouched(hf),
-        pytest.raises(SiteMismatchError, match="was expected") as failure,
-        model.generate(IDS, max_new_tokens=4),
-    ):
-        model.layers[1].pattern *= 0.5
-    assert failure.value.instead is not None
-    assert "cache" in failure.value.instead
-    # Without counting them: every head of the layer looks nowhere.
+    # Every head of the layer looks nowhere.
     with untouched(hf), model.generate(IDS, max_new_tokens=4) as t:
         model.layers[1].pattern = 0.0
     with model.generate(IDS, max_new_tokens=4) as zero:

@@ -22,7 +22,7 @@ from tracelens.errors import (
     UnknownParameterError,
 )
 from tracelens.ir.infer import dtype_of
-from tracelens.ir.module_sites import ModuleSite
+from tracelens.ir.module_sites import INPUT, OUTPUT, Key, ModuleSite
 from tracelens.ir.sites import KIND, KINDS, Scope, Site, near
 from tracelens.ir.types import DType, TensorType
 
@@ -92,7 +92,13 @@ class ModelAnatomy:
         self._types: dict[str, tuple[torch.dtype, TensorType]] = {}
         self._paths: dict[int, tuple[weakref.ref[torch.Tensor], str | None]] = {}
         self._points: dict[tuple[str, str], list[Site]] | None = None
-        self.sides = ModuleSides(model, lambda: language_model_passes(model), self._hook_points, self._state)
+        self.sides = ModuleSides(
+            model,
+            lambda: language_model_passes(model),
+            self._hook_points,
+            self._state,
+            pretended="attention_mask",
+        )
         self._check_layout()
         self._spread: Spread | None = None
         self._rows = self._embedding.shape[0]
@@ -241,6 +247,18 @@ class ModelAnatomy:
         if self._points is None:
             self._points = self._hook_points()
         return self._points.get((path, side), [])
+
+    def names_at(self, site: ModuleSite) -> list[Site]:
+        """The named sites that a module's side shows, or that the module makes of what it receives there."""
+        made = self.named_at(site.path, OUTPUT) if site.side == INPUT else []
+        return [*self.named_at(site.path, site.side), *made]
+
+    def stream_input(self, site: Site) -> ModuleSite:
+        """The side of a module at which a site is what the module receives."""
+        _, tap, path = self.tap(site)
+        call = self.sides.call_of(path, None)
+        key: Key = (0,) if tap.key is None or (tap.key,) not in call.inputs else (tap.key,)
+        return call.inputs[key].site
 
     @cached_property
     def attention_configs(self) -> tuple[Any, ...]:

@@ -39,11 +39,15 @@ class ModuleSides:
         passes: Callable[[], Sequence[Sequence[Pass]]],
         hook_points: Callable[[], HookPoints],
         state: Callable[[], Hashable],
+        *,
+        pretended: str | None = None,
     ) -> None:
+        """``pretended``: the argument that ``passes`` give in another form than runs."""
         self.model = model
         self._passes = passes
         self._hook_points = hook_points
         self._state = state
+        self._pretended = pretended
         self._known: dict[Hashable, Survey] = {}
         self._lock = threading.Lock()
 
@@ -62,7 +66,7 @@ class ModuleSides:
         failure: MetaForwardError | None = None
         for passes in self._passes():
             try:
-                return survey(copied(self.model), passes, self._hook_points())
+                return survey(copied(self.model), passes, self._hook_points(), pretended=self._pretended)
             except MetaForwardError as error:
                 failure = failure or error
         assert failure is not None
@@ -107,7 +111,7 @@ class ModuleSides:
         if leaf.type is None:
             raise ModuleTensorError(
                 f"{site} cannot be read or written: it {leaf.problem}",
-                instead="another tensor of that module, or a module before or after it",
+                instead=leaf.instead or "another tensor of that module, or a module before or after it",
             )
         return leaf.type
 
@@ -198,13 +202,13 @@ def unknown_module(model: nn.Module, path: object) -> UnknownModuleError:
 
 
 def shown(side: str, leaves: Mapping[Key, Leaf]) -> str:
-    """The tensors on a side as one writes them, with their types."""
+    """The tensors on a side that can be read, as one writes them, with their types."""
     word = ".inputs" if side == INPUT else ".output"
-    parts = (
-        f"{word}{''.join(f'[{part!r}]' for part in key)} {leaf.type if leaf.type is not None else leaf.problem}"
+    return ", ".join(
+        f"{word}{''.join(f'[{part!r}]' for part in key)} {leaf.type}"
         for key, leaf in leaves.items()
+        if leaf.type is not None
     )
-    return ", ".join(parts)
 
 
 def _times(count: int) -> str:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 from tracelens.backends.base import Side
 from tracelens.backends.stand_in import unfillable
 from tracelens.backends.survey import ModuleCall
-from tracelens.errors import AbsentSiteError, ReplacementError, VerificationError
+from tracelens.errors import AbsentSiteError, ReplacementError, TracelensError, VerificationError
+from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import OUTPUT, Key, ModuleSite
 from tracelens.ir.ops import Write
 from tracelens.ir.sites import Site
@@ -82,18 +83,34 @@ def output_site(anatomy: ModelAnatomy, call: ModuleCall) -> Site:
     return leaf.site
 
 
-def require_replaceable(anatomy: ModelAnatomy, op: Write) -> None:
-    """Raises where a graph, which may be from elsewhere, replaces what this model cannot leave out."""
-    assert op.instead is not None
-    try:
-        own = replacement(anatomy, op.site).begins
-    except AbsentSiteError as error:
-        raise VerificationError(error.problem) from None
-    if own != op.instead:
-        raise VerificationError(
-            f"this model makes {op.site} by {own.text}; the graph replaces {op.instead.text}",
-            instead="a graph that was recorded for this model",
-        )
+def at_home(anatomy: ModelAnatomy, graph: Graph) -> Graph:
+    """The graph with the moments at which this very model would run the modules that are replaced.
+
+    Which module makes a named site, and when it would begin, are facts of the model: a graph from another one names
+    the same site and another moment. Raises :class:`VerificationError` where this model cannot leave the module out.
+    """
+    if not any(write.instead is not None for write in graph.writes):
+        return graph
+    ops = list(graph.ops)
+    for number, op in enumerate(graph.ops):
+        if not isinstance(op, Write) or op.instead is None:
+            continue
+        try:
+            begins = replacement(anatomy, op.site).begins
+        except AbsentSiteError as error:
+            raise graph.blame(VerificationError(error.problem), number) from None
+        except TracelensError as error:
+            raise graph.blame(error, number) from None
+        if isinstance(op.site, ModuleSite) and begins != op.instead:
+            error = VerificationError(
+                f"this model reaches {begins.text} where the graph has {op.instead.text}, instead of which it replaces "
+                f"{op.site}",
+                instead="a graph that was recorded for this model; one that names sites (replace(mlp_add=...)) runs on "
+                "other families too",
+            )
+            raise graph.blame(error, number)
+        ops[number] = replace(op, instead=begins)
+    return replace(graph, ops=tuple(ops))
 
 
 def needed_in_generation(anatomy: ModelAnatomy, path: str) -> str | None:

@@ -35,14 +35,16 @@ HookPoints = Mapping[tuple[str, str], Sequence[Site]]
 class Leaf:
     """One tensor on one side of a module.
 
-    ``type`` is ``None`` where a graph cannot hold it, for the reason ``problem``. ``lent``: the tensor is changed in
-    place later on, or lies in memory of the model's parameters or the user's inputs; who reads it has to copy it.
+    ``type`` is ``None`` where a graph cannot hold it, for the reason ``problem``; ``instead``: what to use. ``lent``:
+    the tensor is changed in place later on, or lies in memory of the model's parameters or the user's inputs; who reads
+    it has to copy it.
     """
 
     site: ModuleSite
     type: TensorType | None
     problem: str | None = None
     lent: bool = False
+    instead: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +113,15 @@ class _Event:
 
 
 def survey(
-    model: nn.Module, passes: Sequence[Callable[[nn.Module], object]], hook_points: HookPoints
+    model: nn.Module,
+    passes: Sequence[Callable[[nn.Module], object]],
+    hook_points: HookPoints,
+    *,
+    pretended: str | None = None,
 ) -> Survey:
     """Runs ``passes`` on ``model``, a copy without data: one with the very sizes, or one for each of :data:`SIZES`.
 
+    ``pretended``: the argument, a mask, that runs give in another form, so that nothing is learned of it.
     Raises :class:`MetaForwardError` where that is impossible.
     """
     own_path: dict[str, str] = {}
@@ -145,7 +152,23 @@ def survey(
     kept = [tensor for module in model.modules() for _, tensor in tensors_in(vars(module))]
     kept += [tensor for events in runs for tensor in events[0].tensors.values()]  # the inputs of the whole
     held = frozenset(map(_memory, [*kept, *model.parameters(), *model.buffers()]))
-    return Survey(_calls(runs, _places(runs[0], hook_points), names, held), own_path)
+    masked = frozenset(
+        _memory(tensor)
+        for events in runs
+        for key, tensor in events[0].tensors.items()
+        if pretended is not None and key[0] == pretended
+    )
+
+    def unknown(event: _Event, key: Key) -> bool:
+        """Is a tensor the mask, or made of it under its name?"""
+        if _memory(event.tensors[key]) in masked:
+            return True
+        if pretended is None or event.side != INPUT:
+            return False
+        taken, first = names[event.path], key[0]
+        return pretended == (taken[first] if isinstance(first, int) and first < len(taken) else first)
+
+    return Survey(_calls(runs, _places(runs[0], hook_points), names, held, unknown), own_path)
 
 
 class _Watcher:
@@ -261,6 +284,7 @@ def _calls(
     places: Sequence[_Place],
     names: Mapping[str, tuple[str, ...]],
     held: frozenset[int],
+    unknown: Callable[[_Event, Key], bool],
 ) -> dict[str, tuple[ModuleCall, ...]]:
     count: dict[str, int] = {}
     for event in runs[0]:
@@ -277,7 +301,11 @@ def _calls(
         for key in event.tensors:
             number += 1
             site = module_site(event.path, event.side, key, call, after=after, number=number, amid=place.amid)
-            leaves[key] = _leaf(site, events, key, place, held)
+            leaves[key] = (
+                Leaf(site, None, _OF_MASK, instead=_FOR_MASK)
+                if unknown(event, key)
+                else _leaf(site, events, key, place, held)
+            )
         if event.side == INPUT:
             number += 1
             begins = module_site(event.path, INPUT, (), call, after=after, number=number, amid=place.amid)
@@ -288,6 +316,14 @@ def _calls(
                 ModuleCall(event.path, inputs, leaves, begins, event.returned, names[event.path])
             )
     return {path: tuple(calls) for path, calls in found.items()}
+
+
+_OF_MASK = (
+    "is the attention mask, whose shape and dtype depend on the prompt and on the implementation of attention"
+)
+_FOR_MASK = (
+    "model.token_mask for where the real tokens are; model.layers[i].scores for what attention excludes"
+)
 
 
 def _memory(tensor: torch.Tensor) -> int:
