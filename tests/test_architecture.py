@@ -38,6 +38,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("recorder", 3),
     ("open_recordings", 3),
     ("refusing", 3),
+    ("per_prompt", 3),
     ("operand", 3),
     ("shapes", 3),
     ("indexing", 3),

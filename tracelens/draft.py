@@ -251,13 +251,25 @@ class Draft:
             value._require_fresh()
             return value._id
         if not recorder.is_open and value._has_result():
-            return self.constant(value._result())
+            result = value._result()
+            if isinstance(result, list):
+                return self._per_prompt(value, cast("list[torch.Tensor]", result))
+            return self.constant(result)
         raise ForeignValueError(
             "a value of another trace, which was not saved there, was used in this one",
             at=here(),
             also=(("it belongs to the trace opened at", recorder.opened),),
             instead="call .save() on it in its own block, and use it after that block has ended",
         )
+
+    def _per_prompt(self, value: Any, parts: list[torch.Tensor]) -> int:
+        """What was saved for prompts of different lengths, as one value for the same lengths."""
+        known = self._constant_values.get(id(parts))
+        if known is None:
+            from tracelens.per_prompt import padded_again  # it records as a block does
+
+            known = self._constant_values[id(parts)] = (parts, padded_again(cast(Any, self), value, parts))
+        return known[1]
 
     def _ref_or_scalar(self, new: object) -> Ref | Scalar:
         arg = self.argument(new)

@@ -363,6 +363,10 @@ class SavedFileError(TracelensError):
     """The file that a result was saved to is no longer the one that the run wrote."""
 
 
+class PerPromptError(TracelensError, AttributeError, TypeError):
+    """What was saved holds one tensor for each prompt, and was used as one tensor, or with other prompts."""
+
+
 class NotRunYetError(TracelensError):
     """The value is asked for before the block has ended."""
 

@@ -46,7 +46,7 @@ class MappedValue(PerLayerOperand):
     def shape(self) -> Any:
         """The shape in one layer."""
         if self._has_result():
-            return self._result().shape
+            return self._tensor(".shape").shape
         return self._members[0].shape
 
     @property
@@ -57,7 +57,7 @@ class MappedValue(PerLayerOperand):
     @property
     def ndim(self) -> int:
         """The number of axes in one layer."""
-        return self._result().ndim if self._has_result() else self._members[0].ndim
+        return self._tensor(".ndim").ndim if self._has_result() else self._members[0].ndim
 
     def dim(self) -> int:
         """The number of axes in one layer; the same as :attr:`ndim`."""
@@ -78,12 +78,12 @@ class MappedValue(PerLayerOperand):
     @property
     def T(self) -> Any:  # torch's name
         """The value with its two axes exchanged, in each layer; ``mT`` for more than two."""
-        return self._result().T if self._has_result() else self._each(lambda member: member.T)
+        return self._tensor(".T").T if self._has_result() else self._each(lambda member: member.T)
 
     @property
     def mT(self) -> Any:  # torch's name
         """The value with its last two axes exchanged, in each layer; :class:`ShapeError` for fewer than two."""
-        return self._result().mT if self._has_result() else self._each(lambda member: member.mT)
+        return self._tensor(".mT").mT if self._has_result() else self._each(lambda member: member.mT)
 
     @property
     def tok(self) -> MappedTokens:

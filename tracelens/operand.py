@@ -25,6 +25,7 @@ from tracelens.errors import (
 from tracelens.ir.infer import canonical_call, name_of
 from tracelens.ir.sites import near
 from tracelens.location import here
+from tracelens.per_prompt import not_one_tensor
 from tracelens.refusing import module_called, refuse, sent_by_accelerate
 
 
@@ -35,7 +36,7 @@ def _binary(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, objec
         if isinstance(other, Operand) and other._is_recording():
             # What is left of a finished trace is a constant of the open one, if it was saved.
             return other._apply(name, (self, other), None)
-        return plain(self._result(), other)
+        return plain(self._tensor(), other)
 
     return method
 
@@ -44,7 +45,7 @@ def _reflected(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, ob
     def method(self: Operand, other: object) -> Any:
         if self._is_recording():
             return self._apply(name, (other, self), None)
-        return plain(other, self._result())
+        return plain(other, self._tensor())
 
     return method
 
@@ -53,7 +54,7 @@ def _in_place(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, obj
     def method(self: Operand, other: object) -> Any:
         if self._is_recording():
             return self._updated(self._apply(name, (self, other), None))
-        return plain(self._result(), other)
+        return plain(self._tensor(), other)
 
     return method
 
@@ -62,7 +63,7 @@ def _unary(name: str, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
     def method(self: Operand) -> Any:
         if self._is_recording():
             return self._apply(name, (self,), None)
-        return plain(self._result())
+        return plain(self._tensor())
 
     return method
 
@@ -80,6 +81,14 @@ class Operand:
     def _result(self) -> Any:
         """The tensor that came out of the run; raises a named error where there is none."""
         raise TypeError("Operand is abstract")
+
+    def _tensor(self, what: str = "this") -> Any:
+        """What :meth:`_result` gives, where it is one tensor; ``what`` was asked of it, if it is none."""
+        result = self._result()
+        if isinstance(result, list):
+            words = f"{what} is of one tensor" if what != "this" else "this takes one tensor"
+            raise not_one_tensor(cast("list[torch.Tensor]", result), words)
+        return result
 
     def _apply(self, name: str, args: Sequence[object], kwargs: Mapping[str, object] | None) -> Any:
         """Records a function of the catalogue."""
@@ -186,7 +195,7 @@ class Operand:
         if name.startswith(("__", "_repr_", "_ipython_")):
             raise AttributeError(name)
         if not self._is_recording():
-            return getattr(self._result(), name)
+            return getattr(self._tensor(f".{name}"), name)
         method = getattr(torch.Tensor, name, None)
         if name == "device" and (module := module_called()) is not None:
             raise UnsupportedFunctionError(
@@ -223,47 +232,47 @@ class Operand:
 
     def __bool__(self) -> bool:
         if not self._is_recording():
-            return bool(self._result())
+            return bool(self._tensor())
         return self._branch("branching on", instead_of_branching(here()))
 
     def __float__(self) -> float:
         if not self._is_recording():
-            return float(self._result())
+            return float(self._tensor())
         return self._branch("float() of", instead_of_number(here(), _ITSELF))
 
     def __int__(self) -> int:
         if not self._is_recording():
-            return int(self._result())
+            return int(self._tensor())
         return self._branch("int() of", instead_of_number(here(), _ITSELF))
 
     def __complex__(self) -> complex:
         if not self._is_recording():
-            return complex(self._result())
+            return complex(self._tensor())
         return self._branch("complex() of", instead_of_number(here(), _ITSELF))
 
     def __round__(self, digits: int = 0) -> Any:
         if not self._is_recording():
-            return round(self._result(), digits)
+            return round(self._tensor(), digits)
         return self._branch("round() of", "torch.round(value)")
 
     def __floor__(self) -> Any:
         if not self._is_recording():
-            return torch.floor(self._result())
+            return torch.floor(self._tensor())
         return self._branch("math.floor() of", "torch.floor(value)")
 
     def __ceil__(self) -> Any:
         if not self._is_recording():
-            return torch.ceil(self._result())
+            return torch.ceil(self._tensor())
         return self._branch("math.ceil() of", "torch.ceil(value)")
 
     def __trunc__(self) -> Any:
         if not self._is_recording():
-            return torch.trunc(self._result())
+            return torch.trunc(self._tensor())
         return self._branch("math.trunc() of", "torch.trunc(value)")
 
     def __index__(self) -> int:
         if not self._is_recording():
-            return operator.index(self._result())
+            return operator.index(self._tensor())
         return self._branch(
             "indexing or counting with", "torch.gather or torch.index_select with the value as the index"
         )
@@ -286,7 +295,7 @@ class Operand:
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> Any:
         if self._is_recording():
             self._branch("numpy() of", "a torch function; .save() the value to use numpy after the block")
-        array = self._result().numpy()
+        array = self._tensor().numpy()
         return array if dtype is None else array.astype(dtype)
 
     def __format__(self, spec: str) -> str:
@@ -382,7 +391,15 @@ def apply_torch(function: Callable[..., Any], args: Sequence[Any], kwargs: Mappi
     operands = operands_in(args, kwargs)
     recording = next((operand for operand in operands if operand._is_recording()), None)
     if recording is None:
-        return function(*map(_finished, args), **{key: _finished(arg) for key, arg in kwargs.items()})
+        plain, named = [*map(_finished, args)], {key: _finished(arg) for key, arg in kwargs.items()}
+        parts = next((found for each in operands if isinstance(found := each._result(), list)), None)
+        try:
+            return function(*plain, **named)
+        except (AttributeError, RuntimeError, TypeError):
+            if parts is None:
+                raise
+            words = f"{_display_name(function)} takes one tensor"
+            raise not_one_tensor(cast("list[torch.Tensor]", parts), words) from None
     if name_of(function) is None:
         refuse(function, _display_name(function), args)
     try:

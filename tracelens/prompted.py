@@ -49,6 +49,11 @@ class Prompt:
         return mask_indices(mask, self.batch)
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of real tokens in every row."""
+        return self.batch.lengths
+
+    @property
     def lengths_digest(self) -> int:
         """A number that differs for prompts whose rows have other lengths."""
         return zlib.crc32(repr(self.batch.lengths).encode())

@@ -74,6 +74,11 @@ class Prompted(Protocol):
     def mask_indices(self, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]: ...
 
     @property
+    def lengths(self) -> tuple[int, ...]:
+        """The number of real tokens in every row."""
+        ...
+
+    @property
     def lengths_digest(self) -> int: ...
 
 

@@ -36,6 +36,7 @@ from tracelens.ir.sites import Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location, here
 from tracelens.operand import Operand, apply_torch
+from tracelens.per_prompt import not_one_tensor
 from tracelens.recorder import Recorder
 from tracelens.refusing import failed_block, parameter_target
 from tracelens.shapes import Shape
@@ -115,14 +116,14 @@ class Value(Operand):
     def shape(self) -> Any:
         """The global shape: numbers inside ``trace``, symbols for the prompt's sizes in ``record`` without a prompt."""
         if not self._is_recording() and self._has_result():
-            return self._result().shape
+            return self._tensor(".shape").shape
         return Shape(self._recorder, self._type)
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that the numbers have in the run."""
         if not self._is_recording() and self._has_result():
-            return self._result().dtype
+            return self._tensor(".dtype").dtype
         return torch_dtype(self._type.dtype)
 
     @property
@@ -208,7 +209,12 @@ class Value(Operand):
 
     def __getitem__(self, key: Any) -> Any:
         if not self._is_recording():
-            return self._result()[key]
+            result = self._result()
+            if isinstance(result, list) and not isinstance(key, int | slice):
+                raise not_one_tensor(
+                    cast("list[torch.Tensor]", result), "an index of several axes is of one tensor"
+                )
+            return result[key]
         self._require_fresh()
         return self._indexed(index_of(self, key))
 
