@@ -21,18 +21,23 @@ TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test check mutants gpu clean same-python
+.PHONY: help demo demo-sharded test check mutants gpu clean same-python
 
 help:
-	@echo "make demo      show what tracelens does, on a small model that is fetched once"
-	@echo "make test      run the tests"
-	@echo "make check     format, lint and types"
-	@echo "make mutants   break the code on purpose and see that the tests notice"
-	@echo "make gpu       run the tests that need a CUDA device"
-	@echo "make clean     remove the environment and everything built"
+	@echo "make demo          show what tracelens does, on a small model that is fetched once"
+	@echo "make demo-sharded  the same with the model split over several devices"
+	@echo "make test          run the tests"
+	@echo "make check         format, lint and types"
+	@echo "make mutants       break the code on purpose and see that the tests notice"
+	@echo "make gpu           run the tests that need a CUDA device"
+	@echo "make clean         remove the environment and everything built"
 
 demo: $(DEMO)
 	@$(BIN)/tracelens demo
+
+# On all GPUs, or on the pretend devices of the tests, which need what the tests need.
+demo-sharded: $(TEST)
+	@$(BIN)/python -m tests.support.sharded_demo
 
 test: $(TEST)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)

@@ -9,7 +9,12 @@ import pytest
 import torch
 
 import tracelens as tl
+from examples import several_gpus
+from tests.support import sharded_demo
+from tests.support.pretend import Pretend, pretend
 from tracelens import cli, demo
+
+__all__ = ["pretend"]
 
 pytestmark = pytest.mark.smollm2
 
@@ -19,10 +24,15 @@ def model() -> tl.Model:
     return tl.load("smollm2-135m")
 
 
-def test_the_demo_shows_what_the_model_says(model: tl.Model) -> None:
-    said: list[str] = []
-    demo.run(model, said.append)
-    text = "\n".join(said)
+@pytest.fixture(scope="module")
+def said(model: tl.Model) -> str:
+    lines: list[str] = []
+    demo.run(model, lines.append)
+    return "\n".join(lines)
+
+
+def test_the_demo_shows_what_the_model_says(model: tl.Model, said: str) -> None:
+    text = said
     assert "smollm2-135m (Llama, 30 layers" in text
     assert model.tokenizer is not None
     ids = model.tokenizer(demo.PROMPT, return_tensors="pt")
@@ -67,6 +77,42 @@ def test_a_steered_text_is_what_a_hand_written_hook_gives(model: tl.Model) -> No
     expected = model.tokenizer.decode(tokens[0, ids["input_ids"].shape[1] :], skip_special_tokens=True)
     assert demo.steered(model, "resid_post", demo.LAYER, strength) == expected
     assert demo.steered(model, "resid_post", demo.LAYER, -strength) != expected
+
+
+def numbers_of(text: str) -> list[str]:
+    """The demo without what it says of devices: the lens and the texts."""
+    _, told = text.split("\n", 1)
+    return told.partition("3. What ran")[0].splitlines()
+
+
+def test_three_devices_give_the_numbers_of_one(
+    said: str, pretend: Pretend, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pretend.watched() as seen:
+        assert sharded_demo.main() == 0
+    told = capsys.readouterr().out
+    here, _, rest = told.partition("model: ")[2].partition("\n4. Across devices")
+    assert len(numbers_of(said)) > 50
+    assert numbers_of(here) == numbers_of(said)
+    assert {copy.source for copy in seen.copies} >= set(sharded_demo.PRETEND), "it did run there"
+    assert "place 2 (pretend:2): layers 20 to 29, final_norm" in here
+    assert "send %" in rest
+    assert "next: ' Paris'" in rest
+
+
+def test_three_devices_give_the_streams_of_one_bit_for_bit(model: tl.Model, pretend: Pretend) -> None:
+    spread = several_gpus.load(pretend.devices(3))
+    found: list[list[torch.Tensor]] = []
+    for each in (model, spread):
+        with each.trace(demo.PROMPT):
+            streams, logits = each.layers[:].resid_post.save(), each.logits.save()
+        found.append([streams.value, logits.value, demo.contrast_vector(each, "resid_post", demo.LAYER)])
+    for one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+    for one, other in zip(*(demo.logit_lens(each, demo.PROMPT) for each in (model, spread)), strict=True):
+        assert one.tokens == other.tokens
+        # The product with the transposed unembedding is rounded by where its operands lie in memory.
+        assert one.probabilities == pytest.approx(other.probabilities, rel=1e-5)
 
 
 def test_the_command_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -9,6 +9,9 @@ import pytest
 import torch
 
 import tracelens as tl
+from tests.support.pretend import Pretend, pretend
+
+__all__ = ["pretend"]
 
 pytestmark = pytest.mark.smollm2
 
@@ -96,6 +99,21 @@ def test_sae_with_error_term(model: tl.Model) -> None:
 def test_save_and_share(model: tl.Model, tmp_path: Path) -> None:
     assert example("save_and_share").main(model, folder=tmp_path)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["ablation.json", "ablation.safetensors"]
+
+
+def test_several_gpus(model: tl.Model, pretend: Pretend, capsys: pytest.CaptureFixture[str]) -> None:
+    module = example("several_gpus")
+    alone = example("several_gpus").main(model)
+    assert "sends" not in capsys.readouterr().out
+    spread = module.load(pretend.devices(3))
+    t = module.main(spread)
+    said = capsys.readouterr().out
+    assert said.count("  sends %") == 1
+    assert "-> place 2" in said
+    assert str(t["neurons"].device) == "pretend:2"
+    assert t["norms"].device.type == "cpu"
+    for name, value in alone.items():
+        assert torch.equal(t[name].cpu(), value), name
 
 
 def test_every_example_is_tested() -> None:
