@@ -54,7 +54,11 @@ def extra_memory(
     for block in blocks:
         walk.block(block)
     return tuple(
-        ExtraMemory(place, walk.most.get(place.index, 0), walk.at_most.get(place.index, ()))
+        ExtraMemory(
+            place,
+            walk.most.get(place.index, 0),
+            tuple(sorted(walk.at_most.get(place.index, ()), key=lambda one: -one.bytes)),
+        )
         for place in places
     )
 
@@ -184,7 +188,7 @@ class _Walk:
         self.now[place] = self.now.get(place, 0) + holding.bytes
         if self.now[place] > self.most.get(place, 0):
             self.most[place] = self.now[place]
-            self.at_most[place] = tuple(sorted(held.values(), key=lambda one: -one.bytes))
+            self.at_most[place] = tuple(held.values())
 
     def _release(self, root: int) -> None:
         self.users[root] -= 1

@@ -199,7 +199,7 @@ class _Placing:
                     if not isinstance(op, Save | Grad)
                 }
                 if isinstance(op, Save):
-                    using = {value: number_at[value, self._leaves_from(op, value)] for value in op.values}
+                    using = {value: number_at[value, self._leaves_from(number, value)] for value in op.values}
                 elif isinstance(op, Grad):
                     using = {value: number_at[value, self.home[value]] for value in operands(op)}
                 making = {
@@ -217,9 +217,10 @@ class _Placing:
                         at.append(source)
         return Placed(rebuild(self.graph, kept), tuple(at), home)
 
-    def _leaves_from(self, op: Save, value: int) -> int:
+    def _leaves_from(self, number: int, value: int) -> int:
         """The place that a member of a save leaves from."""
-        last = self.at[self.graph.ops.index(op)]
+        op, last = self.graph.ops[number], self.at[number]
+        assert isinstance(op, Save)
         assert last is not None
         if op.stacked and op.keep is Keep.DEVICE:
             return last  # a stack that stays on a device is made on one
@@ -237,7 +238,7 @@ class _Placing:
             else:
                 places[number] = {fixed}
             for value in operands(op):
-                at = {self._leaves_from(op, value)} if isinstance(op, Save) else places[number]
+                at = {self._leaves_from(number, value)} if isinstance(op, Save) else places[number]
                 if value in self.everywhere:
                     wanted.setdefault(value, set()).update(at)
                 elif not isinstance(op, Grad) and (others := at - {self.home[value]}):

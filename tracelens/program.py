@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import Enum
@@ -168,14 +169,17 @@ class _Lowering:
                 self.sites[site.sequence] = site
         self.steps: dict[int, list[tuple[_Key, Step]]] = {place.index: [] for place in plan.placement.places}
         # By source and target, the transfers that were sent and not yet received, in order.
-        self.underway: dict[tuple[int, int], list[tuple[Transfer, int]]] = {}
+        self.underway: dict[tuple[int, int], deque[tuple[Transfer, int]]] = {}
+        self.expected: dict[int, tuple[int, int]] = {}
+        """For every value that is under way, from where to where it goes."""
         for number in range(len(plan.graph.ops)):
             self._add(number)
 
     def _add(self, number: int) -> None:
         op, there = self.plan.graph.ops[number], self.plan.at[number]
         if isinstance(op, Transfer):
-            self.underway.setdefault((op.source, op.target), []).append((op, number))
+            pair = self.expected[op.out] = (op.source, op.target)
+            self.underway.setdefault(pair, deque()).append((op, number))
             self._step(there, number, Step(op, number, side=Side.SEND))
             return
         match op:
@@ -210,14 +214,11 @@ class _Lowering:
 
     def _receive(self, place: int, value: int, key: _Key) -> None:
         """Receives a value that is under way, after those that were sent to this place before it."""
-        for (_, target), waiting in self.underway.items():
-            if target != place or all(op.out != value for op, _ in waiting):
-                continue
-            while waiting:
-                op, number = waiting.pop(0)
-                self.steps[place].append((key, Step(op, number, side=Side.RECEIVE)))
-                if op.out == value:
-                    return
+        pair = self.expected.get(value)
+        while pair is not None and value in self.expected:
+            op, number = self.underway[pair].popleft()
+            del self.expected[op.out]
+            self.steps[place].append((key, Step(op, number, side=Side.RECEIVE)))
 
     def programs(self) -> tuple[Program, ...]:
         stop = self.plan.stop
