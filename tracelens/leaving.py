@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from tracelens.backends.departing import Departures, require_unchanged
-from tracelens.backends.transfer import on_cpu
+from tracelens.backends.transfer import land, on_cpu
 from tracelens.errors import SavedFileError
 from tracelens.ir.infer import torch_dtype
 from tracelens.ir.ops import Keep, Save
@@ -53,7 +53,7 @@ def leave(
         if departures is not None and (host := departures.host(save)) is not None:
             rest = [part for part, (member, _) in enumerate(members) if member.device.type == "cpu"]
             for part in rest:  # of a stack whose other members come from devices
-                host[part].copy_(members[part][0].detach())
+                land(members[part][0], host[part])
             found[save.name] = _Arriving(departures, host, split)
             continue
         parts = [member.detach() if member.requires_grad else member for member, _ in members]

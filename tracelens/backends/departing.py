@@ -14,6 +14,7 @@ from typing import Any, cast
 
 import torch
 
+from tracelens.backends.transfer import land
 from tracelens.errors import MutatedActivationError
 from tracelens.ir.dims import Sizes
 from tracelens.ir.infer import torch_dtype
@@ -54,9 +55,8 @@ class Departures:
             for save, part in parts:
                 tensor, seen = saved[save.name][part]
                 require_unchanged(save, tensor, seen)
-                tensor = tensor.detach()
                 host = self._host(save, tensor.dtype, pinned=device.type == "cuda")
-                (host[part] if save.stacked else host).copy_(tensor, non_blocking=True)
+                land(tensor, host[part] if save.stacked else host)
                 if device.type == "cuda":
                     tensor.record_stream(stream)  # its memory is not given to others before it has left
         arrival = module.Event()

@@ -44,6 +44,11 @@ def moved(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     return tensor.to(device, non_blocking=device.type != "cpu")
 
 
+def land(tensor: torch.Tensor, host: torch.Tensor) -> None:
+    """Puts a saved tensor where it arrives on the host, cast on the way; nobody waits for it here."""
+    host.copy_(tensor.detach(), non_blocking=True)
+
+
 def on_cpu(tensor: torch.Tensor) -> torch.Tensor:
     """A saved tensor on its way out of the run."""
     return tensor if tensor.device.type == "cpu" else tensor.to("cpu")
