@@ -190,7 +190,6 @@ TOGETHER: dict[str, Callable[[Any, Any, Any], Any]] = {
     "one in front": lambda h, v, a: h * v[None, None],
     "table": lambda h, v, a: model.unembed[(model.logits * a).argmax(-1)],
     "nothing of a site": lambda h, v, a: v * a,
-    "unused": lambda h, v, a: h,
 }
 ALONE: dict[str, Callable[[Any, Any, Any], Any]] = {
     "row mean": lambda h, v, a: (h * a).mean(0),
@@ -416,3 +415,74 @@ def test_other_arguments_that_do_not_fit(tmp_path: Any) -> None:
         (model.logits * tl.constant(1.0, name="a")).save("x", to=str(tmp_path / "x.safetensors"))
     with refused(SweepError, "'x' to a file", instead="without to="):
         tl.sweep(model.compile(r), IDS, a=STRENGTHS)  # <-
+
+
+# --- plain models ----------------------------------------------------------------------------------------------------
+
+
+class Sum(torch.nn.Module):
+    """Two inputs, one output."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fc = torch.nn.Linear(3, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.fc(x) + y
+
+
+@pytest.mark.parametrize("given_as", ["a tuple", "a dict"])
+def test_a_program_of_a_plain_model_is_swept_point_by_point(given_as: str) -> None:
+    net, x, y = tl.wrap(Sum()), torch.randn(4, 3), torch.randn(4, 3)
+    with net.record(x, y) as r:
+        k, v = tl.constant(1.0, name="k"), tl.constant(torch.zeros(3), name="v")
+        net.module("fc").output = net.module("fc").output * k + v
+        net.module("").output.save("out")
+    program = net.compile(r)
+    inputs = (x, y) if given_as == "a tuple" else {"x": x, "y": y}
+    if given_as == "a dict":
+        with net.record(x=x, y=y) as r:
+            k, v = tl.constant(1.0, name="k"), tl.constant(torch.zeros(3), name="v")
+            net.module("fc").output = net.module("fc").output * k + v
+            net.module("").output.save("out")
+        program = net.compile(r)
+    found = tl.sweep(program, inputs, k=[0.0, 2.0], v=torch.eye(3)[:2], product=True)
+    assert found["out"].shape == (4, 4, 3)
+    assert found.points == found.runs == 4
+    assert found.one_by_one == "inputs of a plain model have no rows that are known"
+    for point in range(4):
+        constants = {name: values[point] for name, values in found.swept.items()}
+        wanted = program(x, y, **constants) if given_as == "a tuple" else program(x=x, y=y, **constants)
+        assert torch.equal(found["out"][point], wanted["out"])
+        by_hand = net.hf.fc(x) * constants["k"] + constants["v"] + y
+        torch.testing.assert_close(found["out"][point], by_hand.detach())
+
+
+def test_one_argument_of_a_plain_model() -> None:
+    net, x = tl.wrap(torch.nn.Linear(3, 3)), torch.randn(4, 3)
+    with net.record(x) as r:
+        (net.module("").output * tl.constant(1.0, name="k")).save("out")
+    found = tl.sweep(net.compile(r), x, k=[0.0, 2.0])
+    assert torch.equal(found["out"][1], 2 * net.hf(x).detach())
+    with pytest.raises(UnknownConstantError):
+        tl.sweep(net.compile(r), x, j=[0.0, 2.0])
+
+
+# --- constants without effect ----------------------------------------------------------------------------------------
+
+
+def test_a_constant_in_no_operation_is_not_swept() -> None:
+    with model.record() as r:
+        tl.constant(1.0, name="idle")
+        used = tl.constant(1.0, name="used")
+        _ = tl.constant(2.0, name="detour") * model.layers[0].resid_post
+        model.layers[0].resid_post *= used
+        model.logits.save("logits")
+    program = model.compile(r)
+    for name in ("idle", "detour"):
+        values: dict[str, Any] = {name: [0.0, 1.0], "used": 1.0}
+        with pytest.raises(SweepError, match=f"'{name}' takes part in nothing") as caught:
+            tl.sweep(program, IDS, product=False, **values)
+        assert name in str(caught.value.at.text)  # pyright: ignore[reportOptionalMemberAccess]
+        assert name in str(caught.value.instead)
+    assert not torch.equal(*tl.sweep(program, IDS, used=[0.0, 1.0])["logits"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections import OrderedDict
+from collections.abc import Mapping
 from typing import Any, NoReturn, Self, cast
 
 from torch import nn
@@ -268,6 +269,11 @@ class PlainProgram(Reusable):
         Raises :class:`~tracelens.errors.SpecialisedGraphError` for others than those that the graph was recorded for.
         """
         constants = {name: kwargs.pop(name) for name in self._names & set(kwargs)}
+        program, inputs = self._on(args, kwargs)
+        return program(inputs, **constants)
+
+    def _on(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Program, Inputs]:
+        """The program for arguments of the model's forward, and what it runs on."""
         fitted, inputs = self._model._fit(args, kwargs)
         if not self._fits(inputs.sizes) or not self.graph.pins:
             raise SpecialisedGraphError(
@@ -278,7 +284,12 @@ class PlainProgram(Reusable):
         if self._program is None:
             # A graph out of a file: what the model's modules receive is known only now.
             self._program = Program(cast(Any, fitted), self.graph)
-        return self._program(inputs, **constants)
+        return self._program, inputs
+
+    def _swept(self, given: Any) -> tuple[Program, Inputs]:
+        """The same for what ``tl.sweep`` is given: one argument, a tuple of them, or a dict by name."""
+        args = given if isinstance(given, tuple) else () if isinstance(given, Mapping) else (given,)
+        return self._on(args, dict(given) if isinstance(given, Mapping) else {})
 
     def explain(self) -> str:
         """The graph with its lines, the plan, and the program."""

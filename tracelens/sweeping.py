@@ -15,13 +15,15 @@ import torch
 from tracelens.compiling import Compiled, Compiler
 from tracelens.constants import Captured
 from tracelens.errors import Blaming, OptionError, SweepError, TracelensError
+from tracelens.inputs import Inputs
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Save
+from tracelens.ir.ops import Apply, Const, Save, Write, operands, results
 from tracelens.ir.passes.lift_constants import Lifted, Unliftable, lift_constants
 from tracelens.ir.types import TensorType
 from tracelens.location import here
 from tracelens.named import NamedConstant, fitted
 from tracelens.operand import Operand
+from tracelens.plain_model import PlainProgram
 from tracelens.prompted import Prompt
 from tracelens.results import Results, SavedTensor
 from tracelens.tracing import Program
@@ -96,7 +98,7 @@ def _span(tensor: torch.Tensor) -> str:
 
 
 def sweep(
-    program: Program,
+    program: Program | PlainProgram,
     prompts: Any,
     *,
     product: bool = False,
@@ -108,23 +110,28 @@ def sweep(
 
     ``values``: for each named constant of the program a list of values, or a tensor with a value in each row; a single
     value holds at all points. Lists go together, point by point; ``product=True`` makes every combination, the first
-    name slowest. ``prompts``: what the program takes, one prompt or a list of them. ``batch_size``: how many points run
-    together at most; by default as many as make 1024 tokens, and 64 at most. ``progress``: a bar on the terminal or in
-    the notebook; by default where there is one.
+    name slowest. ``prompts``: what the program takes, one prompt or a list of them; for a program of a plain model
+    (:func:`tracelens.wrap`) the argument of its forward, a tuple of several, or a dict by name. ``batch_size``: how
+    many points run together at most; by default as many as make 1024 tokens, and 64 at most. ``progress``: a bar on the
+    terminal or in the notebook; by default where there is one.
 
     Points run together where no operation lets the rows of a batch meet and the swept constants take part element by
-    element; else one by one, and ``sweep.one_by_one`` says why. One by one the results are those of
-    ``program(prompts, **point)`` to the last bit. Together they are the same up to the rounding of larger matrix
-    products: about 1e-6 of the largest number of a tensor in float32, 1e-2 in bfloat16.
+    element; else, and for plain models, one by one, and ``sweep.one_by_one`` says why. One by one the results are those
+    of ``program(prompts, **point)`` to the last bit. Together they are the same up to the rounding of larger matrix
+    products: about 1e-5 of the largest number of a tensor in float32, 1e-2 in bfloat16.
 
-    Raises :class:`~tracelens.errors.SweepError` for lists of different lengths and for nothing to sweep,
-    :class:`~tracelens.errors.UnknownConstantError`, :class:`~tracelens.errors.ShapeError` and
-    :class:`~tracelens.errors.DtypeError` for values that fit no constant, all before the model runs.
+    Raises :class:`~tracelens.errors.SweepError` for lists of different lengths, for nothing to sweep, and for constants
+    that take part in nothing; :class:`~tracelens.errors.UnknownConstantError`,
+    :class:`~tracelens.errors.ShapeError` and :class:`~tracelens.errors.DtypeError` for values that fit no constant, all
+    before the model runs.
 
     >>> results = tl.sweep(program, "The capital of France is", strength=[0.0, 1.0, 2.0])     # doctest: +SKIP
     >>> results["logits"].shape                                                               # doctest: +SKIP
     torch.Size([3, 1, 49152])
     """
+    inputs: Inputs | None = None
+    if isinstance(program, PlainProgram):
+        program, inputs = program._swept(prompts)
     if not isinstance(program, Program):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
         raise OptionError(
             f"tl.sweep takes a program, not a {type(program).__name__}",
@@ -145,11 +152,16 @@ def sweep(
                     f"the program writes {save.name!r} to a file, which each point would write again",
                     instead='value.save("name") without to=, and sweep.to_safetensors(path)',
                 )
-        prompt = program._model.prepare(prompts)
-        program._require_fit(prompt)
-        size = batch_size or max(1, min(_POINTS, _TOKENS // (prompt.sizes["B"] * prompt.sizes["P"])))
-        size = min(size, len(points))
         one_by_one = "batch_size=1" if batch_size == 1 else None
+        if inputs is not None:
+            prompt: Any = inputs
+            size, one_by_one = 1, one_by_one or "inputs of a plain model have no rows that are known"
+        else:
+            prompt = program._model.prepare(prompts)
+            program._require_fit(prompt)
+            size = batch_size or max(1, min(_POINTS, _TOKENS // (prompt.sizes["B"] * prompt.sizes["P"])))
+            size = min(size, len(points))
+        _require_effect(program, values)
         lifted = lift_constants(program.graph, frozenset(points[0])) if size > 1 else None
         if isinstance(lifted, Unliftable):
             one_by_one, lifted = lifted.reason, None
@@ -173,6 +185,29 @@ def sweep(
     swept = {name: torch.stack([point[name].tensor.detach().cpu() for point in points]) for name in points[0]}
     fetch = {name: partial(_same, tensor) for name, tensor in tensors.items()}
     return Sweep(described, fetch, swept, len(chunks), one_by_one)
+
+
+def _require_effect(program: Program, values: Mapping[str, Any]) -> None:
+    """Refuses a sweep none of whose lists can change anything: nothing that is saved or written is made of them."""
+    graph = program.graph
+    needed: set[int] = set()
+    for op in reversed(graph.ops):
+        if isinstance(op, Save | Write | Apply) or any(value in needed for value, _ in results(op)):
+            needed.update(operands(op))
+    used = {op.name for op in graph.ops if isinstance(op, Const) and op.out in needed}
+    listed = [name for name in values if _several(program.constants[name], values[name]) is not None]
+    if used & set(listed):
+        return
+    idle = listed[0]
+    at = next(number for number, op in enumerate(graph.ops) if isinstance(op, Const) and op.name == idle)
+    raise graph.blame(
+        SweepError(
+            f"the constant {idle!r} takes part in nothing that the program saves or writes, so every point would be "
+            "the same",
+            instead=f"{idle} in an operation of the recording: model.layers[i].resid_post += {idle}",
+        ),
+        at,
+    )
 
 
 def _same(value: Any) -> Any:
