@@ -31,6 +31,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("constants", 3),
     ("destination", 3),
     ("subject", 3),
+    ("misaligned", 3),
     ("origins", 3),
     ("steps", 3),
     ("skipping", 3),

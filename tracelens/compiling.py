@@ -47,7 +47,9 @@ from tracelens.ir.ops import (
     Save,
     TokenSelector,
     Write,
+    operands,
 )
+from tracelens.ir.padding import has_keys
 from tracelens.ir.retype import mixing_operations, retype, sizes_of
 from tracelens.ir.text import op_text
 from tracelens.ir.types import TensorType
@@ -430,7 +432,12 @@ def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
             PositionAxisError(
                 "the rows of this prompt differ in length, and an operation of the graph needs positions that line up: "
                 f"{op_text(graph.ops[number])}",
-                instead="prompts of one length, .tok[...] or tl.masked_mean",
+                instead="prompts of one length, "
+                + (
+                    "or what is zero at padding: tl.where(pattern > 0, x, 0.0)"
+                    if has_keys(graph.types[value] for value in operands(graph.ops[number]))
+                    else ".tok[...] or tl.masked_mean"
+                ),
             ),
             number,
         )

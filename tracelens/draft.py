@@ -25,6 +25,7 @@ from tracelens.ir.infer import (
     Inferred,
     static_argument,
 )
+from tracelens.ir.keys import Keys
 from tracelens.ir.ops import (
     Arg,
     Const,
@@ -76,6 +77,9 @@ class Draft:
         self.failure: BaseException | None = None
         self.sizes: Sizes | None = None if prompt is None or generating else prompt.sizes
         self._aligned = not generating and (prompt is None or not prompt.ragged)
+        # What values hold at keys that are padding: followed where there are any.
+        self._keys = Keys() if prompt is not None and prompt.ragged else None
+        self._followed = 0
         self.ops: list[Op] = []
         self.locations: list[Location] = []
         self.types: list[TensorType] = []

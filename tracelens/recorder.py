@@ -18,12 +18,12 @@ from tracelens.errors import (
     DuplicateNameError,
     LostUpdateError,
     OptionError,
-    PositionAxisError,
     ReplacementError,
     SaveInGenerationError,
     TracelensError,
     WriteTargetError,
 )
+from tracelens.ir.abstract import AbstractArg, tensors_in
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import (
     Inferred,
@@ -31,6 +31,7 @@ from tracelens.ir.infer import (
     infer_index,
     infer_index_put,
 )
+from tracelens.ir.keys import Keys
 from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.ops import (
     Apply,
@@ -47,9 +48,11 @@ from tracelens.ir.ops import (
     Scalar,
     Write,
 )
+from tracelens.ir.padding import has_keys
 from tracelens.ir.sites import AFTER_ALL, Effect, Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location, here
+from tracelens.misaligned import misaligned, padding_counted
 from tracelens.origins import Origin, latest_origin, refuse_backwards
 from tracelens.skipping import (
     Skipped,
@@ -131,10 +134,12 @@ class Recorder(Draft):
         abstract = tuple(self._abstract(arg) for arg in plain)
         abstract_named = tuple((key, self._abstract(arg)) for key, arg in named)
         inferred = infer_call(name, abstract, abstract_named, self.sizes)
-        self._check_positions(name, inferred)
+        self._check_positions(name, inferred, (*abstract, *abstract_named))
         first = len(self.types)
         outs = tuple(range(first, first + len(inferred.types)))
         op = Call(outs, inferred.types, name, plain, named)
+        if self._keys is not None and has_keys(tensors_in((*abstract, *abstract_named))):
+            self._check_keys(self._keys, op)
         if key is None:
             known = self._at.next.get(op)
             if known is not None:
@@ -149,7 +154,7 @@ class Recorder(Draft):
         with Blaming(location):
             inferred = infer_index(self.types[base], self._abstract_index(index), self.sizes)
             if not by_token:
-                self._check_positions("indexing", inferred)
+                self._check_positions("indexing", inferred, (self.types[base],))
         (type_,) = inferred.types
         origin = latest_origin(self._origins, [Ref(base), *_index_refs(index)])
         op = Index(len(self.types), type_, base, index)
@@ -164,7 +169,7 @@ class Recorder(Draft):
             abstract = self.types[arg.id] if isinstance(arg, Ref) else arg
             inferred = infer_index_put(self.types[base], self._abstract_index(index), abstract, self.sizes)
             if not by_token:
-                self._check_positions("indexed assignment", inferred)
+                self._check_positions("indexed assignment", inferred, (self.types[base],))
         type_ = self.types[base]
         origin = latest_origin(self._origins, [Ref(base), arg, *_index_refs(index)])
         op = IndexPut(len(self.types), type_, base, index, arg)
@@ -373,21 +378,17 @@ class Recorder(Draft):
             tuple(self.locations),
         )
 
-    def _check_positions(self, what: str, inferred: Inferred) -> None:
+    def _check_positions(self, what: str, inferred: Inferred, of: tuple[AbstractArg, ...] = ()) -> None:
         if inferred.mixes and not self._aligned:
-            why = (
-                "in generation a step may hold one position or many"
-                if self.generating
-                else "the rows of this prompt differ in length"
-            )
-            raise PositionAxisError(
-                f"{what.removeprefix('torch.')} needs positions that line up, but {why}",
-                instead=(
-                    "a write to all positions (site += v) or to the newest one (site[:, -1] += v)"
-                    if self.generating
-                    else "address tokens with .tok[...], average with tl.masked_mean, or trace one prompt at a time"
-                ),
-            )
+            raise misaligned(what, self.generating, has_keys(tensors_in(of)))
+
+    def _check_keys(self, keys: Keys, op: Call) -> None:
+        """Refuses a function that would count what stands at keys that are padding."""
+        for earlier in self.ops[self._followed :]:
+            keys.add(earlier)
+        self._followed = len(self.ops)
+        if keys.counts_padding(op):
+            raise padding_counted(op.function)
 
 
 _fits: dict[tuple[TensorType, TensorType], Inferred] = {}

@@ -31,6 +31,8 @@ OFFLOAD = ("tests/test_offload.py",)
 SPREAD = ("tests/test_spread.py",)
 ATTENTION = ("tests/conformance/test_attention.py",)
 HEADS = ("tests/test_heads.py",)
+KEYS = ("tests/conformance/test_keys.py",)
+RANDOM_KEYS = ("tests/properties/test_keys.py",)
 
 MUTANTS = (
     Mutant(
@@ -396,5 +398,47 @@ MUTANTS = (
         "self.writes = code.writes or code.device is not None",
         "self.writes = code.writes",
         SPREAD,
+    ),
+    Mutant(
+        "a sum over keys is taken to leave padding out whatever it holds there",
+        "ir/keys.py",
+        "return numbers is None or not all(",
+        "return numbers is None and not all(",
+        KEYS,
+    ),
+    Mutant(
+        "a pattern is taken to be zero at padding after it was written, too",
+        "ir/keys.py",
+        "if op.version:",
+        "if False:",
+        KEYS,
+    ),
+    Mutant(
+        "every value at padding is as in the first of several that are joined",
+        "ir/padding.py",
+        "numbers += held.padding",
+        "numbers = numbers or [*held.padding]",
+        KEYS,
+    ),
+    Mutant(
+        "a graph that meets rows of different lengths is not asked about keys",
+        "ir/retype.py",
+        "keys is not None and keys.counts_padding(op)",
+        "keys is not None and False",
+        KEYS,
+    ),
+    Mutant(
+        "zero times what is infinite at padding is zero",
+        "ir/keys.py",
+        "if not other.finite and is_other_keyed:",
+        "if False:",
+        RANDOM_KEYS,
+    ),
+    Mutant(
+        "what is low for a soft-max does not depend on how low real scores are",
+        "ir/padding.py",
+        "return highest == -inf or highest < -2 * self.reach - 200",
+        "return highest < -200",
+        KEYS,
     ),
 )

@@ -211,7 +211,8 @@ def touching(shape: Sequence[Dim], touched: Iterable[int], keys_add_up: bool = F
     """Does working along, reducing or indexing the axes ``touched`` mix positions?
 
     It does on a position axis, and on the batch axis where positions stay: the rows' positions do not line up. Keys
-    are positions too, except where they only ``add up``: keys that are padding have no weight.
+    are positions too, except where they only ``add up``: whether padding has weight there is another question
+    (:mod:`tracelens.ir.keys`).
     """
     axes = set(touched)
     rest = [dim for axis, dim in enumerate(shape) if axis not in axes]

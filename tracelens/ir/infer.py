@@ -12,6 +12,7 @@ import math
 import threading
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from types import EllipsisType
 from typing import Any, cast
@@ -39,9 +40,9 @@ from tracelens.ir.rules_index import AbstractIndex, infer_index, infer_index_put
 from tracelens.ir.types import DType, TensorType
 
 __all__ = [
-    "AbstractArg", "AbstractIndex", "AbstractKwargs", "Inferred", "canonical_call", "dtype_of", "infer_call",
-    "infer_index", "infer_index_put", "memo_clear", "name_of", "refusal_of", "resolve", "static_argument",
-    "torch_dtype",
+    "AbstractArg", "AbstractIndex", "AbstractKwargs", "Element", "Inferred", "canonical_call", "dtype_of", "infer_call",
+    "infer_index", "infer_index_put", "memo_clear", "name_of", "on_elements", "refusal_of", "resolve",
+    "static_argument", "torch_dtype",
 ]  # fmt: skip
 
 # --- dtypes ------------------------------------------------------------------------------------------------------
@@ -332,6 +333,37 @@ def infer_call(
     the named error of what a graph cannot hold.
     """
     return _typing.infer(name, args, kwargs, sizes)
+
+
+@dataclass(frozen=True, slots=True)
+class Element:
+    """One number of a tensor."""
+
+    number: bool | int | float
+    dtype: DType
+
+
+def on_elements(
+    name: str, args: Sequence[Arg | Element], kwargs: Mapping[str, Arg | Element]
+) -> tuple[bool | int | float, ...] | None:
+    """What an element-by-element function makes of single numbers; ``None`` where that is no real number."""
+
+    def given(arg: Arg | Element) -> Any:
+        if isinstance(arg, Element):
+            return torch.tensor([arg.number], dtype=_TORCH[arg.dtype])
+        return _concrete(cast("AbstractArg", arg), {}, Stuff.META)
+
+    try:
+        with torch.no_grad():
+            made = resolve(name)(*map(given, args), **{key: given(arg) for key, arg in kwargs.items()})
+    except (RuntimeError, LookupError, ValueError, TypeError):
+        return None
+    parts: tuple[Any, ...] = (made,) if isinstance(made, torch.Tensor) else tuple(made)
+    if not all(
+        isinstance(part, torch.Tensor) and part.numel() == 1 and not part.is_complex() for part in parts
+    ):
+        return None
+    return tuple(part.item() for part in parts)
 
 
 def memo_clear() -> None:

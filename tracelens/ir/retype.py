@@ -9,7 +9,9 @@ from tracelens.errors import TracelensError
 from tracelens.ir.dims import Sizes
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import AbstractArg, Inferred, infer_call, infer_index, infer_index_put
+from tracelens.ir.keys import Keys
 from tracelens.ir.ops import Arg, Call, Index, IndexItem, IndexPut, Op, Read, Ref, Write
+from tracelens.ir.padding import has_keys
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 
@@ -63,14 +65,20 @@ def site_types(graph: Graph) -> dict[Site, TensorType]:
 
 
 def mixing_operations(graph: Graph) -> list[int]:
-    """The operations that index, reduce or mix the position axis, which rows of different lengths do not allow."""
+    """The operations that rows of different lengths do not allow.
+
+    They index, reduce or mix the position axis, or let keys that are padding count.
+    """
     sizes, sites = sizes_of(graph), site_types(graph)
     found: list[int] = []
+    keys = Keys() if has_keys(graph.types.values()) else None
     for number, op in enumerate(graph.ops):
         try:
             inferred = retype(op, graph.types, sizes, sites)
         except TracelensError as error:
             raise graph.blame(error, number) from None
-        if inferred is not None and inferred.mixes:
+        if (inferred is not None and inferred.mixes) or (keys is not None and keys.counts_padding(op)):
             found.append(number)
+        if keys is not None:
+            keys.add(op)
     return found

@@ -11,7 +11,7 @@ or adding padding changes nothing for the real tokens:
 * reducing, indexing or merging the batch axis while ``P`` stays mixes: the rows' positions do not line up;
 * so does an axis ``P`` that meets the number that it is in this prompt: its positions are then addressed by number;
 * the keys ``S`` that attention looks at are positions too, except where they only add up (sums, soft-max, contraction,
-  maximum): keys that are padding have no weight;
+  maximum): whether keys that are padding have no weight there, as in a pattern, is for :mod:`tracelens.ir.keys` to say;
 * whatever is not known not to mix, mixes.
 """
 

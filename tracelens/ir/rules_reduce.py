@@ -46,7 +46,7 @@ _ONE_AXIS = frozenset(
     {"torch.prod", "torch.argmax", "torch.argmin", "torch.aminmax", "torch.quantile", "torch.nanquantile"}
 )
 _NEEDS_AXIS = frozenset({"torch.logsumexp", "torch.special.logsumexp"})
-# Keys that are padding have no weight, so sums over keys are sums over the real ones.
+# Where keys that are padding have no weight, these are over the real ones; tracelens.ir.keys knows where.
 _KEYS_ADD_UP = frozenset(
     {"torch.sum", "torch.nansum", "torch.amax", "torch.logsumexp", "torch.special.logsumexp", "torch.any"}
 )
