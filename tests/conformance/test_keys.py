@@ -19,6 +19,7 @@ from tracelens.errors import PositionAxisError
 ROWS = random_rows((9, 4, 6))
 EVEN = random_rows((7, 7, 7))
 INF = float("inf")
+SMALL = torch.full((HEADS, 1, 1), 1e-7)
 PER_HEAD = torch.linspace(-1.5, 2.0, HEADS)[:, None, None]
 
 Expression = Callable[[Any, Any], Any]
@@ -123,6 +124,7 @@ WRONG: dict[str, Expression] = {
     "upside down": lambda p, s: (-s).softmax(-1)[:, :, -1, -1],
     "upside down by head": lambda p, s: (s * PER_HEAD).softmax(-1)[:, :, -1, -1],
     "softmax of cut scores": lambda p, s: s.clamp(min=-1.0).softmax(-1)[:, :, -1, -1],
+    "nan at padding": lambda p, s: (p * (p - SMALL).log())[:, :, -1].sum(-1),
     "infinite, once": lambda p, s: torch.where(PER_HEAD < 0, torch.finfo(s.dtype).min, s).softmax(-1)[:, :, -1, -1],
 }  # fmt: skip
 

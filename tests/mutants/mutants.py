@@ -32,7 +32,6 @@ SPREAD = ("tests/test_spread.py",)
 ATTENTION = ("tests/conformance/test_attention.py",)
 HEADS = ("tests/test_heads.py",)
 KEYS = ("tests/conformance/test_keys.py",)
-RANDOM_KEYS = ("tests/properties/test_keys.py",)
 
 MUTANTS = (
     Mutant(
@@ -432,7 +431,7 @@ MUTANTS = (
         "ir/keys.py",
         "if not other.finite and is_other_keyed:",
         "if False:",
-        RANDOM_KEYS,
+        KEYS,
     ),
     Mutant(
         "what is low for a soft-max does not depend on how low real scores are",
