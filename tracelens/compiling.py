@@ -57,6 +57,7 @@ from tracelens.ir.verify import verify
 from tracelens.leaving import leave
 from tracelens.location import Location
 from tracelens.memory import ExtraMemory, extra_memory, require_room
+from tracelens.misaligned import graph_misaligned
 from tracelens.plan import Plan, make_plan
 from tracelens.program import Program, lower, merged
 from tracelens.prompted import Prompt
@@ -429,15 +430,9 @@ def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
     if prompt.ragged and compiled.mixing:
         number = compiled.mixing[0]
         raise graph.blame(
-            PositionAxisError(
-                "the rows of this prompt differ in length, and an operation of the graph needs positions that line up: "
-                f"{op_text(graph.ops[number])}",
-                instead="prompts of one length, "
-                + (
-                    "or what is zero at padding: tl.where(pattern > 0, x, 0.0)"
-                    if has_keys(graph.types[value] for value in operands(graph.ops[number]))
-                    else ".tok[...] or tl.masked_mean"
-                ),
+            graph_misaligned(
+                op_text(graph.ops[number]),
+                has_keys(graph.types[value] for value in operands(graph.ops[number])),
             ),
             number,
         )

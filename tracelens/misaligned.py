@@ -52,3 +52,17 @@ def misaligned(what: str, generating: bool, of_keys: bool) -> PositionAxisError:
     return PositionAxisError(
         f"{what.removeprefix('torch.')} needs positions that line up, but {why}", instead=instead
     )
+
+
+def graph_misaligned(operation: str, of_keys: bool) -> PositionAxisError:
+    """For a recorded operation that rows of different lengths, which the graph meets now, do not allow."""
+    right = (
+        "or what is zero at padding: tl.where(pattern > 0, x, 0.0)"
+        if of_keys
+        else ".tok[...] or tl.masked_mean"
+    )
+    return PositionAxisError(
+        "the rows of this prompt differ in length, and an operation of the graph needs positions that line up: "
+        f"{operation}",
+        instead=f"prompts of one length, {right}",
+    )
