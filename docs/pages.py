@@ -3,6 +3,9 @@
 In a page, a fenced ``python`` block is run, and a ``text`` block right after it is what it prints. ``python
 raises=Name`` is a block that must raise that error; the ``text`` block after it is then the error's message. ``python
 not-run`` is for the rare line that needs something that is not there (a hub, a second model).
+
+A page with the comment ``<!-- runs on 3 GPUs, or on pretend devices -->`` runs on the GPUs of the machine if there are
+so many, and else on the pretend devices of the tests: ``cuda:`` is then read as ``pretend:``, and shown the other way.
 """
 
 from __future__ import annotations
@@ -13,13 +16,14 @@ import linecache
 import re
 import tempfile
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 # What errors and explain() call the file that a block stands in.
 READER_FILE = "example.py"
 
+_DEVICES = re.compile(r"^<!-- runs on (\d+) GPUs, or on pretend devices -->$", re.MULTILINE)
 _NUMBER = re.compile(r"-?\d+\.\d+(?:e[+-]?\d+)?")
 
 
@@ -77,10 +81,41 @@ def run(page: Path) -> list[tuple[Block, str]]:
     """Runs a page in an empty directory; gives what each block printed, or the message of the error it raised."""
     done: list[tuple[Block, str]] = []
     names: dict[str, object] = {"__name__": "__main__"}
-    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch):
-        for block in blocks(page.read_text(encoding="utf-8")):
-            done.append((block, _run(block, names, page)))
+    text = page.read_text(encoding="utf-8")
+    with tempfile.TemporaryDirectory() as scratch, contextlib.chdir(scratch), _devices(text) as kind:
+        for block in blocks(text):
+            there = replace(block, code=block.code.replace("cuda:", kind))
+            done.append((block, _run(there, names, page).replace(kind, "cuda:")))
+        names.clear()  # what lies on pretend devices goes before they do
     return done
+
+
+def lacking(page: Path) -> str | None:
+    """Why a page cannot run on this machine, or ``None``."""
+    if not _on_pretend_devices(page.read_text(encoding="utf-8")):
+        return None
+    from tests.support.pretend import device
+
+    return device.missing()
+
+
+def _on_pretend_devices(text: str) -> bool:
+    import torch
+
+    found = _DEVICES.search(text)
+    return found is not None and torch.cuda.device_count() < int(found[1])
+
+
+@contextlib.contextmanager
+def _devices(text: str) -> Iterator[str]:
+    """What ``cuda:`` stands for while a page runs."""
+    if not _on_pretend_devices(text):
+        yield "cuda:"
+        return
+    from tests.support.pretend import device
+
+    with device.opened():
+        yield "pretend:"
 
 
 def _run(block: Block, names: dict[str, object], page: Path) -> str:

@@ -28,6 +28,9 @@ def main() -> None:
     for page in sorted((pages.ROOT / "docs").rglob("*.md")):
         _replace(page, with_sections(page.read_text(encoding="utf-8")))
     for page in pages.pages():
+        if (reason := pages.lacking(page)) is not None:
+            print(f"left as it is: {page.relative_to(pages.ROOT)} ({reason})")
+            continue
         _replace(page, pages.refreshed(page))
     for picture, content in pictures.make():
         _replace(picture, content)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import nbformat
 import pytest
+import torch
 from nbclient import NotebookClient
 
 from docs import pages, pictures, refresh
@@ -21,6 +22,8 @@ every_page = pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page
 
 @pytest.mark.parametrize("page", pages.pages(), ids=lambda page: str(page.relative_to(ROOT)))
 def test_a_page_runs_and_shows_what_it_prints(page: Path) -> None:
+    if (reason := pages.lacking(page)) is not None:
+        pytest.skip(reason)
     lines = page.read_text(encoding="utf-8").splitlines()
     for block, printed in run(page):
         if block.shown is not None:
@@ -156,6 +159,23 @@ def test_a_block_that_should_fail_and_does_not_is_reported(
     page = page_of(tmp_path, monkeypatch, "```python raises=KeyError\nx = 1\n```\n")
     with pytest.raises(PageError, match=r"should have raised KeyError"):
         run(page)
+
+
+def test_a_page_for_gpus_runs_on_pretend_devices_that_it_calls_cuda(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = "```python\nimport torch\nx = torch.ones(2, device='cuda:1')\nprint(x.device, x.is_cuda)\n```\n"
+    note = "<!-- runs on 99 GPUs, or on pretend devices -->\n"
+    page = page_of(tmp_path, monkeypatch, note + text)
+    if (reason := pages.lacking(page)) is not None:
+        pytest.skip(reason)
+    ((_, printed),) = run(page)
+    assert printed == "cuda:1 False\n"
+    page.write_text(text, encoding="utf-8")
+    assert pages.lacking(page) is None
+    if not torch.cuda.is_available():
+        with pytest.raises(PageError, match=r"page\.md:2 raised"):
+            run(page)
 
 
 def test_output_is_that_of_the_block_right_before_it() -> None:
