@@ -333,6 +333,22 @@ def test_a_shared_head_is_not_written_through_one_of_those_that_share_it(code: s
     assert failure.value.instead.endswith("[:, :, 1] = value, which changes heads 2, 3")
 
 
+def test_whole_groups_of_heads_are_told_that_they_share_one() -> None:
+    L = model.layers[1]
+    for heads, groups, served in (([2, 3], "1", "2, 3"), ([0, 1, 2, 3], "[0, 1]", "0, 1, 2, 3")):
+        with pytest.raises(SharedHeadError, match=f"serves? heads {served}\n") as failure, model.trace(IDS):
+            L.head(heads).k = 0
+        assert "would change" not in failure.value.problem
+        assert "no tensor of head([" in failure.value.problem
+        assert str(failure.value.instead).startswith(f"model.layers[1].k[:, :, {groups}] = value")
+        with model.trace(IDS):
+            exec(f"L.k[:, :, {groups}] = 0", {"L": L})
+            z = L.head(heads).k.save()
+        assert not z.value.any()
+    with pytest.raises(SharedHeadError, match="would change heads 1, 3 too") as failure, model.trace(IDS):
+        L.head([0, 2]).v = 0
+
+
 def test_an_update_of_a_shared_head_that_is_dropped_is_noticed() -> None:
     with refused(LostUpdateError, "layers.1.k", instead="model.layers[1].k += v"), model.trace(IDS):
         h = model.layers[1].head(0).k

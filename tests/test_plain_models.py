@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -32,6 +32,7 @@ from tracelens.errors import (
     UnknownArchitectureError,
     UnknownModuleError,
     UnknownParameterError,
+    UnknownSiteError,
     VerificationError,
 )
 
@@ -387,6 +388,88 @@ def test_what_only_language_models_have_is_refused_by_name() -> None:
     refused(tl.errors.PositionAxisError, "tl.masked_mean(model.module('0').output)")
     with pytest.raises(NotALanguageModelError, match="no prompts"):
         tl.wrap(perceptron()).trace("The capital of France is")
+
+
+class Pair(NamedTuple):
+    u: Tensor
+    rest: dict[str, Tensor]
+
+
+class Pairs(nn.Module):
+    """Takes and returns named tuples, one inside of another container."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = Swapped()
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = self.inner([Pair(x, {"w": 2 * x})], scale=3.0)
+        return found.u + found.rest["w"]
+
+
+class Swapped(nn.Module):
+    def forward(self, pairs: list[Pair], scale: float, unused: Tensor | None = None) -> Pair:
+        return Pair(pairs[0].rest["w"] * scale, {"w": pairs[0].u})
+
+
+def test_fields_of_named_tuples_are_named_as_in_the_model() -> None:
+    model: Any = tl.wrap(Pairs())
+    with model.trace(X):
+        inner = model.module("inner")
+        assert inner.output["u"] is not None
+        by_name, by_number = inner.output["u"].save(), inner.output[0].save()
+        w = inner.output["rest"]["w"].save()
+        given = inner.inputs["pairs"][0]["rest"]["w"].save()
+    assert torch.equal(by_name.value, 6 * X)
+    assert torch.equal(by_number.value, 6 * X)
+    assert torch.equal(w.value, X)
+    assert torch.equal(given.value, 2 * X)
+    with model.trace(X):
+        model.module("inner").output["u"] = 0.0
+        model.module("inner").inputs[0][0]["u"] += 1.0
+        result = model.module("").output.save()
+    assert torch.equal(result.value, X + 1.0)
+    refused(ModuleTensorError, "model.module('inner').output['v']", Pairs())
+
+
+def test_an_argument_that_is_no_tensor_is_called_as_the_user_called_it() -> None:
+    for name in ("'scale'", "'unused'", "2"):
+        error = refused(ModuleTensorError, f"model.module('inner').inputs[{name}]", Pairs())
+        assert f".inputs[{name}]: that argument is no tensor here" in error.problem
+        assert ".inputs[0][0][0]" in str(error.instead)
+    error = refused(ModuleTensorError, "model.module('inner').inputs['nothing']", Pairs())
+    assert error.problem.endswith(".inputs['nothing']")
+
+
+class Within(nn.Module):
+    """Calls itself."""
+
+    def forward(self, x: Tensor, deep: bool = True) -> Tensor:
+        return self(x, deep=False) if deep else x
+
+
+def test_a_plain_model_is_not_sent_to_what_it_does_not_have() -> None:
+    def nothing_it_lacks(error: tl.TracelensError) -> None:
+        assert error.instead is not None
+        assert "sites" not in error.instead
+        assert "modules() lists those" not in error.instead
+
+    for net in (LooksAtNumbers(), nn.Linear(5, 5), Within()):
+        error = refused(MetaForwardError, "model.module('').output", net)
+        nothing_it_lacks(error)
+        assert "arguments that the module's forward takes" in str(error.instead)
+    model: Any = tl.wrap(Named())
+    with pytest.raises(MetaForwardError, match="missing 1 required") as caught, model.trace(X):
+        model.module("first").output.save()
+    nothing_it_lacks(caught.value)
+    error = refused(ModuleCallError, "model.module('never').output", Shared())
+    nothing_it_lacks(error)
+    assert error.instead == "the module around it, ''"
+    error = refused(ModuleCallError, "model.module('places').output", Shared())
+    nothing_it_lacks(error)
+    assert "those inside that are called, such as 'places.0'" in str(error.instead)
+    error = refused(UnknownSiteError, "model.module('places').skip()", Shared())
+    assert ".replace(value)" in str(error.instead)
 
 
 def test_mistakes_have_names_and_lines() -> None:

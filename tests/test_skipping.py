@@ -20,6 +20,7 @@ from tracelens.errors import (
     CausalityError,
     DtypeError,
     LayerMappingError,
+    OptionError,
     ReplacementError,
     ShapeError,
     SkippedSiteError,
@@ -691,6 +692,38 @@ def test_explain_claims_no_effect_beyond_a_layer_that_shuts_the_stream_out() -> 
             without = model.logits.save()
         assert f"writes layers.0.resid_post ({reach}" in t.explain()
         assert torch.equal(logits.value, without.value) == ("does not see" in reach)
+
+
+def test_hints_name_what_can_be_written() -> None:
+    for twice in ("model.layers[1].skip()", "model.layers[1].replace(mlp_add=0)"):
+        error = refused(SkippedSiteError, f"{twice}\n{twice}")
+        assert "is replaced twice in this block" in error.problem
+        assert "replace the module first" not in str(error.instead)
+    error = refused(SkippedSiteError, LATE["replaced around after"])
+    assert "replace the module first" not in str(error.instead)
+    error = refused(UnknownSiteError, "model.module('model.layers.2').skip()")
+    assert error.instead == "model.layers[2].skip()"
+    error = refused(UnknownSiteError, "model.module('model.layers.2.mlp').skip()")
+    assert ".replace(value)" in str(error.instead)
+    for code in ("model.layers[2].replace()", "model.layers[1:3].replace()"):
+        error = refused(OptionError, code)
+        assert ".replace(mlp_add=value)" in str(error.instead)
+        assert ".skip()" in str(error.instead)
+
+
+def test_hooks_of_ones_own_on_a_module_that_is_not_run_fire_and_those_inside_do_not() -> None:
+    hf = FAMILIES["llama"].build()
+    model, seen = tl.wrap(hf), []
+    hooks = [
+        module.register_forward_hook(lambda module, *_: seen.append(type(module).__name__))
+        for module in (hf.model.layers[1], hf.model.layers[1].mlp)
+    ]
+    with model.trace(EVEN_ROWS):
+        model.layers[1].skip()
+        model.logits.save()
+    assert seen == ["LlamaDecoderLayer"]
+    for hook in hooks:
+        hook.remove()
 
 
 def test_a_value_has_to_be_there_before_the_module_runs() -> None:

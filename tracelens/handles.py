@@ -27,7 +27,7 @@ from tracelens.open_recordings import open_recorder, open_recorders
 from tracelens.operand import Operand
 from tracelens.porting import elsewhere_called
 from tracelens.recorder import Recorder
-from tracelens.refusing import one_layer_only, parameter_target
+from tracelens.refusing import one_layer_only, parameter_target, require_replacement
 from tracelens.subject import Anatomy
 from tracelens.values import Value
 
@@ -143,6 +143,7 @@ class LayerHandle:
         layer, ``attn_out`` and ``mlp_out`` the last projection alone, ``attn_norm`` and ``mlp_norm`` a norm. Raises
         :class:`~tracelens.errors.ReplacementError` for other sites, and as :meth:`tracelens.ModuleHandle.replace` does.
         """
+        require_replacement(new, self)
         for name, value in new.items():
             site = self._site(name)
             if type(value) is MappedValue:
@@ -200,6 +201,7 @@ class LayersSlice:
 
     def replace(self, **new: Any) -> None:
         """Does not run the modules that make these sites, in each of the layers."""
+        require_replacement(new, self)
         for name, value in new.items():
             for handle, part in zip(self._handles, each_layer(value, self._layers), strict=True):
                 handle.replace(**{name: part})

@@ -155,16 +155,27 @@ class HeadHandle:
         if shared == 1:
             return axis, chosen.heads, None
         numbers = tuple(head // shared for head in chosen.heads)
-        group = numbers[0]
-        served = ", ".join(str(group * shared + member) for member in range(shared))
+        groups = sorted(set(numbers))
+        heads = [group * shared + member for group in groups for member in range(shared)]
+        served = ", ".join(map(str, heads))
+        others = ", ".join(str(head) for head in heads if head not in chosen.heads)
         path = f"{self._layer!r}.{name}"
+        which = (
+            f"head {groups[0]} serves" if len(groups) == 1 else f"heads {', '.join(map(str, groups))} serve"
+        )
+        place = str(groups[0]) if len(groups) == 1 else str(groups)
         return (
             axis,
             numbers,
             SharedHeadError(
-                f"{path} has one head for every {shared} query heads, so a write to {chosen.written} alone would "
-                f"change the others too: key and value head {group} serves heads {served}",
-                instead=f"{path}[:, :, {group}] = value, which changes heads {served}",
+                f"{path} has one head for every {shared} query heads, so "
+                + (
+                    f"a write to {chosen.written} alone would change heads {others} too"
+                    if others
+                    else f"there is no tensor of {chosen.written} with a part for each of them"
+                )
+                + f": key and value {which} heads {served}",
+                instead=f"{path}[:, :, {place}] = value, which changes heads {served}",
             ),
         )
 

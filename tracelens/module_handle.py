@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -114,10 +115,21 @@ class ModuleHandle:
     def __getattr__(self, name: str) -> NoReturn:
         if name.startswith("_"):
             raise AttributeError(name)
+        if name == "skip":
+            named = self._anatomy.named_at(self._path, OUTPUT)
+            layer = next((site.layer for site in named if site.name == "resid_post"), None)
+            raise UnknownSiteError(
+                f"{self!r} has no 'skip': only a whole layer can return what it received",
+                at=here(),
+                instead=f"model.layers[{layer}].skip()"
+                if layer is not None
+                else "what goes on in place of the output: .replace(value)",
+            )
         raise UnknownSiteError(
             f"{self!r} has no {name!r}",
             at=here(),
-            instead=f".input, .inputs, .output, .call(i); for a parameter model.param({self._path + '.' + name!r})",
+            instead=".input, .inputs, .output, .call(i), .replace(value); for a parameter "
+            f"model.param({self._path + '.' + name!r})",
         )
 
     def __setattr__(self, name: str, new: Any) -> None:
@@ -174,12 +186,31 @@ class _Side:
             known[len(key)] for known in self.leaves if known[: len(key)] == key and len(known) > len(key)
         }
         if part not in here_ and self.side == INPUT and not key:
-            names = self.handle._call().names
-            if isinstance(part, str) and part in names:
-                part = names.index(part)
-            elif isinstance(part, int) and 0 <= part < len(names):
-                part = names[part]
+            other = self._other_name(part)
+            if other in here_:
+                return (other,)
+        fields = self.handle._call().fields.get((self.side, key), ())
+        if isinstance(part, str) and part in fields and part not in here_:
+            part = fields.index(part)
         return (*key, part)
+
+    def _is_argument(self, part: int | str) -> bool:
+        """Does the module's forward take an argument of this name, or at this position?"""
+        if isinstance(part, int):
+            return 0 <= part < len(self.handle._call().names)
+        try:
+            return (
+                part in inspect.signature(self.handle._anatomy.module(self.handle._path).forward).parameters
+            )
+        except (TypeError, ValueError):
+            return False
+
+    def _other_name(self, part: int | str) -> int | str | None:
+        """An argument's position for its name, and its name for its position."""
+        names = self.handle._call().names
+        if isinstance(part, str):
+            return names.index(part) if part in names else None
+        return names[part] if 0 <= part < len(names) else None
 
     def spelled(self, key: Key) -> str:
         word = "inputs" if self.side == INPUT else "output"
@@ -190,8 +221,12 @@ class _Side:
         return shown(self.side, found or self.leaves) or "another module: there is no tensor here"
 
     def no_tensor(self, key: Key) -> ModuleTensorError:
+        given = self.side == INPUT and len(key) == 1 and self._is_argument(key[0])
         return ModuleTensorError(
-            f"there is no tensor at {self.spelled(key)}", at=here(), instead=self.choices()
+            f"there is no tensor at {self.spelled(key)}"
+            + (": that argument is no tensor here, so that nothing can be read or written" if given else ""),
+            at=here(),
+            instead=self.choices(),
         )
 
     def several(self, key: Key) -> ModuleTensorError:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import FrameType
 from typing import NoReturn
 
@@ -14,6 +14,7 @@ from tracelens.errors import (
     FailedRunError,
     InPlaceError,
     LayerMappingError,
+    OptionError,
     RandomFunctionError,
     TracelensError,
     UnknownAttributeError,
@@ -169,6 +170,16 @@ def unknown_attribute(
         at=here(),
         instead=f"did you mean {', '.join(f'{owner}.{other}' for other in likely)}?" if likely else otherwise,
     )
+
+
+def require_replacement(new: Mapping[str, object], layer: object) -> None:
+    """Refuses ``replace()`` with nothing to replace."""
+    if not new:
+        raise OptionError(
+            f"{layer!r}.replace() does not say which site is to be made of what",
+            at=here(),
+            instead=f"{layer!r}.replace(mlp_add=value); or {layer!r}.skip(), which does not run the layer",
+        )
 
 
 def one_layer_only(thing: object) -> LayerMappingError:

@@ -56,6 +56,13 @@ def refuse_late(new: Skipped, ops: Sequence[Op], locations: Sequence[Location]) 
     for op, location in zip(ops, locations, strict=True):
         if not isinstance(op, Read | Write) or not (op.site == new.site or new.holds(op.site)):
             continue
+        if isinstance(op, Write) and op.instead is not None and op.site == new.site:
+            raise SkippedSiteError(
+                f"{new.begins.module} is replaced twice in this block",
+                at=new.location,
+                also=(("the first time at", location),),
+                instead=f"one of the two; later lines can write what stands in its place: {spelling(new.site)} = value",
+            )
         verb = "read" if isinstance(op, Read) else "replaced" if op.instead is not None else "written"
         inside = "" if op.site == new.site else f", inside of {new.begins.module},"
         raise SkippedSiteError(
@@ -63,7 +70,9 @@ def refuse_late(new: Skipped, ops: Sequence[Op], locations: Sequence[Location]) 
             "never exists",
             at=new.location,
             also=((f"it was {verb} at", location),),
-            instead=f"replace the module first, and use {spelling(new.site)} after that",
+            instead=f"replace the module first, and use {spelling(new.site)} after that"
+            if op.site == new.site
+            else f"the block without that line: what stands in the place of the module is {spelling(new.site)}",
         )
 
 

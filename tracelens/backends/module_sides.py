@@ -41,13 +41,15 @@ class ModuleSides:
         state: Callable[[], Hashable],
         *,
         pretended: str | None = None,
+        named: bool = True,
     ) -> None:
-        """``pretended``: the argument that ``passes`` give in another form than runs."""
+        """``pretended``: the argument that ``passes`` give in another form than runs. ``named``: has it named sites?"""
         self.model = model
         self._passes = passes
         self._hook_points = hook_points
         self._state = state
         self._pretended = pretended
+        self._named = named
         self._known: dict[Hashable, Survey] = {}
         self._lock = threading.Lock()
 
@@ -66,11 +68,24 @@ class ModuleSides:
         failure: MetaForwardError | None = None
         for passes in self._passes():
             try:
-                return survey(copied(self.model), passes, self._hook_points(), pretended=self._pretended)
+                return survey(
+                    copied(self.model, self._instead),
+                    passes,
+                    self._hook_points(),
+                    pretended=self._pretended,
+                    instead=self._instead,
+                )
             except MetaForwardError as error:
                 failure = failure or error
         assert failure is not None
         raise failure
+
+    @property
+    def _instead(self) -> str:
+        """What to use where nothing can be learned."""
+        if self._named:
+            return "named sites, which need no such pass (model.sites()); or hooks of your own on model.hf"
+        return "the arguments that the module's forward takes; where these are right, hooks of your own on model.hf"
 
     # --- what there is -------------------------------------------------------------------------------------------
 
@@ -91,7 +106,7 @@ class ModuleSides:
         if not calls:
             raise ModuleCallError(
                 f"module {path!r} is not called in a forward pass of this model",
-                instead="the module around it, or the modules inside; model.modules() lists those that are called",
+                instead=self._called_near(path),
             )
         if number is None and len(calls) > 1:
             raise ModuleCallError(
@@ -104,6 +119,18 @@ class ModuleSides:
                 instead=f".call({len(calls) - 1}) is the last call",
             )
         return calls[number or 0]
+
+    def _called_near(self, path: str) -> str:
+        """Modules that are called, for one that is not: some of those inside, and the nearest around it."""
+        called = self.paths()
+        inside = [repr(other) for other in called if other.startswith(path + ".")][:3]
+        around = max(
+            (other for other in called if path.startswith(other + ".") or not other), key=len, default=None
+        )
+        parts = [f"those inside that are called, such as {', '.join(inside)}"] if inside else []
+        parts += [f"the module around it, {around!r}"] if around is not None else []
+        parts += ["model.modules() lists those that are called"] if self._named else []
+        return "; ".join(parts)
 
     def type_of(self, site: ModuleSite) -> TensorType:
         """The type of a site, which has to be one of this very model."""
@@ -136,7 +163,7 @@ class ModuleSides:
         return leaf
 
 
-def copied(model: nn.Module) -> nn.Module:
+def copied(model: nn.Module, instead: str) -> nn.Module:
     """A copy without data, made while no run has anything on the model."""
     seat = seat_of(model)
     sitting = seat.run
@@ -152,7 +179,7 @@ def copied(model: nn.Module) -> nn.Module:
             raise MetaForwardError(
                 "what this model's modules receive and return cannot be learned: the model cannot be copied without "
                 f"its data ({type(error).__name__}: {error})",
-                instead="named sites, which need no such copy (model.sites()); or hooks of your own on model.hf",
+                instead=instead,
             ) from error
 
 

@@ -37,7 +37,9 @@ class PlainAnatomy(ModelAnatomy):
         self._rows = 0
         # Only what decides about shapes is kept of the inputs, not their numbers.
         given, named = on_meta(args), on_meta(kwargs)
-        self.sides = ModuleSides(model, lambda: [[partial(_call, given, named)]], dict, self._state)
+        self.sides = ModuleSides(
+            model, lambda: [[partial(_call, given, named)]], dict, self._state, named=False
+        )
         self._spread = None
         assert self.spread  # refuses what cannot be run
 

@@ -66,7 +66,7 @@ class ModuleCall:
     """One call of a module: the tensors that it received and returned, by the way to each.
 
     ``begins``: the moment after its inputs are there. ``returns``: what came back, with holes for tensors.
-    ``names``: of the parameters of its forward.
+    ``names``: of the parameters of its forward. ``fields``: the names in named tuples, by side and the way to each.
     """
 
     path: str
@@ -75,6 +75,7 @@ class ModuleCall:
     begins: ModuleSite
     returns: Any
     names: tuple[str, ...]
+    fields: Mapping[tuple[str, Key], tuple[str, ...]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +104,7 @@ class _Event:
     side: str
     tensors: dict[Key, torch.Tensor]
     returned: Any = None
+    fields: Mapping[Key, tuple[str, ...]] = field(default_factory=dict[Key, tuple[str, ...]])
     versions: dict[Key, int] = field(default_factory=dict[Key, int])
 
     @property
@@ -118,11 +120,12 @@ def survey(
     hook_points: HookPoints,
     *,
     pretended: str | None = None,
+    instead: str,
 ) -> Survey:
     """Runs ``passes`` on ``model``, a copy without data: one with the very sizes, or one for each of :data:`SIZES`.
 
     ``pretended``: the argument, a mask, that runs give in another form, so that nothing is learned of it.
-    Raises :class:`MetaForwardError` where that is impossible.
+    ``instead``: what to use where nothing can be learned. Raises :class:`MetaForwardError` where that is impossible.
     """
     own_path: dict[str, str] = {}
     first: dict[int, str] = {}
@@ -140,13 +143,13 @@ def survey(
             raise MetaForwardError(
                 "what this model's modules receive and return cannot be learned: a forward pass on tensors without "
                 f"data fails with {type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}",
-                instead="named sites, which need no such pass (model.sites()); or hooks of your own on model.hf",
+                instead=instead,
             ) from error
         runs.append(watcher.events)
     if any([event.what for event in events] != [event.what for event in runs[0]] for events in runs[1:]):
         raise MetaForwardError(
             "the modules of this model are called differently for prompts of different sizes",
-            instead="named sites, which do not depend on that (model.sites())",
+            instead=instead,
         )
     names = {path: _parameter_names(module) for path, module in model.named_modules()}
     kept = [tensor for module in model.modules() for _, tensor in tensors_in(vars(module))]
@@ -191,12 +194,21 @@ class _Watcher:
         number = self.counts.get(path, 0)
         self.counts[path] = number + 1
         self._open.append((path, number))
-        tensors = dict(tensors_in({**dict(enumerate(args)), **kwargs}))
-        self._note(_Event(path, number, INPUT, tensors))
+        given = {**dict(enumerate(args)), **kwargs}
+        self._note(_Event(path, number, INPUT, dict(tensors_in(given)), fields=dict(_fields_in(given))))
 
     def after(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         path, number = self._open.pop()
-        self._note(_Event(path, number, OUTPUT, dict(tensors_in(output)), _template(output, ())))
+        self._note(
+            _Event(
+                path,
+                number,
+                OUTPUT,
+                dict(tensors_in(output)),
+                _template(output, ()),
+                dict(_fields_in(output)),
+            )
+        )
 
     def _note(self, event: _Event) -> None:
         event.versions = {key: tensor._version for key, tensor in event.tensors.items()}
@@ -214,6 +226,19 @@ def tensors_in(value: Any, way: Key = ()) -> Iterator[tuple[Key, torch.Tensor]]:
     elif isinstance(value, list | tuple):
         for number, part in enumerate(cast("list[Any]", value)):
             yield from tensors_in(part, (*way, number))
+
+
+def _fields_in(value: Any, way: Key = ()) -> Iterator[tuple[Key, tuple[str, ...]]]:
+    """The names of the fields of named tuples in nested containers, each with the way to it."""
+    parts: Any = value.items() if isinstance(value, Mapping) else ()
+    if isinstance(value, list | tuple):
+        names = getattr(cast(Any, value), "_fields", None)
+        if names:
+            yield way, tuple(names)
+        parts = enumerate(cast("list[Any]", value))
+    for name, part in parts:
+        if isinstance(part, list | tuple | Mapping) and isinstance(name, int | str):
+            yield from _fields_in(part, (*way, name))
 
 
 def _template(value: Any, way: Key) -> Any:
@@ -290,7 +315,7 @@ def _calls(
     for event in runs[0]:
         count[event.path] = max(count.get(event.path, 0), event.call + 1)
     found: dict[str, list[ModuleCall]] = {path: [] for path in count}
-    begun: dict[tuple[str, int], tuple[dict[Key, Leaf], ModuleSite]] = {}
+    begun: dict[tuple[str, int], tuple[dict[Key, Leaf], ModuleSite, _Event]] = {}
     after, number = None, 0
     for events, place in zip(zip(*runs, strict=True), places, strict=True):
         event = events[0]
@@ -309,11 +334,14 @@ def _calls(
         if event.side == INPUT:
             number += 1
             begins = module_site(event.path, INPUT, (), call, after=after, number=number, amid=place.amid)
-            begun[event.path, event.call] = leaves, begins
+            begun[event.path, event.call] = leaves, begins, event
         else:
-            inputs, begins = begun[event.path, event.call]
+            inputs, begins, start = begun[event.path, event.call]
+            fields = {
+                (side.side, way): fields for side in (start, event) for way, fields in side.fields.items()
+            }
             found[event.path].append(
-                ModuleCall(event.path, inputs, leaves, begins, event.returned, names[event.path])
+                ModuleCall(event.path, inputs, leaves, begins, event.returned, names[event.path], fields)
             )
     return {path: tuple(calls) for path, calls in found.items()}
 
