@@ -124,6 +124,7 @@ WRONG: dict[str, Expression] = {
     "upside down": lambda p, s: (-s).softmax(-1)[:, :, -1, -1],
     "upside down by head": lambda p, s: (s * PER_HEAD).softmax(-1)[:, :, -1, -1],
     "softmax of cut scores": lambda p, s: s.clamp(min=-1.0).softmax(-1)[:, :, -1, -1],
+    "over zero of either sign": lambda p, s: (s / (p * PER_HEAD)).amax(-1),
     "nan at padding": lambda p, s: (p * (p - SMALL).log())[:, :, -1].sum(-1),
     "infinite, once": lambda p, s: torch.where(PER_HEAD < 0, torch.finfo(s.dtype).min, s).softmax(-1)[:, :, -1, -1],
 }  # fmt: skip
@@ -257,6 +258,26 @@ def read_logits(family: str, row: list[int]) -> Tensor:
 
 
 @both_families
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("heads", [slice(None), 1])
+def test_a_head_whose_scores_are_all_the_lowest_sees_no_padding(family: str, attn: str, heads: Any) -> None:
+    traced = model(family, attn)
+
+    def logits(rows: Any) -> Any:
+        with traced.trace(rows) as t:
+            traced.layers[1].scores[:, heads] = torch.finfo(torch.float32).min
+            traced.layers[1].pattern.save("pattern")
+            traced.logits.save("x")
+        return [(t["x"], t["pattern"])] if len(rows) == 1 else zip(t["x"], t["pattern"], strict=True)
+
+    for row, (actual, pattern) in zip(ROWS, logits(ROWS), strict=True):
+        ((expected, looks),) = logits([row])
+        torch.testing.assert_close(actual, expected, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(pattern, looks, atol=1e-5, rtol=1e-5)
+        assert not torch.allclose(actual, read_logits(family, row), atol=1e-3)
+
+
+@both_families
 @pytest.mark.parametrize("new", [0.1, "complement", "one head"])
 def test_what_was_written_is_what_a_later_version_holds(family: str, new: Any) -> None:
     traced = model(family)
@@ -355,3 +376,17 @@ def test_in_a_sweep(family: str) -> None:
         for row, found in zip(ROWS, swept["x"], strict=True):
             torch.testing.assert_close(found, tl.sweep(program, [row], limit=few)["x"])
             assert not torch.equal(found[0], found[1])
+
+
+@both_families
+def test_what_is_said_in_a_generation_can_be_written(family: str) -> None:
+    traced = model(family)
+    with (
+        pytest.raises(PositionAxisError, match="in generation") as caught,
+        traced.generate(ROWS, max_new_tokens=2, do_sample=False),
+    ):
+        traced.layers[1].pattern[:, :, 0] = 0.0
+    assert "site[..., -1, :] = 0.0" in caught.value.instead
+    with traced.generate(ROWS, max_new_tokens=2, do_sample=False) as t:
+        traced.layers[1].pattern[..., -1, :] = 0.0
+    assert len(t.tokens) == len(ROWS)

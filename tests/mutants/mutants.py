@@ -475,4 +475,11 @@ MUTANTS = (
         "if True:",
         ("tests/conformance/test_attention.py", "-k", "forgets"),
     ),
+    Mutant(
+        "padding gets the lowest number where scores were written, which others may have too",
+        "backends/attention.py",
+        'torch.where(queries, found.new_full((), float("-inf")), lowest)',
+        "lowest",
+        KEYS,
+    ),
 )

@@ -67,24 +67,31 @@ class Visit:
         if "scores" in steps or "pattern" in steps or self.replaces:
             scores = scores_of(name, module, query, key, mask, options)
             if "scores" in steps:
-                scores = self._written("scores", scores, torch.finfo(scores.dtype).min)
+                scores = self._written("scores", scores)
             if "pattern" in steps or self.replaces:
                 dtype = torch.float32 if self.wide else None
                 weights = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
                 if "pattern" in steps:
-                    weights = self._written("pattern", weights, 0.0)
+                    weights = self._written("pattern", weights)
         if not self.replaces:
             return own(module, query, key, value, mask, **options)
         assert weights is not None
         mixed = nn.functional.dropout(weights, p=options.get("dropout", 0.0), training=module.training)
         return _grouped(mixed, value).transpose(1, 2).contiguous(), weights if name == "eager" else None
 
-    def _written(self, site: str, tensor: torch.Tensor, padding: float) -> torch.Tensor:
+    def _written(self, site: str, tensor: torch.Tensor) -> torch.Tensor:
         """Scores or pattern after the step of their site; where that wrote, padding stays out of sight."""
         found = self.steps[site](tensor)
         if found is tensor or (real := self.real(found.device)) is None:
             return found
-        return found.masked_fill(~real[:, None, None, :], padding)
+        keys = real[:, None, None, :]
+        if site == "pattern":
+            return found.masked_fill(~keys, 0.0)
+        # Lower than anything that can be written: a query whose keys were all given the lowest number sees them alike,
+        # and no padding. A query that is padding sees nothing else, and must not become nan.
+        queries = real[:, None, -found.shape[-2] :, None]
+        lowest = found.new_full((), torch.finfo(found.dtype).min)
+        return torch.where(keys, found, torch.where(queries, found.new_full((), float("-inf")), lowest))
 
 
 def _passed(step: Step, tensor: torch.Tensor) -> torch.Tensor:

@@ -79,6 +79,8 @@ from tracelens.ir.types import DType, TensorType
 _MOST = 27
 
 Padding = tuple[tuple[Number, ...], bool]
+# Of either sign: what is divided by it may be infinite in two ways.
+ZERO: tuple[Number, ...] = (0.0, -0.0)
 
 
 class Keys:
@@ -224,13 +226,13 @@ class Keys:
             whole = (both.padding, both.unless_broken)
             return [whole, *unknown[1:]] if name in WITH_INDICES else [whole] * count
         if name in KEEPS_ZERO and held.zero:
-            return [((0,), held.unless_broken), *unknown[1:]]
+            return [(ZERO, held.unless_broken), *unknown[1:]]
         if name in PRODUCTS or (name == "torch.nn.functional.linear" and len(operands(op)) == 2):
             keyed = [value for value in operands(op) if key_axes(self._types[value])]
             if all(self._held[value].zero for value in keyed):
                 broken = any(self._held[value].unless_broken for value in keyed)
                 finite = all(self._held[value].finite for value in operands(op))
-                return [((0,), broken or not finite)]
+                return [(ZERO, broken or not finite)]
         return unknown
 
     # --- element by element --------------------------------------------------------------------------------------
@@ -303,11 +305,11 @@ class Keys:
             broken = mine.unless_broken or not other.finite
             if mine.zero:
                 if name == "torch.mul":
-                    return ((0.0,), broken)
+                    return (ZERO, broken)
                 if name == "torch.div" and not second and not is_other_keyed:
-                    return ((0.0,), True)
+                    return (ZERO, True)
                 if name in XLOGY and not second:
-                    return ((0.0,), broken)
+                    return (ZERO, broken)
                 if name in AND:
                     return ((False,), mine.unless_broken)
             if name in OR and op.types[0].dtype is DType.BOOL and mine.padding == (True,):
