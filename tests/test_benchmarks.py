@@ -11,7 +11,12 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
+from benchmarks import device_map
+from benchmarks.across_devices import CASES as ACROSS
+from benchmarks.across_devices import CONTESTANTS
+from benchmarks.across_devices import Spread as Placed
 from benchmarks.bout import OWN, Bout, write_inputs
 from benchmarks.overhead import Measurement, Settings, Tiny, run
 from benchmarks.overhead_report import COLUMNS, aims, markdown, table, write
@@ -19,6 +24,9 @@ from benchmarks.peers import by_hooks
 from benchmarks.peers.client import PeerProcess
 from benchmarks.peers.subject import STREAM, Subject, largest_error, load_subject
 from benchmarks.ratios import Ratio, Spread
+from tests.support.pretend import Pretend, pretend
+
+__all__ = ["pretend"]
 
 SMALL = Tiny(layers=3, d_model=16, neurons=24, heads=2, vocabulary=40, tokens=6)
 
@@ -221,6 +229,62 @@ def test_ratio_of_medians_and_its_interval() -> None:
     assert Spread.of([0.003, 0.001, 0.002]) == Spread(2.0, 1.0, 3.0)
     with pytest.raises(ValueError, match="as many rounds"):
         Ratio.of([1.0], [1.0, 2.0])
+
+
+# --- what travels between devices ------------------------------------------------------------------------------------
+
+OWN_AND_HOOKS = ("tracelens", "hooks by hand")
+
+
+def test_what_travels_is_counted(pretend: Pretend, tmp_path: Path) -> None:
+    folder = SMALL.write(tmp_path)
+    ids = torch.tensor([[3, 5, 7, 9, 11, 13]])
+    report = device_map.run(
+        lambda: device_map.spread(LlamaForCausalLM.from_pretrained(folder)), ids, torch.full((16,), 0.1)
+    )
+    report = json.loads(json.dumps(report))
+    rows = {(row["contestant"], row["case"]): row for row in report["rows"]}
+    assert set(rows) == {(name, case) for name in (*OWN_AND_HOOKS, "nnsight") for case in ACROSS} | {
+        ("nnsight, as on one device", case) for case in ("patch", "steer")
+    }
+    for case in ("patch", "steer"):
+        assert "two devices" in rows["nnsight, as on one device", case]["fails"]
+    ours = {case: rows["tracelens", case] for case in ACROSS}
+    # Three layers on three devices: a vector of 16 numbers to each, once.
+    inputs = 3 * ids.nbytes
+    assert ours["steer"]["first"]["in"][1] == 3 * 64 + inputs
+    assert ours["steer"]["again"]["in"][1] == inputs
+    assert rows["hooks by hand", "steer"]["again"]["in"] == [4, 3 * 64 + ids.nbytes]
+    assert ours["patch"]["first"]["between"] == rows["hooks by hand", "patch"]["first"]["between"] == [1, 64]
+    assert ours["norms"]["first"]["out"] == [3, 3 * 6 * 4]
+    assert ours["norms"]["first"]["between"] == [0, 0]
+    assert all(row[time]["waits"] == 0 for row in ours.values() for time in ("first", "again"))
+    assert rows["hooks by hand", "norms"]["first"]["waits"] == rows["nnsight", "norms"]["first"]["waits"] == 3
+    device_map.write(report, tmp_path / "results", tmp_path / "docs" / "device_map.md")
+    assert json.loads((tmp_path / "results" / "device_map.json").read_text(encoding="utf-8")) == report
+    table = [line for line in device_map.markdown(report).splitlines() if line.startswith("|")]
+    assert len(table) == 2 + len(rows)
+    assert all(line.count("|") == len(device_map.COLUMNS) + 1 for line in table)
+    assert "\n".join(table) in (tmp_path / "docs" / "device_map.md").read_text(encoding="utf-8")
+
+
+def test_a_wrong_answer_is_not_counted(
+    pretend: Pretend, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = SMALL.write(tmp_path)
+    right = CONTESTANTS["tracelens"]
+
+    def wrong(placed: Placed) -> dict[str, Any]:
+        return {"one": lambda: [part * 1.01 for part in right(placed)["one"]()]}
+
+    monkeypatch.setitem(CONTESTANTS, "tracelens", wrong)
+    with pytest.raises(AssertionError, match="tracelens, one"):
+        device_map.run(
+            lambda: device_map.spread(LlamaForCausalLM.from_pretrained(folder)),
+            torch.tensor([[3, 5, 7]]),
+            torch.full((16,), 0.1),
+            ("tracelens",),
+        )
 
 
 def without_packages() -> Path:
