@@ -11,17 +11,17 @@ from tracelens.backends.nnsight_bridge import forward_through, module_of
 from tracelens.backends.transfer import inputs_on
 from tracelens.compiling import check_fits, owning
 from tracelens.constants import Captured
-from tracelens.errors import Blaming
+from tracelens.errors import Blaming, OptionError
 from tracelens.ir.graph import Graph
 from tracelens.leaving import Members, leave
 from tracelens.location import here
 from tracelens.model import Model
 from tracelens.reference import evaluate
 from tracelens.results import Results
-from tracelens.tracing import Recording
+from tracelens.tracing import Program, Recording
 
 
-def run_with_nnsight(graph: Graph | Recording, nnsight_model: Any, prompt: Any) -> Results:
+def run_with_nnsight(graph: Graph | Recording | Program, nnsight_model: Any, prompt: Any) -> Results:
     """Runs a recorded graph on a model that nnsight holds, through nnsight, and gives what the graph saves.
 
     ``nnsight_model``: an ``nnsight.NNsight`` or ``nnsight.TransformersModel`` of a family that tracelens knows.
@@ -34,7 +34,7 @@ def run_with_nnsight(graph: Graph | Recording, nnsight_model: Any, prompt: Any) 
     ``model.compile``.
     """
     with Blaming(here()):
-        graph = owning(graph.graph if isinstance(graph, Recording) else graph)
+        graph = _graph_of(graph)
         model = Model(module_of(nnsight_model), getattr(nnsight_model, "tokenizer", None))
         compiled = model._compiler.compile(graph, generating=False)
         prepared = model.prepare(prompt)
@@ -56,6 +56,16 @@ def run_with_nnsight(graph: Graph | Recording, nnsight_model: Any, prompt: Any) 
         )
         saved = {save.name: _members(found[save.name], save.stacked) for save in graph.saves}
         return Results(compiled.described, leave(graph.saves, graph.types, saved, prepared))
+
+
+def _graph_of(given: Any) -> Graph:
+    graph = given.graph if isinstance(given, Recording | Program) else given
+    if not isinstance(graph, Graph):
+        raise OptionError(
+            f"tl.run_with_nnsight takes a graph, a recording or a program, not a {type(graph).__name__}",
+            instead="tl.run_with_nnsight(r, nnsight_model, prompt), where r is from: with model.record() as r: ...",
+        )
+    return owning(graph)
 
 
 def _members(tensor: torch.Tensor, stacked: bool) -> Members:

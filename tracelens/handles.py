@@ -14,6 +14,7 @@ from tracelens.errors import (
     LayerMappingError,
     LayerRangeError,
     NoTraceError,
+    ReplacementError,
     TracelensError,
     UnknownSiteError,
     WriteTargetError,
@@ -117,7 +118,7 @@ class LayerHandle:
         """What each head adds to ``attn_out`` (without the bias): [B, P, H, D], computed from ``z``. Read-only."""
         return head_out(self._anatomy, self.z, self._index)
 
-    def skip(self) -> None:
+    def skip(self, *given: Any) -> None:
         """Does not run this layer: it returns what it received, ``resid_post := resid_pre``, after all writes so far.
 
         Later writes to what it receives are refused (:class:`~tracelens.errors.SkippedSiteError`).
@@ -126,6 +127,8 @@ class LayerHandle:
         ...     model.layers[5].skip()
         ...     logits = model.logits.save()
         """
+        if given:
+            raise _skip_takes_nothing(repr(self))
         recorder = recorder_of(self._anatomy, f"{self!r}.skip")
         site = _layer_site("resid_post", self._index)
         with Blaming(here()):
@@ -136,13 +139,15 @@ class LayerHandle:
         received = at_module if recorder.is_written(at_module) else received
         recorder.replace(site, begins, Value.of_site(recorder, received))
 
-    def replace(self, **new: Any) -> None:
+    def replace(self, *unnamed: Any, **new: Any) -> None:
         """Does not run the modules that make these sites: ``model.layers[5].replace(mlp_add=value)`` skips the MLP.
 
         A site names the module whose output it is: ``attn_add`` attention, ``mlp_add`` the MLP, ``resid_post`` the
         layer, ``attn_out`` and ``mlp_out`` the last projection alone, ``attn_norm`` and ``mlp_norm`` a norm. Raises
         :class:`~tracelens.errors.ReplacementError` for other sites, and as :meth:`tracelens.ModuleHandle.replace` does.
         """
+        if unnamed:
+            raise _replace_names_sites(repr(self))
         require_replacement(new, self)
         for name, value in new.items():
             site = self._site(name)
@@ -194,13 +199,17 @@ class LayersSlice:
         """What each head adds to ``attn_out``, in each of the layers: [B, P, H, D]. Read-only."""
         return MappedValue(self._layers, tuple(handle.head_out for handle in self._handles))
 
-    def skip(self) -> None:
+    def skip(self, *given: Any) -> None:
         """Does not run these layers: each returns what it received."""
+        if given:
+            raise _skip_takes_nothing(repr(self))
         for handle in self._handles:
             handle.skip()
 
-    def replace(self, **new: Any) -> None:
+    def replace(self, *unnamed: Any, **new: Any) -> None:
         """Does not run the modules that make these sites, in each of the layers."""
+        if unnamed:
+            raise _replace_names_sites(repr(self))
         require_replacement(new, self)
         for name, value in new.items():
             for handle, part in zip(self._handles, each_layer(value, self._layers), strict=True):
@@ -329,6 +338,22 @@ class Layers:
 
     def __repr__(self) -> str:
         return f"model.layers (0 to {len(self) - 1})"
+
+
+def _skip_takes_nothing(owner: str) -> ReplacementError:
+    return ReplacementError(
+        "skip() takes nothing: the layer returns what it received",
+        at=here(),
+        instead=f"{owner}.skip(); {owner}.replace(resid_post=value) for another value",
+    )
+
+
+def _replace_names_sites(owner: str) -> ReplacementError:
+    return ReplacementError(
+        "replace() was given a value without the site that it stands for",
+        at=here(),
+        instead=f"{owner}.replace(resid_post=value) for the whole layer, {owner}.replace(mlp_add=value) for the MLP",
+    )
 
 
 def _of_which_layer(name: str) -> TracelensError:

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from tracelens.backends.anatomy import no_table
-from tracelens.errors import OptionError
+from tracelens.errors import OptionError, UnknownArchitectureError
 from tracelens.location import here
 from tracelens.model import Model
 from tracelens.plain_model import PlainModel
@@ -136,6 +136,18 @@ def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     Raises :class:`~tracelens.errors.UnknownArchitectureError` for models of a family with a table that are not as it
     says.
     """
+    if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
+        raise UnknownArchitectureError(
+            f"a {type(model).__name__} is no module, and tl.wrap takes a torch.nn.Module",
+            at=here(),
+            instead="a module whose forward calls it; or tl.load(name) with the name of a model",
+        )
+    if isinstance(model, torch.jit.ScriptModule):
+        raise UnknownArchitectureError(
+            f"a {type(model).__name__} runs without Python, so that its modules cannot be reached",
+            at=here(),
+            instead="the module before it was scripted or traced",
+        )
     reason = no_table(model)
     return Model(model, tokenizer) if reason is None else PlainModel(model, reason)
 

@@ -49,6 +49,12 @@ class ModuleHandle:
 
     def call(self, number: int) -> ModuleHandle:
         """One of several calls of the module in a forward pass, counted from 0."""
+        if isinstance(number, bool) or not isinstance(number, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+            raise OptionError(
+                f"a call of a module is chosen by its number, not by {number!r}",
+                at=here(),
+                instead=f"model.module({self._path!r}).call(0) is the first",
+            )
         handle = ModuleHandle(self._anatomy, self._path, number)
         handle._call()
         return handle
@@ -124,6 +130,13 @@ class ModuleHandle:
                 instead=f"model.layers[{layer}].skip()"
                 if layer is not None
                 else "what goes on in place of the output: .replace(value)",
+            )
+        if "hook" in name:
+            raise UnknownSiteError(
+                f"{self!r} has no {name!r}: hooks are set by tracelens, for the length of a run",
+                at=here(),
+                instead=f"{self!r}.output.save() to read, {self!r}.output = new to change; "
+                f"model.hf.get_submodule({self._path!r}) is the module itself",
             )
         raise UnknownSiteError(
             f"{self!r} has no {name!r}",

@@ -212,7 +212,7 @@ class NamedConstants(Mapping[str, NamedConstant], Shown):
             at=here(),
             instead=f"did you mean {', '.join(likely)}?"
             if likely
-            else None
+            else f"program(prompt, {next(iter(self._found))}=value)"
             if known
             else f'{name} = tl.constant(tensor, name="{name}") in the recording',
         )

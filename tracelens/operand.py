@@ -195,7 +195,14 @@ class Operand:
         if name.startswith(("__", "_repr_", "_ipython_")):
             raise AttributeError(name)
         if not self._is_recording():
-            return getattr(self._tensor(f".{name}"), name)
+            found = getattr(self._tensor(f".{name}"), name)
+            if name == "grad" and found is None:
+                raise ValueAttributeError(
+                    "what leaves a block has no gradient: it is a tensor without a history",
+                    at=here(),
+                    instead="in the block: tl.grad(loss, h).save(), with h a site as it was read",
+                )
+            return found
         method = getattr(torch.Tensor, name, None)
         if name == "device" and (module := module_called()) is not None:
             raise UnsupportedFunctionError(

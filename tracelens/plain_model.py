@@ -166,6 +166,13 @@ class PlainModel(Shown):
         if name.startswith("_"):
             raise AttributeError(name)
         what = _WORDS.get(name)
+        if "hook" in name:
+            raise NotALanguageModelError(
+                f"{self!r} has no {name!r}: hooks are set by tracelens, for the length of a run",
+                at=here(),
+                instead="in a block model.module(path).output.save() to read, model.module(path).output = new to "
+                "change; model.hf is the module itself",
+            )
         raise NotALanguageModelError(
             f"{self!r} has no {name!r}" + (f", which is {what}" if what else "") + f": {self._reason}",
             at=here(),

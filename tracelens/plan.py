@@ -205,6 +205,8 @@ class Plan:
         entered = self.layers_run(n_layers)
         left_out = sum(self._replaces_layer(op, entered) for op in self.graph.writes)
         without = f" but for {left_out} that {'is' if left_out == 1 else 'are'} not run" if left_out else ""
+        if not n_layers:  # a model without named layers
+            return f"the forward pass stops after {self.stop}"
         return f"the forward pass enters {entered} of {n_layers} layers{without} and stops after {self.stop}"
 
     @staticmethod

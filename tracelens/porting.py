@@ -41,7 +41,10 @@ ON_THE_MODEL: dict[str, str] = {
         ),
         _RAW,
     ),
-    **dict.fromkeys(("block", "blocks", "decoder", "encoder", "h", "hidden_states"), _STREAM),
+    **dict.fromkeys(
+        ("block", "blocks", "h"), "model.layers[i]; with model.trace(prompt): model.layers[i].resid_post"
+    ),
+    **dict.fromkeys(("decoder", "encoder", "hidden_states"), _STREAM),
     **dict.fromkeys(
         (
             "add_hook",
@@ -68,6 +71,8 @@ ON_THE_MODEL: dict[str, str] = {
     **dict.fromkeys(("W_E", "W_embed"), "model.param(path); model.hf.named_parameters() lists the paths"),
     **dict.fromkeys(("to_str_tokens", "to_tokens"), "model.tokens(prompt)"),
     **dict.fromkeys(("ln_f", "ln_final", "norm"), "model.final_norm"),
+    "replace": "model.layers[i].replace(mlp_add=value), model.module(path).replace(value)",
+    "skip": "model.layers[i].skip()",
     "cfg": "model.config",
     "output": "model.logits, or model.layers[i].resid_post",
     "input": "model.embed, or model.layers[i].resid_pre",
@@ -86,6 +91,7 @@ ON_A_LAYER: dict[str, str] = {
     ),
     **dict.fromkeys(("hook_post", "act_fn"), "{owner}.mlp_act"),
     "hook_pre": "{owner}.mlp_pre",
+    "heads": "{owner}.head(3) or {owner}.head([0, 3])",
     **dict.fromkeys(("input_layernorm", "ln1", "ln_1"), "{owner}.attn_norm"),
     **dict.fromkeys(
         ("ln2", "ln_2", "post_attention_layernorm"), "{owner}.mlp_norm"
@@ -100,6 +106,8 @@ def elsewhere_called(name: str, owner: str) -> str | None:
     if said is not None:
         hint = said.format(name=name, owner=owner)
         return hint + ".save()" if name == "save" else hint
+    if name.startswith("register_") and "hook" in name:
+        return _HOOKS if on_model else _HOOKS.replace("model.layers[i]", owner)
     plain = name.removeprefix("hook_")
     if plain != name and plain in CANONICAL:
         return f"{'model.layers[i]' if on_model else owner}.{plain}"

@@ -49,6 +49,12 @@ def refuse(function: object, name: str, args: Sequence[object] = ()) -> NoReturn
             at=here(),
             instead="tl.apply(module, value, like=value) runs the module on the real tensors",
         )
+    if function is torch.autograd.grad or function is torch.autograd.backward:
+        raise UnsupportedFunctionError(
+            f"{name if 'autograd' in name else 'torch.autograd.' + name} needs tensors, and a value has numbers only in the run",
+            at=here(),
+            instead="tl.grad(loss, h), with h a site as it was read: h = model.layers[i].resid_post",
+        )
     if refusal is None:
         candidates = nearest(name)
         hint = f"did you mean {', '.join(candidates)}? " if candidates else ""

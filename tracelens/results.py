@@ -80,12 +80,15 @@ class Results(Mapping[str, Any], Shown):
         try:
             return self._tensors[name]()
         except KeyError:
-            known = ", ".join(map(repr, self._tensors)) or "nothing"
-            raise UnknownSaveError(
-                f"nothing was saved as {name!r}; saved: {known}",
-                at=here(),
-                instead="value.save(name) in the block, and the same name here",
-            ) from None
+            raise self._unknown(name) from None
+
+    def _unknown(self, name: object) -> UnknownSaveError:
+        known = ", ".join(map(repr, self._tensors)) or "nothing"
+        return UnknownSaveError(
+            f"nothing was saved as {name!r}; saved: {known}",
+            at=here(),
+            instead="value.save(name) in the block, and the same name here",
+        )
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._tensors)
@@ -122,6 +125,8 @@ class Results(Mapping[str, Any], Shown):
 
         if name is None:
             return pandas.DataFrame([_summary(entry) for entry in self.entries.values()]).set_index("name")
+        if name not in self.entries:
+            raise self._unknown(name)
         entry = self.entries[name]
         tensor = entry.tensor
         parts = [tensor] if isinstance(tensor, torch.Tensor) else list(tensor)

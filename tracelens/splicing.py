@@ -351,6 +351,12 @@ def splice(site: Any, module: Any, *, keep_error: bool = True, to: Any = None) -
                 instead="tl.splice(model.layers[8].resid_post, sae); a loop over layers opens one for each",
             )
         value._require_fresh()
+    if isinstance(module, type):
+        raise SpliceError(
+            f"{module.__name__} is a class, and a splice takes one of its objects",
+            at=here(),
+            instead=f"sae = {module.__name__}(...); tl.splice(site, sae)",
+        )
     missing = [name for name in ("encode", "decode") if not callable(getattr(module, name, None))]
     if missing:
         raise SpliceError(

@@ -14,7 +14,7 @@ import torch
 
 from tracelens.compiling import Compiled, Compiler
 from tracelens.constants import Captured
-from tracelens.errors import Blaming, OptionError, SweepError, TracelensError
+from tracelens.errors import Blaming, OptionError, SweepError, TracelensError, UnknownConstantError
 from tracelens.inputs import Inputs
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Apply, Const, Save, Write, operands, results
@@ -39,6 +39,17 @@ _TOKENS = 1024
 _POINTS = 64
 
 
+class _Swept(dict[str, torch.Tensor]):
+    """What was swept, by name."""
+
+    def __missing__(self, name: str) -> torch.Tensor:
+        raise UnknownConstantError(
+            f"{name!r} was not swept; swept: {', '.join(map(repr, self))}",
+            at=here(),
+            instead=f"sweep.swept[{next(iter(self))!r}]; what was saved is sweep[name]",
+        )
+
+
 class Sweep(Results):
     """What a program saved at every point of a sweep, by name.
 
@@ -55,7 +66,7 @@ class Sweep(Results):
         one_by_one: str | None,
     ) -> None:
         super().__init__(described, tensors)
-        self.swept: Mapping[str, torch.Tensor] = dict(values)
+        self.swept: Mapping[str, torch.Tensor] = _Swept(values)
         """What each constant was at each point: a tensor with the points as its first axis."""
         self.runs = runs
         """How often the model ran."""

@@ -81,7 +81,8 @@ def _axes(sizing: Sizing, base: TensorType, index: AbstractIndex) -> tuple[list[
                     sizing.at_least(dim, least)
                 except Misfit:
                     size = dim if isinstance(dim, int) else dims.evaluate(dim, sizing.sizes or {})
-                    raise _fail(base, index, f"{item} is outside an axis of size {size}") from None
+                    instead = f"a number from {-size} to {size - 1}" if size else None
+                    raise _fail(base, index, f"{item} is outside an axis of size {size}", instead) from None
                 touched = not (item == -1 and dim in (dims.P, dims.S))
             case Slice():
                 if item.step is not None and item.step <= 0:
