@@ -51,7 +51,7 @@ def refuse(function: object, name: str, args: Sequence[object] = ()) -> NoReturn
         )
     if function is torch.autograd.grad or function is torch.autograd.backward:
         raise UnsupportedFunctionError(
-            f"{name if 'autograd' in name else 'torch.autograd.' + name} needs tensors, and a value has numbers only in the run",
+            f"torch.autograd.{name.rpartition('.')[2]} needs tensors, and a value has numbers only in the run",
             at=here(),
             instead="tl.grad(loss, h), with h a site as it was read: h = model.layers[i].resid_post",
         )

@@ -251,9 +251,10 @@ def static_argument(arg: object) -> Arg:
     if isinstance(dim := getattr(cast("Any", arg), "dim", None), Sym):
         return dim  # the size of an axis in a recording without a prompt
     hint = "leave devices out: the plan decides where values live" if isinstance(arg, torch.device) else None
-    if callable(cast("Any", arg)):
-        name = (
-            type(arg).__name__ if isinstance(arg, torch.nn.Module) else getattr(arg, "__name__", "function")
+    given = cast("Any", arg)
+    if callable(given):
+        name: str = (
+            type(given).__name__ if isinstance(given, torch.nn.Module) else getattr(given, "__name__", "f")
         )
         hint = f"what it gives for a value: {name}(model.layers[i].mlp_in); tl.apply runs any function on real tensors"
     raise UnsupportedFunctionError(
