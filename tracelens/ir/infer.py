@@ -252,7 +252,7 @@ def static_argument(arg: object) -> Arg:
         return dim  # the size of an axis in a recording without a prompt
     hint = "leave devices out: the plan decides where values live" if isinstance(arg, torch.device) else None
     given = cast("Any", arg)
-    if callable(given):
+    if callable(given) and not isinstance(given, type):
         name: str = (
             type(given).__name__ if isinstance(given, torch.nn.Module) else getattr(given, "__name__", "f")
         )
