@@ -60,11 +60,6 @@ IN_A_BLOCK: dict[str, tuple[Callable[[], Any], type[TracelensError], str, str]] 
         "without the site",
         "model.layers[1:3].replace(",
     ),
-        lambda: layers[1:].replace(),
-        ReplacementError,
-        "given nothing",
-        "mlp_add=value",
-    ),
     "skip with a value": (
         lambda: layers[2].skip(0.5),
         ReplacementError,
