@@ -40,8 +40,8 @@ the embedding whose weight it shares. Six analyses are written with tracelens, w
 nnsight. This page counts what each makes travel. It is made by `python -m benchmarks.device_map`.
 
 * Counted are **copies and their bytes**, on the pretend devices of the tests
-  ([decision 20](../decisions/0020-pretend-devices-are-torch-tensors.md)), which see every copy and refuse operands on two
-  devices as GPUs do. Nothing here is a time.
+  ([decision 20](../decisions/0020-pretend-devices-are-torch-tensors.md)), which see every copy and refuse operands on
+  two devices as GPUs do. Nothing here is a time.
 * What the model sends by itself in a forward pass (the stream, from device to device) is taken off: the table holds
   what the analysis adds, its token ids included.
 * **Host waits** are the moments at which the host waits for a device. tracelens copies results asynchronously and waits
@@ -192,7 +192,9 @@ def write(report: dict[str, Any], folder: Path | None, page: Path | None) -> Non
 def spread(hf: Any) -> Any:
     """Equal runs of layers; the head beside the embedding, whose weights it may share."""
     layers = len(hf.model.layers)
-    parts = {f"model.layers.{layer}": DEVICES[layer * len(DEVICES) // layers] for layer in range(layers)}
+    parts: dict[str, Any] = {
+        f"model.layers.{layer}": DEVICES[layer * len(DEVICES) // layers] for layer in range(layers)
+    }
     parts |= {"model.embed_tokens": DEVICES[0], "model.rotary_emb": DEVICES[0], "lm_head": DEVICES[0]}
     parts["model.norm"] = DEVICES[-1]
     return accelerate.dispatch_model(hf, parts, main_device=torch.device(DEVICES[0]))
