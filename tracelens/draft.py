@@ -39,6 +39,7 @@ from tracelens.ir.ops import (
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 from tracelens.location import Location, here
+from tracelens.misaligned import PaddedSize, padded_size
 from tracelens.operand import Operand
 from tracelens.origins import Origin
 from tracelens.refusing import one_layer_only
@@ -277,6 +278,8 @@ class Draft:
 
     def _ref_or_scalar(self, new: object) -> Ref | Scalar:
         arg = self.argument(new)
+        if isinstance(new, PaddedSize):
+            raise padded_size(new)
         if isinstance(arg, Ref | bool | int | float | complex | Special):
             return arg
         raise WriteTargetError(

@@ -33,7 +33,7 @@ from tracelens.subject import Anatomy
 from tracelens.values import Value
 
 _LAYER_NAMES = frozenset(name for name, kind in CANONICAL.items() if KIND[kind].scope is Scope.LAYER)
-_GLOBAL_NAMES = frozenset(kind.name for kind in GLOBAL_KINDS)
+_GLOBAL_NAMES = frozenset({"token_mask", *(kind.name for kind in GLOBAL_KINDS)})
 
 
 class Described(Anatomy, Headed, Protocol):

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from tracelens.errors import PositionAxisError
+from tracelens.location import here
 
 _ALONE = "tl.apply(function, x, like=x[..., -1]), which is called for each prompt alone"
 _NEEDS_LOWEST = frozenset(
@@ -66,3 +69,47 @@ def graph_misaligned(operation: str, of_keys: bool) -> PositionAxisError:
         f"{operation}",
         instead=f"prompts of one length, {right}",
     )
+
+
+def padded_size(size: int) -> PositionAxisError:
+    """For a size with padding in it that is used as a number."""
+    return PositionAxisError(
+        f"the size {size} counts padding: the rows of this prompt differ in length, so as a number it is right for the "
+        "longest row alone",
+        at=here(),
+        instead="tl.masked_mean for an average over positions; (pattern > 0).float().sum(-1) for the number of keys "
+        "that each query sees; or trace one prompt at a time",
+    )
+
+
+class PaddedSize(int):
+    """How many positions or keys there are with padding, where rows differ in length: for shapes, and for nothing else.
+
+    Divided by, it would be wrong for all rows but the longest.
+    """
+
+    def _refuse(self, *_: object) -> Any:
+        raise padded_size(int(self))
+
+    __truediv__ = __rtruediv__ = __pow__ = __rpow__ = __float__ = _refuse
+
+    def __add__(self, other: Any) -> Any:
+        return _still_padded(super().__add__(other))
+
+    def __sub__(self, other: Any) -> Any:
+        return _still_padded(super().__sub__(other))
+
+    def __rsub__(self, other: Any) -> Any:
+        return _still_padded(super().__rsub__(other))
+
+    def __mul__(self, other: Any) -> Any:
+        return _still_padded(super().__mul__(other))
+
+    def __floordiv__(self, other: Any) -> Any:
+        return _still_padded(super().__floordiv__(other))
+
+    __radd__, __rmul__ = __add__, __mul__
+
+
+def _still_padded(result: Any) -> Any:
+    return PaddedSize(result) if isinstance(result, int) else result

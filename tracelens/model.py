@@ -276,7 +276,7 @@ class Model(Shown):
 
     def __dir__(self) -> list[str]:
         present = [kind.name for kind in GLOBAL_KINDS if self.anatomy.has(Site(kind.name))]
-        return sorted({*_PUBLIC, *present})
+        return sorted({*_PUBLIC, *present, "token_mask"})
 
     def _view(self) -> View:
         return Line(f"<tracelens model: {self.describe()}>")

@@ -24,6 +24,7 @@ from tracelens.errors import (
     WriteTargetError,
 )
 from tracelens.ir.abstract import AbstractArg, tensors_in
+from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import (
     Inferred,
@@ -52,7 +53,7 @@ from tracelens.ir.padding import has_keys
 from tracelens.ir.sites import AFTER_ALL, Effect, Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location, here
-from tracelens.misaligned import misaligned, padding_counted
+from tracelens.misaligned import PaddedSize, misaligned, padded_size, padding_counted
 from tracelens.origins import Origin, latest_origin, refuse_backwards
 from tracelens.skipping import (
     Skipped,
@@ -64,6 +65,8 @@ from tracelens.skipping import (
 )
 from tracelens.steps import Step
 from tracelens.subject import spelling
+
+_OF_NUMBERS = frozenset({Kind.POINTWISE, Kind.REDUCTION, Kind.PRODUCT})
 
 
 class Recorder(Draft):
@@ -129,6 +132,10 @@ class Recorder(Draft):
     def _call(
         self, key: Hashable | None, name: str, args: Sequence[object], kwargs: Mapping[str, object]
     ) -> Step:
+        if self._keys is not None and FUNCTIONS[name].kind in _OF_NUMBERS:
+            for arg in (*args, *kwargs.values()):
+                if isinstance(arg, PaddedSize):
+                    raise padded_size(arg)
         plain = tuple(self.argument(arg) for arg in args)
         named = tuple((key, self.argument(arg)) for key, arg in kwargs.items())
         abstract = tuple(self._abstract(arg) for arg in plain)

@@ -8,6 +8,7 @@ from tracelens.errors import SymbolicSizeError
 from tracelens.ir import dims
 from tracelens.ir.types import TensorType
 from tracelens.location import here
+from tracelens.misaligned import PaddedSize
 from tracelens.recorder import Recorder
 
 
@@ -90,7 +91,10 @@ class Symbol:
 
 def _number(size: Any) -> Any:
     if isinstance(size, _Size):
-        for name in dims.symbols(size._dim):
+        names = dims.symbols(size._dim)
+        for name in names:
             size._recorder.pin(name)
-        return int(size)
+        prompt = size._recorder.prompt
+        padded = prompt is not None and prompt.ragged and bool(names & {dims.POSITION, dims.KEY})
+        return PaddedSize(size) if padded else int(size)
     return size
