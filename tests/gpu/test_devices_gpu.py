@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import accelerate
@@ -11,6 +12,8 @@ import torch
 import tracelens as tl
 from tests.support.families import FAMILIES
 from tests.support.pretend import device_map
+from tests.test_memory import BLOCKS
+from tests.test_memory import ROWS as MANY
 
 pytestmark = [
     pytest.mark.gpu,
@@ -20,8 +23,8 @@ ROWS = [[3, 14, 15, 9, 2, 6], [5, 3, 8, 9, 7, 9]]
 RAGGED = [[3, 14, 15, 9, 2, 6], [5, 3]]
 
 
-def spread(family: str) -> Any:
-    hf = FAMILIES[family].build()
+def spread(family: str, **settings: Any) -> Any:
+    hf = FAMILIES[family].build(**settings)
     count = torch.cuda.device_count()
     layers = [f"cuda:{index % count}" for index in range(3)] if count > 1 else ["cuda:0", "cpu", "cuda:0"]
     # With the CPU as the main device, its layers run there and are not offloaded.
@@ -47,6 +50,22 @@ def test_several_devices_give_what_one_gives(family: str, rows: list[list[int]])
         for one, other in zip(found[1][name], expected, strict=True):
             assert one.device.type == "cpu"
             torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.__name__)
+def test_the_blocks_of_the_pretend_devices_give_the_same_here(block: Callable[[Any], None]) -> None:
+    found = []
+    for hf in (FAMILIES["llama"].build(attn="eager"), spread("llama", attn="eager")):
+        model = tl.wrap(hf)
+        with model.trace(MANY) as t:
+            block(model)
+        found.append(t.results)
+        if len(found) == 2:
+            assert t.report.moved, "nothing travelled, so nothing was spread"
+    for name, expected in found[0].items():
+        one = found[1][name].cpu()
+        scale = max(1.0, float(expected.abs().max()))
+        torch.testing.assert_close(one.float(), expected.float(), rtol=1e-2, atol=1e-3 * scale)
 
 
 def test_results_arrive_in_pinned_memory_and_only_when_they_are_read() -> None:
