@@ -17,9 +17,10 @@ from tests.support.families import LAYERS
 from tracelens.checking import check
 from tracelens.errors import TracelensError, VerificationError
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Grad, Read, Save, Transfer, Write, moment, operands
+from tracelens.ir.ops import Call, Grad, Read, Save, Transfer, Write, moment, operands
 from tracelens.ir.parse import parse
 from tracelens.ir.passes.pipeline import improve
+from tracelens.ir.sites import Site
 from tracelens.ir.verify import complaints
 from tracelens.placement import Place, Placement
 from tracelens.plan import Plan, make_plan
@@ -153,6 +154,50 @@ def test_an_index_stays_behind_a_sum_whose_whole_is_needed_too() -> None:
     assert sent(text) == [("f32[B,P,48]", 0, 2)]
 
 
+def test_an_index_that_a_broadcast_operand_has_not_is_left_out_there() -> None:
+    text = """graph {
+      %0 = read layers.0.resid_post@0 : f32[B,P,48]
+      %1 = read layers.2.resid_post@0 : f32[B,P,48]
+      %2 = call torch.mean(%1, 1, True) : f32[B,1,48]
+      %3 = call torch.add(%0, %2) : f32[B,P,48]
+      %4 = index %3[:, -2] : f32[B,48]
+      save "h" <- %4
+    }"""
+    assert sent(text) == [("f32[B,48]", 0, 2)]
+
+
+def test_an_index_stays_where_nothing_would_travel() -> None:
+    graph = parse("""graph {
+      %0 = read layers.2.mlp_out@0 : f32[B,P,48]
+      %1 = read layers.2.resid_post@0 : f32[B,P,48]
+      %2 = call torch.add(%0, %1) : f32[B,P,48]
+      %3 = index %2[:, -1] : f32[B,48]
+      save "h" <- %3
+    }""")
+    assert push_indices(graph, SPLIT) == graph
+
+
+def test_an_index_stays_behind_what_is_not_computed_element_by_element() -> None:
+    """Here the types would be the same, and the numbers those of other elements."""
+    graph = parse("""graph {
+      %0 = param "model.layers.0.self_attn.q_proj.weight" : f32[48,48]
+      %1 = param "model.layers.2.self_attn.q_proj.weight" : f32[48,48]
+      %2 = call torch.einsum("ij,ij->ji", %0, %1) : f32[48,48]
+      %3 = index %2[3:5, 7:9] : f32[2,2]
+      save "h" <- %3
+    }""")
+    placement = replace(SPLIT, modules={"model.layers.0": 0, **SPLIT.modules})
+    assert push_indices(graph, placement) == graph
+    times = replace(
+        graph,
+        ops=tuple(
+            replace(op, function="torch.mul", args=op.args[1:]) if isinstance(op, Call) else op
+            for op in graph.ops
+        ),
+    )
+    assert push_indices(times, placement) != times
+
+
 def test_reductions_are_done_where_the_data_is_and_stacks_leave_from_there() -> None:
     lines = [f"%{2 * i} = read layers.{i}.resid_post@0 : f32[B,P,48]" for i in range(3)]
     lines += [f"%{2 * i + 1} = call torch.norm(%{2 * i}, dim=(-1,)) : f32[B,P]" for i in range(3)]
@@ -162,6 +207,18 @@ def test_reductions_are_done_where_the_data_is_and_stacks_leave_from_there() -> 
     assert [step.parts for program in lower(plan) for step in program.steps() if isinstance(step.op, Save)] == [
         (0,), (1,), (2,),
     ]  # fmt: skip
+
+
+def test_a_part_of_a_stack_is_saved_as_soon_as_its_place_has_it() -> None:
+    lines = [f"%{i} = read layers.{i}.resid_post@0 : f32[B,P,48]" for i in range(3)]
+    text = "graph {\n" + "\n".join([*lines, 'save "h" <- stack(%0, %1, %2)']) + "\n}"
+    saving = [
+        (program.place.index, str(block.site))
+        for program in lower(planned(parse(text), SPLIT))
+        for block in program.blocks
+        if any(isinstance(step.op, Save) for step in block.steps)
+    ]
+    assert saving == [(index, f"layers.{index}.resid_post") for index in range(3)]
 
 
 def test_a_stack_that_stays_on_a_device_is_brought_together_there() -> None:
@@ -229,6 +286,26 @@ MIXED = """graph {
   %5 = read logits@0 : f32[B,P,101]
   save "logits" <- %5
 }"""
+
+
+OVERTAKEN = """graph {
+  %0 = read layers.0.resid_post@0 : f32[B,P,48]
+  %1 = call torch.mul(%0, 2.0) : f32[B,P,48]
+  %2 = read layers.1.resid_post@0 : f32[B,P,48]
+  %3 = call torch.add(%2, %1) : f32[B,P,48]
+  %4 = call torch.mul(%3, %0) : f32[B,P,48]
+  save "h" <- %4
+}"""
+"""What is sent first is needed last."""
+
+
+def test_what_was_sent_first_is_received_first_whoever_needs_it() -> None:
+    programs = lower(planned(parse(OVERTAKEN), SPLIT))
+    ops = [step.op for step in programs[1].steps() if isinstance(step.op, Transfer)]
+    assert [op.value for op in ops] == [0, 1]
+    check(programs, SPLIT)
+    with pytest.raises(VerificationError, match=r"%0 is sent where %1 is expected"):
+        check(swapped(programs, Side.RECEIVE), SPLIT)
 
 
 def steps_of(programs: tuple[Program, ...], side: Side) -> list[tuple[int, int, int]]:
@@ -307,6 +384,16 @@ def mixed() -> tuple[Plan, tuple[Program, ...]]:
 def test_the_checker_refuses(name, mixed) -> None:
     with pytest.raises(VerificationError, match="the programs do not fit together"):
         check(MUTATIONS[name](mixed[1]), SPLIT)
+
+
+def test_the_checker_refuses_what_would_arrive_before_the_pass_comes_to_where_it_is_sent(mixed) -> None:
+    first = mixed[1][0]
+    (block,) = first.blocks
+    *steps, last = block.steps
+    assert last.side is Side.SEND
+    later = (Block(block.site, tuple(steps)), Block(Site("resid_post", 2), (last,)))
+    with pytest.raises(VerificationError, match="is received from place 0 to place 1 before it is sent"):
+        check((replace(first, blocks=later), *mixed[1][1:]), SPLIT)
 
 
 @pytest.mark.parametrize("name", [name for name in MUTATIONS if "change places" not in name])
