@@ -54,6 +54,10 @@ def kept_for_later(model: Any) -> None:
     (early[2] + model.layers[2].resid_mid).save()
 
 
+def a_part_for_later(model: Any) -> None:
+    (model.layers[1].mlp_pre[:, -1, :48] + model.layers[1].resid_post[:, -1]).save()
+
+
 def constants(model: Any) -> None:
     moved = model.layers[:].resid_mid @ WEIGHT
     moved.save()
@@ -72,6 +76,7 @@ BLOCKS = (
     last_positions,
     across,
     kept_for_later,
+    a_part_for_later,
     constants,
     steered,
 )
