@@ -155,7 +155,7 @@ def tracelens(spread: Spread) -> dict[str, Answer]:
 
 def nnsight(spread: Spread) -> dict[str, Answer]:
     """nnsight with ``.to`` and ``.cpu()`` by hand; :func:`nnsight_without_moves` is what it says without."""
-    from nnsight import NNsight
+    from nnsight import NNsight, save  # the method of the same name, which it gives all objects, may be gone
 
     model, v, layers = NNsight(spread.hf), spread.v, spread.n_layers
     early, late, first = spread.early, spread.late, spread.hf.device
@@ -164,24 +164,24 @@ def nnsight(spread: Spread) -> dict[str, Answer]:
 
     def one() -> list[Tensor]:
         with torch.no_grad(), model.trace(spread.ids.to(first), use_cache=False):
-            h = model.model.layers[late].output.cpu().save()
+            h = save(model.model.layers[late].output.cpu())
         return [h]
 
     def norms() -> list[Tensor]:
         with torch.no_grad(), model.trace(spread.ids.to(first), use_cache=False):
-            found = [model.model.layers[layer].output.norm(dim=-1).cpu() for layer in range(layers)].save()
+            found = save([model.model.layers[layer].output.norm(dim=-1).cpu() for layer in range(layers)])
         return list(found)
 
     def patch() -> list[Tensor]:
         with torch.no_grad(), model.trace(spread.ids.to(first), use_cache=False):
             h = model.model.layers[early].output[:, -1:]
             model.model.layers[late].output[:, -1:] += h.to(device)
-            logits = model.lm_head.output[:, -1].cpu().save()
+            logits = save(model.lm_head.output[:, -1].cpu())
         return [logits]
 
     def lens_last() -> list[Tensor]:
         with torch.no_grad(), model.trace(spread.ids.to(first), use_cache=False):
-            found = [].save()
+            found = save([])
             for layer in range(layers):
                 h = model.model.layers[layer].output[:, -1]
                 found.append(model.lm_head(model.model.norm(h)).topk(TOP).indices.cpu())
@@ -189,7 +189,7 @@ def nnsight(spread: Spread) -> dict[str, Answer]:
 
     def lens_all() -> list[Tensor]:
         with torch.no_grad(), model.trace(spread.ids.to(first), use_cache=False):
-            found = [].save()
+            found = save([])
             for layer in range(layers):
                 h = model.model.layers[layer].output
                 found.append(model.lm_head(model.model.norm(h)).topk(TOP).indices.cpu())
@@ -199,7 +199,7 @@ def nnsight(spread: Spread) -> dict[str, Answer]:
         with torch.no_grad(), model.trace(spread.ids.to(first), use_cache=False):
             for layer in range(layers):
                 model.model.layers[layer].output = model.model.layers[layer].output + v.to(places[layer])
-            logits = model.lm_head.output[:, -1].cpu().save()
+            logits = save(model.lm_head.output[:, -1].cpu())
         return [logits]
 
     return {
@@ -214,7 +214,7 @@ def nnsight(spread: Spread) -> dict[str, Answer]:
 
 def nnsight_without_moves(spread: Spread) -> dict[str, Answer]:
     """The two cases whose operands are on two devices, written as on one device."""
-    from nnsight import NNsight
+    from nnsight import NNsight, save  # the method of the same name, which it gives all objects, may be gone
 
     model, v = NNsight(spread.hf), spread.v
     early, late, layers, first = spread.early, spread.late, spread.n_layers, spread.hf.device
@@ -223,14 +223,14 @@ def nnsight_without_moves(spread: Spread) -> dict[str, Answer]:
         with torch.no_grad(), model.trace(spread.ids.to(first), use_cache=False):
             h = model.model.layers[early].output[:, -1:]
             model.model.layers[late].output[:, -1:] += h
-            logits = model.lm_head.output[:, -1].cpu().save()
+            logits = save(model.lm_head.output[:, -1].cpu())
         return [logits]
 
     def steer() -> list[Tensor]:
         with torch.no_grad(), model.trace(spread.ids.to(first), use_cache=False):
             for layer in range(layers):
                 model.model.layers[layer].output = model.model.layers[layer].output + v
-            logits = model.lm_head.output[:, -1].cpu().save()
+            logits = save(model.lm_head.output[:, -1].cpu())
         return [logits]
 
     return {"patch": patch, "steer": steer}

@@ -232,7 +232,7 @@ def test_a_name_that_there_is_not() -> None:
     says = ("no constant 'strenght'", "'strength', 'v'")
     with refused(UnknownConstantError, *says, instead="did you mean strength?"):
         PROGRAM(IDS, strenght=2.0)  # <-
-    with refused(UnknownConstantError, "'w'", "'strength', 'v'", instead=None):
+    with refused(UnknownConstantError, "'w'", "'strength', 'v'", instead="program(prompt, strength=value)"):
         PROGRAM(IDS, w=V)  # <-
     with model.record() as r:
         model.logits.save()
