@@ -66,7 +66,7 @@ def constants(model: Any) -> None:
 def steered(model: Any) -> None:
     for layer in range(3):
         model.layers[layer].resid_post += torch.ones(4, 48, 48)
-    model.logits.save(device="keep")
+    model.layers[2].resid_mid.save(device="keep")
 
 
 BLOCKS = (

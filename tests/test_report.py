@@ -40,10 +40,10 @@ def test_what_travelled_is_reported_by_pair_and_kind(pretend: Pretend) -> None:
         assert found[P[0], "cpu", "results"] == found[P[1], "cpu", "results"] == (1, 2 * 5 * 4)
         assert found[P[2], "cpu", "results"] == (2, 2 * 5 * 4 + 2 * 5 * 80 * 2)
     first, second = reports
-    assert ("cpu", P[1], "constants", 1, 48 * 4) in [
-        (one.source, one.target, one.what, one.copies, one.bytes) for one in first.moved
-    ]
-    assert all(one.what != "constants" for one in second.moved), "they are there already"
+    for report in (first, second):
+        assert ("cpu", P[1], "constants", 1, 48 * 4) in [
+            (one.source, one.target, one.what, one.copies, one.bytes) for one in report.moved
+        ]
     assert all(first.peaks[device] > extra.bytes for device, extra in zip(P, first.held, strict=True))
     assert 0 < first.seconds < 60
     assert "pretend:0" in repr(first)

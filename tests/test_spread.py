@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import accelerate
+import numpy as np
 import pytest
 import torch
 from accelerate.hooks import AlignDevicesHook, add_hook_to_module, remove_hook_from_submodules
@@ -164,6 +165,100 @@ def test_every_site_reads_and_writes_the_same_bits(
                     found.append((first.value, second.value))
                 _equal(found[1][0], found[0][0], (kind.name, layer))
                 _equal(found[1][1], found[0][1], (kind.name, layer))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("spread", ["five", "back and forth", "offloaded"])
+def test_reading_a_site_leaves_the_rest_of_the_pass_as_it_is(
+    pretend: Pretend, family: str, spread: str, tmp_path: Path
+) -> None:
+    """The pass goes on after what is only read: to the logits, which are those of one device."""
+    plain = tl.wrap(FAMILIES[family].build(attn="eager"))
+    hf = build(family, spread, tmp_path, attn="eager")
+    model = tl.wrap(hf)
+    with plain.trace(ROWS):
+        wanted = plain.logits.save()
+    for kind in KINDS:
+        if kind.scope is Scope.INPUT or not plain.anatomy.has(Site(kind.name)):
+            continue
+        found: list[Any] = []
+        for each in (plain, model):
+            holder: Any = each.layers[:] if kind.scope is Scope.LAYER else each
+            with each.trace(ROWS):
+                value = getattr(holder, kind.name).save()
+                logits = each.logits.save("logits")
+            found.append((value.value, logits.value))
+        _equal(found[1][0], found[0][0], kind.name)
+        _equal(found[1][1], wanted.value, kind.name)
+
+
+def test_heads_are_read_across_devices(pretend: Pretend, tmp_path: Path) -> None:
+    plain = tl.wrap(FAMILIES["qwen3"].build())
+    found: list[Any] = []
+    for model in (plain, tl.wrap(build("qwen3", "five", tmp_path))):
+        with model.trace(IDS) as t:
+            model.layers[:].head([1, 3]).z.save("z")
+            model.layers[:].head(2).head_out.save("out")
+            model.layers[2].head(0).z = model.layers[0].head(0).z
+            model.logits.save("logits")
+        found.append(t.results)
+    for name, wanted in found[0].items():
+        torch.testing.assert_close(found[1][name], wanted, rtol=1e-5, atol=1e-6)
+
+
+def test_reading_where_no_hook_of_accelerate_stands_moves_nothing_of_the_models(pretend: Pretend) -> None:
+    """The first norm of each layer is elsewhere, and the layer itself has no hook: its input stays where it is."""
+    hf = FAMILIES["gpt2"].build()
+    parts = device_map(hf, [P[0]] * 3)
+    for index in range(3):
+        path = f"transformer.h.{index}"
+        del parts[path]
+        children = hf.transformer.h[index].named_children()
+        parts |= {f"{path}.{name}": P[1] if name == "ln_1" else P[0] for name, _ in children}
+    accelerate.dispatch_model(hf, parts, main_device=torch.device(P[0]))
+    plain, model = tl.wrap(FAMILIES["gpt2"].build()), tl.wrap(hf)
+    found: list[Any] = []
+    for each in (plain, model):
+        with each.trace(IDS) as t:
+            each.layers[1].resid_pre.save("pre")
+            each.layers[1].resid_mid.save("mid")
+            each.layers[1].resid_post.save("post")
+            each.logits.save("logits")
+        found.append(t.results)
+    for name, wanted in found[0].items():
+        assert torch.equal(found[1][name], wanted), name
+
+
+def test_changes_of_the_users_tensors_are_seen_however_they_are_made(pretend: Pretend) -> None:
+    """``.data`` and numpy leave no trace on a tensor, so nothing but a program's own copy is kept on a device."""
+    plain, model = tl.wrap(FAMILIES["llama"].build()), tl.wrap(FAMILIES["llama"].build().to(P[0]))
+    probe, array = torch.nn.Linear(48, 48, bias=False), np.ones(48, np.float32)
+    shared = torch.from_numpy(array)
+
+    def check() -> None:
+        found: list[Any] = []
+        for each in (plain, model):
+            with each.trace(IDS) as t:
+                (probe(each.layers[1].mlp_out) + shared).save("x")
+            found.append(t["x"])
+        torch.testing.assert_close(found[1], found[0], rtol=1e-5, atol=1e-6)
+
+    check()
+    probe.weight.data = torch.zeros(48, 48)
+    check()
+    probe.weight.data.add_(1.0)
+    check()
+    array[:] = 7.0
+    check()
+    with model.record() as r:
+        model.layers[1].resid_post += shared
+        model.logits[:, -1].save("l")
+    program = model.compile(r)
+    with pretend.watched() as seen:
+        results = [program(IDS)["l"] for _ in range(3)]
+    assert torch.equal(results[0], results[2])
+    constants = [copy for copy in seen.copies if copy.shape == (48,)]
+    assert len(constants) == 1, "a program's own constants are moved once"
 
 
 @pytest.mark.parametrize("spread", SPREADS)

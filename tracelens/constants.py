@@ -27,6 +27,8 @@ class Captured:
     version: int | None
     source: np.ndarray | None = None
     name: str | None = None
+    private: bool = False
+    """Can nobody else change the tensor? Of others a copy on a device goes stale without a trace: ``p.data = new``."""
 
     def check(self, at: Location | None) -> None:
         """Raises :class:`ConstantChangedError` if the tensor is no longer what was captured."""
@@ -50,7 +52,7 @@ class Captured:
     def owned(self) -> Captured:
         """The same constant with a tensor that nobody else can change."""
         copy = self.tensor.detach().clone()
-        return Captured(copy, self.type, copy._version, None, self.name)
+        return Captured(copy, self.type, copy._version, None, self.name, private=True)
 
 
 def capture(value: torch.Tensor | np.ndarray | np.generic, name: str | None = None) -> Captured:

@@ -39,10 +39,12 @@ def test_a_trace_on_the_gpu_equals_the_one_on_the_cpu(family: str) -> None:
 def test_constants_are_moved_once() -> None:
     model = tl.wrap(FAMILIES["llama"].build().cuda())
     v = torch.randn(48)
+    with model.record() as r:
+        model.layers[1].resid_post += v
+        model.logits.save()
+    program = model.compile(r)
     for _ in range(3):
-        with model.trace(ROWS):
-            model.layers[1].resid_post += v
-            model.logits.save()
+        program(ROWS)
     assert len(model._compiler.constants._moved) == 1
 
 

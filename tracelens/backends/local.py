@@ -67,6 +67,8 @@ class HookCode:
     stops: bool
     device: torch.device | None
     """Where the module computes, if it is not the only device: what it is given may still be on another."""
+    moves: bool
+    """Does a hook of accelerate on the module itself move what it is given?"""
 
     def blamed(self, error: TracelensError) -> Exception:
         """The error with the number of the first step, where it came before any."""
@@ -169,6 +171,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
             any(block.writes for block in blocks),
             plan.stop is not None and plan.stop in {block.site for block in blocks},
             anatomy.spread.device_of(path) if len(anatomy.spread.devices) > 1 else None,
+            "_hf_hook" in vars(anatomy.module(path)),
         )
         if isinstance(point, ModuleSite) and blocks[0].stands_in:
             if path not in standing:
@@ -260,9 +263,13 @@ class _Hook:
         if self.fired == run.forward_number or not isinstance(tensor, torch.Tensor):
             raise self.unfit(run, tensor)
         self.fired = run.forward_number
-        if self.device is not None:
-            tensor = moved(tensor, self.device)
         return self.code.steps(run.state, tensor)
+
+    def brought(self, given: Any) -> Any:
+        """The tensor where the module computes: accelerate moves what a module is given only after the hooks."""
+        if self.device is None or not isinstance(given, torch.Tensor) or given.device == self.device:
+            return given
+        return moved(given, self.device)
 
     def unfit(self, run: Run, tensor: Any) -> SiteMismatchError:
         """The error for a module that is not used as the family's table says."""
@@ -280,11 +287,6 @@ class _Hook:
 class _Before(_Hook):
     __slots__ = ()
 
-    def __init__(self, code: HookCode, seat: Seat) -> None:
-        super().__init__(code, seat)
-        # What was brought to the module's device goes on, so that it is not moved there twice.
-        self.writes = code.writes or code.device is not None
-
     def register(self) -> None:
         self.seat.before(self.code.module, self)
 
@@ -293,11 +295,18 @@ class _Before(_Hook):
         if run is None or get_ident() != run.thread:
             return None
         name = self.code.tap.key
-        if isinstance(name, str) and name in kwargs:
-            tensor = self.passed(run, kwargs[name])
-            return (args, {**kwargs, name: tensor}) if self.writes else None
-        tensor = self.passed(run, args[0] if args else None)
-        return ((tensor, *args[1:]), kwargs) if self.writes else None
+        by_name = name if isinstance(name, str) and name in kwargs else None
+        given: Any = kwargs[by_name] if by_name is not None else args[0] if args else None
+        here = self.brought(given)
+        found = self.passed(run, here)
+        if not self.writes:
+            if here is given or not self.code.moves:
+                return None
+            # As the model would have it a moment later; handed on, so that it is not moved there twice.
+            found = here
+        if by_name is not None:
+            return args, {**kwargs, by_name: found}
+        return (found, *args[1:]), kwargs
 
 
 class _After(_Hook):
@@ -312,19 +321,19 @@ class _After(_Hook):
             return None
         key = self.code.tap.key
         if key is None and isinstance(output, torch.Tensor):
-            tensor = self.passed(run, output)
+            tensor = self.passed(run, self.brought(output))
             return tensor if self.writes else None
         if isinstance(key, str):
-            tensor = self.passed(run, getattr(output, key, None))
+            tensor = self.passed(run, self.brought(getattr(output, key, None)))
             if self.writes:
                 cast("dict[str, Any]", output)[key] = tensor
             return None
         if isinstance(output, tuple):
             position = key or 0
             parts = cast("tuple[Any, ...]", output)
-            tensor = self.passed(run, parts[position])
+            tensor = self.passed(run, self.brought(parts[position]))
             return (*parts[:position], tensor, *parts[position + 1 :]) if self.writes else None
-        tensor = self.passed(run, output)
+        tensor = self.passed(run, self.brought(output))
         return tensor if self.writes else None
 
 

@@ -118,7 +118,8 @@ class ModuleHook:
         if self.code.writes:
             return replaced(given, self.key, found)
         # What was brought to the module's device goes on, so that it is not moved there twice.
-        return None if here is tensor or self.site.side != INPUT else replaced(given, self.key, here)
+        handed_on = self.site.side == INPUT and self.code.moves and here is not tensor
+        return replaced(given, self.key, here) if handed_on else None
 
 
 def replaced(container: Any, key: Key, new: Any) -> Any:

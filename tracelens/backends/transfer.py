@@ -11,7 +11,7 @@ from tracelens.constants import Captured
 
 
 class ConstantCache:
-    """The constants of graphs on each device: moved once, found again by identity and version."""
+    """The constants of programs on each device, moved once; what is the user's own is moved each time."""
 
     def __init__(self) -> None:
         self._moved: dict[
@@ -33,6 +33,8 @@ class ConstantCache:
             return known[2]
         found = moved(tensor, device)
         journeys.append((str(tensor.device), str(device), "constants", found.nbytes))
+        if not constant.private:
+            return found  # changed through .data or numpy, it would be another one and look the same
         cache = self._moved
         reference = weakref.ref(constant.tensor, lambda _: cache.pop(key, None))
         self._moved[key] = (reference, constant.version, found)
