@@ -229,6 +229,18 @@ def test_reading_where_no_hook_of_accelerate_stands_moves_nothing_of_the_models(
         assert torch.equal(found[1][name], wanted), name
 
 
+def test_a_programs_constants_lie_on_every_device_that_uses_them(pretend: Pretend, tmp_path: Path) -> None:
+    vector = torch.linspace(-1, 1, 48)
+    found: list[Any] = []
+    for model in (tl.wrap(FAMILIES["llama"].build()), tl.wrap(build("llama", "five", tmp_path))):
+        with model.record() as r:
+            model.layers[:].resid_post += vector
+            model.logits.save("logits")
+        program = model.compile(r)
+        found += [program(IDS)["logits"], program(IDS)["logits"]]
+    assert all(torch.equal(found[0], one) for one in found)
+
+
 def test_changes_of_the_users_tensors_are_seen_however_they_are_made(pretend: Pretend) -> None:
     """``.data`` and numpy leave no trace on a tensor, so nothing but a program's own copy is kept on a device."""
     plain, model = tl.wrap(FAMILIES["llama"].build()), tl.wrap(FAMILIES["llama"].build().to(P[0]))

@@ -386,8 +386,22 @@ MUTANTS = (
     Mutant(
         "a layer's input is edited where it comes from",
         "backends/local.py",
-        "            tensor = moved(tensor, self.device)",
-        "            pass",
+        "        return moved(given, self.device)",
+        "        return given",
+        SPREAD,
+    ),
+    Mutant(
+        "what is read takes the place of what the module was given",
+        "backends/local.py",
+        "        if not self.writes:\n",
+        "        if False:\n",
+        SPREAD,
+    ),
+    Mutant(
+        "a tensor of the user's is kept on a device",
+        "backends/transfer.py",
+        "if not constant.private:",
+        "if False:",
         SPREAD,
     ),
     Mutant(
@@ -400,8 +414,8 @@ MUTANTS = (
     Mutant(
         "what a read brought to a module's device is moved there again",
         "backends/local.py",
-        "self.writes = code.writes or code.device is not None",
-        "self.writes = code.writes",
+        "if here is given or not self.code.moves:",
+        "if True:",
         SPREAD,
     ),
     Mutant(
