@@ -1,7 +1,7 @@
 """Shows that the tests can fail: breaks a copy of the library on purpose, one line at a time, and runs them.
 
 A mutant that survives, or whose line is no longer there, fails the run. ``python tests/mutants/run.py [words]`` runs
-the mutants whose names hold one of the words.
+the mutants whose names hold one of the words. ``--tested`` says that all tests have just passed without any mutant.
 """
 
 from __future__ import annotations
@@ -75,11 +75,13 @@ def unbroken(tests: tuple[str, ...]) -> str | None:
 
 
 def main(words: list[str]) -> int:
+    tested = "--tested" in words
+    words = [word for word in words if word != "--tested"]
     chosen = [mutant for mutant in MUTANTS if not words or any(word in mutant.name for word in words)]
     failures = 0
     started = time.monotonic()
     with ThreadPoolExecutor(AT_ONCE) as pool:
-        selections = list(dict.fromkeys(mutant.tests for mutant in chosen))
+        selections = [] if tested else list(dict.fromkeys(mutant.tests for mutant in chosen))
         for tests, problem in zip(selections, pool.map(unbroken, selections), strict=True):
             if problem is not None:
                 print(f"{' '.join(tests)}: {problem}")
