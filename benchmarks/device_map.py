@@ -4,7 +4,7 @@
 
 It counts copies, bytes and moments at which the host waits, on the pretend devices of the tests, where every copy is
 seen. Each contestant has a model of its own, spread over three devices, and answers each case twice: what is kept from
-the first time (constants) does not travel in the second. What the model itself sends in a forward pass is taken off.
+the first time does not travel in the second. What the model itself sends in a forward pass is taken off.
 Each answer is compared with that of the hooks, and a wrong one ends the run.
 """
 
