@@ -16,7 +16,6 @@ from tests.support.families import FAMILIES
 from tests.support.pretend import Pretend, Seen, device_map, pretend
 from tracelens.errors import ExtraMemoryError, OptionError
 from tracelens.memory import bytes_of, extra_memory
-from tracelens.program import merged
 
 __all__ = ["pretend"]
 
@@ -109,8 +108,7 @@ def peaks(hf: Any, seen: Seen) -> Iterator[list[dict[str, int]]]:
 
 def predicted(model: tl.Model, graph: tl.Graph) -> dict[str, int]:
     compiled = model._compiler.compile(graph, generating=False)
-    plan, sizes = compiled.plan, model.prepare(ROWS).sizes
-    found = extra_memory(merged(compiled.programs), plan.graph, plan.home, plan.placement.places, sizes)
+    found = extra_memory(compiled.programs, compiled.plan, model.prepare(ROWS).sizes)
     return {extra.place.device: extra.bytes for extra in found}
 
 

@@ -6,10 +6,10 @@ from collections.abc import Iterator, Sequence
 
 from tracelens.errors import VerificationError
 from tracelens.ir.ops import Read, Transfer, Write
-from tracelens.ir.sites import BEFORE_ALL, Scope
+from tracelens.ir.sites import Scope
 from tracelens.ir.sites import Sequence as Moment
 from tracelens.placement import Placement
-from tracelens.program import Block, Program, Side
+from tracelens.program import Program, Side
 
 
 def check(programs: Sequence[Program], placement: Placement) -> None:
@@ -29,13 +29,9 @@ def check(programs: Sequence[Program], placement: Placement) -> None:
         raise VerificationError("the programs do not fit together: " + "; ".join(problems))
 
 
-def _moment(block: Block) -> Moment:
-    return BEFORE_ALL if block.site is None else block.site.sequence
-
-
 def _blocks_follow_the_pass(programs: Sequence[Program]) -> Iterator[str]:
     for program in programs:
-        moments = [_moment(block) for block in program.blocks]
+        moments = [block.moment for block in program.blocks]
         if moments != sorted(set(moments)):
             yield f"the blocks of {program.place} are not in the order of the forward pass"
 
@@ -83,7 +79,7 @@ def _sends_match_receives(programs: Sequence[Program]) -> Iterator[str]:
                 if program.place.index != (step.op.source if sends else step.op.target):
                     yield f"{program.place} does what is another's part: {step.text}"
                 pair = (step.op.source, step.op.target)
-                (sent if sends else received).setdefault(pair, []).append((step.op, _moment(block)))
+                (sent if sends else received).setdefault(pair, []).append((step.op, block.moment))
     for pair in dict.fromkeys((*sent, *received)):
         between = f"from place {pair[0]} to place {pair[1]}"
         out, into = sent.get(pair, []), received.get(pair, [])

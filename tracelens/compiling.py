@@ -59,7 +59,7 @@ from tracelens.location import Location
 from tracelens.memory import ExtraMemory, extra_memory, require_room
 from tracelens.misaligned import graph_misaligned
 from tracelens.plan import Plan, make_plan
-from tracelens.program import Program, lower, merged
+from tracelens.program import Program, lower
 from tracelens.prompted import Prompt
 from tracelens.report import RunReport
 from tracelens.results import Results, SavedTensor, describe
@@ -90,8 +90,7 @@ class Compiled:
 
     def held(self, sizes: Sizes) -> tuple[ExtraMemory, ...]:
         """The most that a run for these sizes holds on each device beside the model."""
-        plan = self.plan
-        return extra_memory(merged(self.programs), plan.graph, plan.home, plan.placement.places, sizes)
+        return extra_memory(self.programs, self.plan, sizes)
 
     def require_room(self, graph: Graph, sizes: Sizes, most: int) -> None:
         """Raises :class:`~tracelens.errors.ExtraMemoryError` for a run that would hold more than ``most`` bytes."""

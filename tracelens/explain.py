@@ -8,7 +8,7 @@ from tracelens.ir.text import op_text
 from tracelens.ir.types import bytes_text
 from tracelens.memory import extra_memory
 from tracelens.plan import Plan
-from tracelens.program import Program, merged
+from tracelens.program import Program
 from tracelens.prompted import Prompt
 from tracelens.subject import INPUTS
 
@@ -35,10 +35,9 @@ def explain(
 
 def _memory(plan: Plan, programs: tuple[Program, ...], prompt: Prompt | None) -> list[str]:
     """What each device holds beside the model; on the host alone nobody counts it."""
-    places = plan.placement.places
-    if prompt is None or [place.device for place in places] == ["cpu"]:
+    if prompt is None or [place.device for place in plan.placement.places] == ["cpu"]:
         return []
-    found = extra_memory(merged(programs), plan.graph, plan.home, places, prompt.sizes)
+    found = extra_memory(programs, plan, prompt.sizes)
     return [
         f"  holds at most {bytes_text(one.bytes)} on {one.place.device} beside the model" for one in found
     ]

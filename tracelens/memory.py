@@ -20,7 +20,8 @@ from tracelens.ir.ops import Call, Const, Grad, Index, Op, Param, Read, Save, Sl
 from tracelens.ir.text import op_text
 from tracelens.ir.types import bytes_text
 from tracelens.placement import Place
-from tracelens.program import Block, Side, Step
+from tracelens.plan import Plan
+from tracelens.program import Block, Program, Side, Step, merged
 
 _VIEWS = frozenset(
     f"torch.{name}" for name in ("detach", "narrow", "select", "chunk", "split", "split_with_sizes", "unbind")
@@ -46,12 +47,11 @@ class ExtraMemory:
     holdings: tuple[Holding, ...]
 
 
-def extra_memory(
-    blocks: Sequence[Block], graph: Graph, home: Mapping[int, int], places: Sequence[Place], sizes: Sizes
-) -> tuple[ExtraMemory, ...]:
-    """The most that each place holds, for a prompt of these sizes; ``blocks`` are those of all places together."""
-    walk = _Walk(graph, home, [place.device for place in places], sizes)
-    for block in blocks:
+def extra_memory(programs: Sequence[Program], plan: Plan, sizes: Sizes) -> tuple[ExtraMemory, ...]:
+    """The most that each place holds, for a prompt of these sizes; the programs are those of ``plan``."""
+    places = plan.placement.places
+    walk = _Walk(plan.graph, plan.home, [place.device for place in places], sizes)
+    for block in merged(programs):
         walk.block(block)
     return tuple(
         ExtraMemory(

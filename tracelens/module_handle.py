@@ -49,7 +49,7 @@ class ModuleHandle:
 
     def call(self, number: int) -> ModuleHandle:
         """One of several calls of the module in a forward pass, counted from 0."""
-        if isinstance(number, bool) or not isinstance(number, int):  # pyright: ignore[reportUnnecessaryIsInstance]
+        if isinstance(number, bool) or not isinstance(number, int):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
             raise OptionError(
                 f"a call of a module is chosen by its number, not by {number!r}",
                 at=here(),

@@ -50,7 +50,7 @@ _NOMINAL = {"B": 1, "P": 64, "S": 64}
 class Placed:
     """A graph with transfers, and the place of each operation.
 
-    A save has the place of its last member; the others leave from where they are (:meth:`home`).
+    A save has the place of its last member; the others leave from where they are (:attr:`home`).
     """
 
     graph: Graph

@@ -92,6 +92,11 @@ class Block:
     steps: tuple[Step, ...]
 
     @property
+    def moment(self) -> Moment:
+        """When it is done: the site's place in the forward pass."""
+        return BEFORE_ALL if self.site is None else self.site.sequence
+
+    @property
     def where(self) -> str:
         """At which site, or in place of which module."""
         if isinstance(self.site, ModuleSite) and self.stands_in:

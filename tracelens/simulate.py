@@ -132,16 +132,13 @@ class _Simulation:
                 any(isinstance(step.op, Write) for step in block.steps)
                 or self.placement.place_of(block.site).index == index
             )
-            while own and not self._is_at(block.site):
+            while own and self.site != block.site:
                 yield _Waiting(None, f"{program.place} waits for the pass to reach {block.site}")
             for step in block.steps:
                 while (missing := self._missing(step)) is not None:
                     yield _Waiting(block.site, f"{program.place} waits for {missing}")
                 self._do(index, step)
                 self.done += 1
-
-    def _is_at(self, site: Site | None) -> bool:
-        return self.site == site
 
     def _missing(self, step: Step) -> str | None:
         if isinstance(step.op, Transfer) and step.side is Side.RECEIVE and step.op.out not in self.underway:

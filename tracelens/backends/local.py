@@ -20,7 +20,7 @@ from tracelens.backends.hooks import Seat, seat_of
 from tracelens.backends.inside_hooks import InsideHook, join
 from tracelens.backends.module_hooks import ModuleHook
 from tracelens.backends.replacing import replacement
-from tracelens.backends.spread import Keeper, Loading
+from tracelens.backends.spread import Keeper, Loading, is_hooked
 from tracelens.backends.stand_in import StandIn, missed
 from tracelens.backends.transfer import Everywhere, moved
 from tracelens.backends.views import taking_and_putting
@@ -171,7 +171,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
             any(block.writes for block in blocks),
             plan.stop is not None and plan.stop in {block.site for block in blocks},
             anatomy.spread.device_of(path) if len(anatomy.spread.devices) > 1 else None,
-            "_hf_hook" in vars(anatomy.module(path)),
+            is_hooked(anatomy.module(path)),
         )
         if isinstance(point, ModuleSite) and blocks[0].stands_in:
             if path not in standing:

@@ -103,6 +103,11 @@ class Spread:
         return f"{words}, {len(self.kept)} weights offloaded" if self.kept else words
 
 
+def is_hooked(module: nn.Module) -> bool:
+    """Has accelerate put a hook on this very module?"""
+    return "_hf_hook" in vars(module)
+
+
 def state_of(model: nn.Module, first: nn.Module | None, tensor: torch.Tensor | None) -> State:
     """What changes when a model is moved, or when accelerate spreads it anew; cheap enough to be asked in every run.
 
@@ -123,7 +128,7 @@ def spread_of(model: nn.Module, state: State, head: str | None) -> Spread:
     with weights that nobody loads.
     """
     _refuse_meshes(model)
-    if not any("_hf_hook" in vars(module) for module in model.modules()):
+    if not any(is_hooked(module) for module in model.modules()):
         device = _single_device(model)
         return Spread((device,), device, False, (), state, {"": device}, {})
     keepers, kept = _keepers(model)
