@@ -51,13 +51,13 @@ nnsight. This page counts what each makes travel. It is made by `python -m bench
   and `.cpu()` where that is needed. "As on one device" is nnsight without these.
 
 How to read it: for tracelens nothing in a forward pass waits, and a tensor of the user's travels once to each device
-instead of once to each layer, or in every run. In bytes between devices the three are much alike, since all compute
-where the data is.
+instead of once to each layer, or in every run. In a lens the others go through accelerate's hooks, which send each
+layer's stream to the final norm and from there to the head; tracelens sends the norm's weight to the streams, once to
+each device. Else the three are much alike in bytes between devices, since all compute where the data is.
 
-Where tracelens moves more than it would have to: a lens sends each layer's stream to the final norm and from there to
-the head, as accelerate does, where sending the norm's own weight once would do. A stack of one small result for each
-layer is as many small copies to the host as there are layers, where one for each device would do. And a prompt is
-three tensors (tokens, mask, positions) instead of one.
+Where tracelens moves more than it would have to: a stack of one small result for each layer is as many small copies to
+the host as there are layers, where one for each device would do. And a prompt is three tensors (tokens, mask,
+positions) instead of one.
 """
 
 

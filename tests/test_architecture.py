@@ -61,6 +61,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("prompted", 3),
     ("inputs", 3),
     ("placement", 3),
+    ("fetching", 3),
     ("placing", 3),
     ("pushing", 3),
     ("checking", 3),

@@ -6,7 +6,9 @@ reduced or cast to a smaller dtype travels after that and not before:
 * What is made of constants alone is made at each place that uses it, where that is cheap: constants lie at every place.
 * A computation on values of one place is done there.
 * On values of several places it is done where the last of them appears, so that nothing travels against the forward
-  pass. Only a parameter is not sent around for results that nothing is written from: they are computed where it is.
+  pass.
+* A parameter is there before the pass, so it can be sent anywhere. It is sent to the values that it meets, or, for
+  results that nothing is written from, these are sent to it: whatever takes fewer bytes (:mod:`tracelens.fetching`).
 
 A saved stack leaves each member's place from there. Gradients arrive where the tensor is that they are gradients of,
 because autograd sends them back the way that the forward pass came.
@@ -17,6 +19,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from tracelens.fetching import fetching
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import (
@@ -76,7 +79,10 @@ class _Placing:
         self.graph = graph
         self.placement = placement
         self.moments = moments_of(graph)
+        self.sizes = {**_NOMINAL, **{pin.symbol: pin.size for pin in graph.pins}}
         self.written = _leading_to_writes(graph)
+        self.fetching = fetching(graph, placement, self.moments, self.written, self._weight)
+        """The operations that parameters are sent to."""
         self.everywhere: set[int] = set()
         """Values made of constants alone, cheaply."""
         self.waiting: set[int] = set()
@@ -130,7 +136,8 @@ class _Placing:
         if len(there) <= 1:
             return next(iter(there), None)
         weights = [value for value in used if value in self.parameters]
-        if weights and not any(value in self.written for value, _ in results(op)):
+        written = any(value in self.written for value, _ in results(op))
+        if weights and not written and number not in self.fetching:
             return self.home[max(weights, key=self._weight)]
         latest = max((self._moment(value) for value in used), default=BEFORE_ALL)
         if latest == BEFORE_ALL:
@@ -165,7 +172,8 @@ class _Placing:
         return self.moments[self.graph.producer[value]]
 
     def _weight(self, value: int) -> int:
-        return self.graph.types[value].nbytes(_NOMINAL)
+        # A slice may be longer than the nominal prompt: then it is empty.
+        return max(0, self.graph.types[value].nbytes(self.sizes))
 
     # --- the graph with transfers --------------------------------------------------------------------------------
 

@@ -31,6 +31,7 @@ OFFLOAD = ("tests/test_offload.py",)
 SPREAD = ("tests/test_spread.py",)
 # Without the thousand examples: the others find it sooner.
 PLACES = ("tests/properties/test_places.py", "-k", "not simulated_programs_equal")
+FETCHING = ("tests/test_fetching.py",)
 ACROSS = ("tests/properties/test_devices.py",)
 MEMORY = ("tests/test_memory.py",)
 DEPARTING = ("tests/test_departing.py",)
@@ -526,16 +527,44 @@ MUTANTS = (
     Mutant(
         "places: a parameter is sent to every layer",
         "placing.py",
-        "if weights and not any(",
-        "if False and not any(",
+        "if weights and not written and number not in self.fetching:",
+        "if False:",
         PLACES,
+    ),
+    Mutant(
+        "places: a parameter is never sent to what it meets",
+        "placing.py",
+        "if weights and not written and number not in self.fetching:",
+        "if weights and not written:",
+        FETCHING,
     ),
     Mutant(
         "places: what is written is computed at a later parameter",
         "placing.py",
-        "if weights and not any(value in self.written for value, _ in results(op)):",
-        "if weights:",
+        "if weights and not written and number not in self.fetching:",
+        "if weights and number not in self.fetching:",
         PLACES,
+    ),
+    Mutant(
+        "places: a parameter is weighed against one reader alone",
+        "fetching.py",
+        "        for number in numbers:\n            values.update(",
+        "        for number in numbers[:1]:\n            values.update(",
+        FETCHING,
+    ),
+    Mutant(
+        "places: where a value goes next is not weighed",
+        "fetching.py",
+        "if fetched.get((meeting.largest, meeting.there)) is False:",
+        "if False:",
+        FETCHING,
+    ),
+    Mutant(
+        "places: what is sent for a write is weighed again",
+        "fetching.py",
+        "if (value, there) not in self.there_anyway}",
+        "if True}",
+        FETCHING,
     ),
     Mutant(
         "places: a stack that stays on a device is made on several",
