@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 
 from tracelens.errors import VerificationError
-from tracelens.ir.ops import Read, Transfer, Write
+from tracelens.ir.ops import Read, Save, Transfer, Write
 from tracelens.ir.sites import Scope
 from tracelens.ir.sites import Sequence as Moment
 from tracelens.placement import Placement
@@ -17,13 +17,15 @@ def check(programs: Sequence[Program], placement: Placement) -> None:
 
     Sends match receives, one for one, in the same order between two places, and none is received before the forward
     pass comes to where it is sent. Every place uses only values that it has: made here or received, and not freed.
-    Sites are read and written at their own places, in the order of the forward pass.
+    Sites are read and written at their own places, in the order of the forward pass. Of what is saved in part, every
+    member is saved, and once.
     """
     problems = [
         *_blocks_follow_the_pass(programs),
         *_sites_are_at_home(programs, placement),
         *_values_are_there(programs),
         *_sends_match_receives(programs),
+        *_members_are_saved_once(programs),
     ]
     if problems:
         raise VerificationError("the programs do not fit together: " + "; ".join(problems))
@@ -65,6 +67,17 @@ def _values_are_there(programs: Sequence[Program]) -> Iterator[str]:
                     yield f"{program.place} makes %{value} twice"
             there.update(step.makes)
             there.difference_update(step.frees)
+
+
+def _members_are_saved_once(programs: Sequence[Program]) -> Iterator[str]:
+    saved: dict[Save, list[int]] = {}
+    for program in programs:
+        for step in program.steps():
+            if isinstance(step.op, Save):
+                saved.setdefault(step.op, []).extend(step.parts)
+    for op, parts in saved.items():
+        if sorted(parts) != list(range(len(op.values))):
+            yield f"of the {len(op.values)} members of {op.name!r} those numbered {sorted(parts)} are saved"
 
 
 def _sends_match_receives(programs: Sequence[Program]) -> Iterator[str]:

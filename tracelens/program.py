@@ -11,7 +11,7 @@ from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.ops import Grad, Op, Read, Save, Transfer, Write, moment, operands, results
 from tracelens.ir.sites import BEFORE_ALL, Scope, Site
 from tracelens.ir.sites import Sequence as Moment
-from tracelens.ir.text import op_text
+from tracelens.ir.text import member_text, op_text
 from tracelens.placement import Place
 from tracelens.plan import Plan
 
@@ -29,7 +29,9 @@ class Side(Enum):
 class Step:
     """One operation, its number in the planned graph, and the values that nobody needs after it.
 
-    ``parts``: of a save or of gradients, which of the values are of this place.
+    ``parts``: of gradients, which of the values are of this place; of a save, which one it is. ``after``: of a save,
+    the number of the operation that makes this value; right after it the value is saved, so that nothing larger has to
+    be held until other members of a stack are there.
     """
 
     op: Op
@@ -37,6 +39,12 @@ class Step:
     frees: tuple[int, ...] = ()
     side: Side = Side.WHOLE
     parts: tuple[int, ...] = ()
+    after: int | None = None
+
+    @property
+    def order(self) -> tuple[int, int]:
+        """Where it stands among the steps at its site, whichever places do them."""
+        return (self.number, int(self.side is Side.ARRIVE)) if self.after is None else (self.after, 2)
 
     @property
     def uses(self) -> tuple[int, ...]:
@@ -79,8 +87,8 @@ class Step:
             )
         if self.side is Side.ARRIVE:
             return f"{', '.join(f'%{value}' for value in self.makes)} = gradients, by the backward pass"
-        if isinstance(op, Save) and len(self.parts) < len(op.values):
-            return f"{op_text(op)} (of these {', '.join(f'%{value}' for value in self.uses)})"
+        if isinstance(op, Save) and op.stacked:
+            return "; ".join(member_text(op, part) for part in self.parts)
         return op_text(op)
 
 
@@ -155,14 +163,14 @@ def merged(programs: Sequence[Program]) -> tuple[Block, ...]:
             found.setdefault(block.site, []).extend(steps)
     order = sorted(found, key=lambda site: BEFORE_ALL if site is None else site.sequence)
     return tuple(
-        Block(site, tuple(sorted(found[site], key=lambda step: (step.number, step.side is Side.ARRIVE))))
+        Block(site, tuple(sorted(found[site], key=lambda step: step.order)))
         for site in order
         if found[site]
     )
 
 
 _Key = tuple[Moment, int, int]
-"""When a step is done: the moment, the number of the operation that it is done for, and before or after that."""
+"""When a step is done: the moment, the number of the operation that it is done for, and before (0) or after that."""
 
 
 class _Lowering:
@@ -177,6 +185,10 @@ class _Lowering:
         self.underway: dict[tuple[int, int], deque[tuple[Transfer, int]]] = {}
         self.expected: dict[int, tuple[int, int]] = {}
         """For every value that is under way, from where to where it goes."""
+        self.received: dict[tuple[int, int], _Key] = {}
+        """By source and target, when the last of what was sent is received."""
+        self.arrived: dict[int, _Key] = {}
+        """By value, when it is received."""
         for number in range(len(plan.graph.ops)):
             self._add(number)
 
@@ -189,8 +201,9 @@ class _Lowering:
             return
         match op:
             case Save():
-                for place, parts in self._by_place(op.values).items():
-                    self._step(place, number, Step(op, number, parts=parts))
+                for part, value in enumerate(op.values):
+                    step = Step(op, number, parts=(part,), after=self.plan.graph.producer[value])
+                    self._step(self.plan.home[value], number, step)
             case Grad():
                 by_place = self._by_place(op.wrt)
                 self._step(there, number, Step(op, number, parts=by_place.pop(there, ())))
@@ -207,22 +220,26 @@ class _Lowering:
         return found
 
     def _step(self, place: int, number: int, step: Step) -> None:
-        # A save is done as soon as all that it takes from here is there; everything else when all operands are.
-        when = self.plan.moments[number]
-        if isinstance(step.op, Save):
-            producer = self.plan.graph.producer
-            when = max(self.plan.moments[producer[value]] for value in step.uses)
-        when = when if when in self.sites else BEFORE_ALL
+        # A save is done as soon as its value is there, everything else when all operands are.
+        moment = self.plan.moments[number if step.after is None else step.after]
+        when = moment if moment in self.sites else BEFORE_ALL
+        key = (when, number, 1) if step.after is None else (when, step.after, 2)
         for value in step.uses:
-            self._receive(place, value, (when, number, 0))
-        self.steps[place].append(((when, number, 1), step))
+            self._receive(place, value, (when, key[1], 0))
+            key = max(key, self.arrived.get(value, key))
+        self.steps[place].append((key, step))
 
     def _receive(self, place: int, value: int, key: _Key) -> None:
         """Receives a value that is under way, after those that were sent to this place before it."""
         pair = self.expected.get(value)
-        while pair is not None and value in self.expected:
+        if pair is None:
+            return
+        # A member of a stack may be asked for later than what was sent after it, and at an earlier site.
+        key = self.received[pair] = max(key, self.received.get(pair, key))
+        while value in self.expected:
             op, number = self.underway[pair].popleft()
             del self.expected[op.out]
+            self.arrived[op.out] = key
             self.steps[place].append((key, Step(op, number, side=Side.RECEIVE)))
 
     def programs(self) -> tuple[Program, ...]:
@@ -248,7 +265,7 @@ class _Lowering:
         blocks: dict[Moment, list[Step]] = {}
         for index, ((when, _, _), step) in enumerate(ordered):
             frees = tuple(sorted(dying.get(index, ())))
-            freeing = Step(step.op, step.number, frees, step.side, step.parts)
+            freeing = Step(step.op, step.number, frees, step.side, step.parts, step.after)
             blocks.setdefault(when, []).append(freeing)
         return tuple(
             Block(None if when == BEFORE_ALL else self.sites[when], tuple(steps))

@@ -90,7 +90,7 @@ class Devices:
     departing: Mapping[tuple[int, int], tuple[torch.device, tuple[tuple[Save, int], ...]]] = field(
         default_factory=dict[tuple[int, int], tuple[torch.device, tuple[tuple[Save, int], ...]]]
     )
-    """After which save (its number and its place) a device has saved all, and what that is."""
+    """After which member of which save (their numbers) a device has saved all, and what that is."""
 
 
 @lru_cache(maxsize=4096)
@@ -214,7 +214,8 @@ class _Writer:
         self.number = step.number
         match step.op:
             case Save():
-                self._save(step.op, step.parts)
+                for part in step.parts:
+                    self._save(step.op, part)
             case Grad() if step.side is Side.ARRIVE:
                 pass  # autograd has brought them
             case _:
@@ -258,28 +259,23 @@ class _Writer:
                     op.outs, f"{self.name(self.gradients[self.number])}({self.ref(op.loss)}, ({wrt}))"
                 )
 
-    def _save(self, op: Save, parts: tuple[int, ...]) -> None:
-        # Each with its version, by which changes made after the save are found.
-        members: list[str] = []
-        for part in parts:
-            value = op.values[part]
-            saved = self.ref(value)
-            if op.dtype is not None or value in self.devices.views:
-                saved = f"k{part}"
-                dtype = None if op.dtype is None else torch_dtype(op.dtype)
-                self.line(f"{saved} = {self.name(kept)}({self.ref(value)}, {self.name(dtype)})")
-            members.append(f"({saved}, {saved}._version)")
-        self._members(op, parts, members)
-        if departing := self.devices.departing.get((self.number, self.devices.home[op.values[parts[0]]])):
+    def _save(self, op: Save, part: int) -> None:
+        value = op.values[part]
+        saved = self.ref(value)
+        if op.dtype is not None or value in self.devices.views:
+            dtype = None if op.dtype is None else torch_dtype(op.dtype)
+            self.line(f"saved = {self.name(kept)}({saved}, {self.name(dtype)})")
+            saved = "saved"
+        # With its version, by which changes made after the save are found.
+        member = f"({saved}, {saved}._version)"
+        name = self.name(op.name)
+        if len(op.values) == 1:
+            self.line(f"state.saved[{name}] = [{member}]")
+        else:
+            members = f"state.saved.setdefault({name}, [None] * {len(op.values)})"
+            self.line(f"{members}[{self.name(part)}] = {member}")
+        if departing := self.devices.departing.get((self.number, part)):
             self.line(f"state.depart(*{self.name(departing)})")
-
-    def _members(self, op: Save, parts: tuple[int, ...], members: list[str]) -> None:
-        if len(parts) == len(op.values):
-            self.line(f"state.saved[{self.name(op.name)}] = [{', '.join(members)}]")
-            return
-        self.line(f"members = state.saved.setdefault({self.name(op.name)}, [None] * {len(op.values)})")
-        for part, member in zip(parts, members, strict=True):
-            self.line(f"members[{part}] = {member}")
 
     def _read(self, op: Read) -> None:
         shape = self.shapes.setdefault(op.type, len(self.shapes))

@@ -216,9 +216,9 @@ def _departing(
         for step in program.steps():
             if isinstance(step.op, Save) and step.op.keep is Keep.CPU:
                 parts += [(step.op, part) for part in step.parts]
-                last = step.number
+                last = step.number, step.parts[-1]
         if last is not None and device.type != "cpu":
-            found[last, program.place.index] = (device, tuple(parts))
+            found[last] = (device, tuple(parts))
     return found
 
 

@@ -75,16 +75,24 @@ def op_text(op: Op) -> str:
             return f"write {op.site.text}@{op.version} <- {arg_text(op.value)}{instead}"
         case Save():
             values = ", ".join(f"%{value}" for value in op.values)
-            options = " device=keep" if op.keep is Keep.DEVICE else ""
-            options += f" dtype={op.dtype.short}" if op.dtype else ""
-            options += f" to={_quote(op.to)}" if op.to is not None else ""
-            return f"save {_quote(op.name)} <- {f'stack({values})' if op.stacked else values}{options}"
+            return f"save {_quote(op.name)} <- {f'stack({values})' if op.stacked else values}{_options(op)}"
         case Apply():
             return f"{_outs(op.outs)} = apply #{op.index}({', '.join(map(arg_text, op.args))}) : {_types(op.types)}"
         case Grad():
             return f"{_outs(op.outs)} = grad %{op.loss} wrt {_outs(op.wrt)} : {_types(op.types)}"
         case Transfer():
             return f"%{op.out} = transfer %{op.value} from place {op.source} to place {op.target} : {op.type}"
+
+
+def member_text(op: Save, part: int) -> str:
+    """The save of one member of a stack."""
+    return f"save {_quote(op.name)}[{part}] <- %{op.values[part]}{_options(op)}"
+
+
+def _options(op: Save) -> str:
+    options = " device=keep" if op.keep is Keep.DEVICE else ""
+    options += f" dtype={op.dtype.short}" if op.dtype else ""
+    return options + (f" to={_quote(op.to)}" if op.to is not None else "")
 
 
 def arg_text(arg: Arg) -> str:
