@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import weakref
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,6 +14,7 @@ from safetensors.torch import load_file
 
 import tracelens as tl
 from tests.support.families import FAMILIES
+from tracelens.errors import MutatedActivationError
 
 IDS = [3, 14, 15, 9, 2, 6]
 
@@ -158,3 +161,42 @@ def test_a_dropped_handle_frees_its_memory(model: tl.Model) -> None:
     gc.collect()
     assert watch() is None
     assert kept.value.shape == (1, 6, 48)
+
+
+MEMBERS: dict[str, tuple[bool, Callable[[Any], Any]]] = {
+    "a part": (True, lambda h: h[:, -1].save()),
+    "in another dtype": (True, lambda h: h.save(dtype=torch.float64)),
+    "a part in another dtype": (True, lambda h: h[:, :2].save(dtype=torch.bfloat16)),
+    "computed": (True, lambda h: (h * 2).save()),
+    "a part by a function": (True, lambda h: tl.apply(lambda x: x[:, -1], h, like=h[:, -1]).save()),
+    "the whole": (False, lambda h: h.save()),
+    "the whole in another shape": (False, lambda h: h.reshape(-1, 48).save()),
+    "the whole in its own dtype": (False, lambda h: h.save(dtype=torch.float32)),
+}
+
+
+@pytest.mark.parametrize("layers", ["stacked", "alone"])
+@pytest.mark.parametrize("what", MEMBERS)
+def test_what_was_copied_when_it_was_read_may_be_changed_in_place(what: str, layers: str) -> None:
+    """A member of a stack is saved at its own layer: copied there, it is what was read; else the change is found."""
+    copied, save = MEMBERS[what]
+    hf = FAMILIES["llama"].build()
+    model = tl.wrap(hf)
+
+    def saved() -> torch.Tensor:
+        with model.trace(IDS):
+            found = save(model.layers[:].resid_post if layers == "stacked" else model.layers[1].resid_post)
+            model.logits[:, -1].save()
+        return found.value[:2] if layers == "stacked" else found.value
+
+    def steer(module: torch.nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+        args[0].add_(1)
+
+    right = saved()
+    handle = hf.model.layers[2].register_forward_pre_hook(steer)
+    if copied:
+        assert torch.equal(saved(), right)
+    else:
+        with pytest.raises(MutatedActivationError, match="in place"):
+            saved()
+    handle.remove()

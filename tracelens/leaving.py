@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -29,15 +29,15 @@ def leave(
     types: Mapping[int, TensorType],
     saved: Mapping[str, Members],
     prompt: Prompt,
-    foreign: Sequence[torch.Tensor] = (),
+    foreign: Set[int] = frozenset(),
     departures: Departures | None = None,
 ) -> dict[str, Callable[[], Any]]:
     """The saved tensors, detached, compact and where they were asked to be; every one has its own memory.
 
-    ``foreign``: tensors in memory of the user's or the model's, which no saved tensor may share. ``departures``: the
+    ``foreign``: where memory of the user's or the model's begins, which no saved tensor may share. ``departures``: the
     tensors that are on their way already; reading them waits for their arrival.
     """
-    taken = {tensor.untyped_storage().data_ptr() for tensor in foreign}
+    taken = set(foreign)
     found: dict[str, Callable[[], Any]] = {}
     files = False
     for save in saves:

@@ -163,9 +163,7 @@ def merged(programs: Sequence[Program]) -> tuple[Block, ...]:
             found.setdefault(block.site, []).extend(steps)
     order = sorted(found, key=lambda site: BEFORE_ALL if site is None else site.sequence)
     return tuple(
-        Block(site, tuple(sorted(found[site], key=lambda step: step.order)))
-        for site in order
-        if found[site]
+        Block(site, tuple(sorted(found[site], key=lambda step: step.order))) for site in order if found[site]
     )
 
 

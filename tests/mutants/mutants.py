@@ -21,6 +21,7 @@ GRAPHS = ("tests/properties/test_mutated_graphs.py",)
 MODEL = ("tests/test_model.py",)
 BITS = ("tests/conformance/test_writes.py", "-k", "bit_for_bit and bf16 and eager and llama")
 RESULTS = ("tests/test_results.py",)
+SAVED = ("tests/properties/test_saved.py", "-k", "nobody")
 GRADIENTS = ("tests/test_gradients.py", "-k", "version or names or written or losses or llama and order")
 BLAME = ("tests/properties/test_blame.py",)
 GENERATION = ("tests/test_generation.py",)
@@ -623,10 +624,45 @@ MUTANTS = (
         PLACES,
     ),
     Mutant(
-        "places: a save waits for members of other places",
+        "places: a save waits for the last member of a stack",
         "program.py",
-        "            when = max(self.plan.moments[producer[value]] for value in step.uses)",
-        "            pass",
+        "moment = self.plan.moments[number if step.after is None else step.after]",
+        "moment = self.plan.moments[number]",
+        PLACES,
+    ),
+    Mutant(
+        "places: a save comes after all else at its site",
+        "program.py",
+        "key = (when, number, 1) if step.after is None else (when, step.after, 2)",
+        "key = (when, number, 1)",
+        PASSES,
+    ),
+    Mutant(
+        "places: a member that is sent is received before what was sent earlier",
+        "program.py",
+        "key = self.received[pair] = max(key, self.received.get(pair, key))",
+        "self.received[pair] = key",
+        PLACES,
+    ),
+    Mutant(
+        "places: a member is saved before it is received",
+        "program.py",
+        "            key = max(key, self.arrived.get(value, key))\n",
+        "",
+        PLACES,
+    ),
+    Mutant(
+        "places: one process saves members in another order than it frees them",
+        "program.py",
+        "if self.after is None else (self.after, 2)",
+        "if self.after is None else (self.after - 1, 2)",
+        PLACES,
+    ),
+    Mutant(
+        "places: the checker does not count the members of a stack",
+        "checking.py",
+        "        if sorted(parts) != list(range(len(op.values))):",
+        "        if False:",
         PLACES,
     ),
     Mutant(
@@ -667,9 +703,51 @@ MUTANTS = (
     Mutant(
         "departures: a save keeps a view of the whole tensor",
         "backends/body.py",
-        "if op.dtype is not None or value in self.devices.views:",
+        "if op.dtype is not None or value in self.views:",
         "if op.dtype is not None:",
         MEMORY,
+    ),
+    Mutant(
+        "departures: a save of queries keeps the keys and values that share their tensor",
+        "backends/body.py",
+        "        writer.views |= {step.op.out for step in steps if isinstance(step.op, Read)}\n",
+        "",
+        MEMORY,
+    ),
+    Mutant(
+        "departures: a save keeps the whole that a function gave a part of",
+        "backends/local.py",
+        "        if isinstance(op, Index | Apply)\n",
+        "        if isinstance(op, Index)\n",
+        MEMORY,
+    ),
+    Mutant(
+        "departures: a member of a stack lands at the first place",
+        "backends/body.py",
+        'self.line(f"{members}[{self.name(part)}] = {member}")',
+        'self.line(f"{members}[0] = {member}")',
+        MEMORY,
+    ),
+    Mutant(
+        "results: what a function gives is held until the run is over",
+        "backends/execute.py",
+        "        self._foreign.add(_address(tensor))\n",
+        "        self._foreign.add(_address(tensor))\n        self.values.append(tensor)\n",
+        MEMORY,
+    ),
+    Mutant(
+        "results: a saved tensor lies in memory that a function holds on to",
+        "backends/execute.py",
+        "        for part in parts:\n            state.lends(part)\n",
+        "",
+        SAVED,
+    ),
+    Mutant(
+        "results: a saved tensor lies in the memory of a constant",
+        "backends/execute.py",
+        "return self._foreign | {_address(tensor) for tensor in self.constants.values()}",
+        "return self._foreign",
+        SAVED,
     ),
     Mutant(
         "departures: wait does not wait",
@@ -709,8 +787,8 @@ MUTANTS = (
     Mutant(
         "departures: a device leaves after its first save",
         "backends/local.py",
-        "                last = step.number\n",
-        "                last = step.number if last is None else last\n",
+        "                last = step.number, step.parts[-1]\n",
+        "                last = (step.number, step.parts[-1]) if last is None else last\n",
         DEPARTING,
     ),
     Mutant(

@@ -15,7 +15,7 @@ from tests.support.families import FAMILIES
 from tests.support.hand_forward import Intercept, hand_forward
 from tracelens.errors import UnusedGradientError
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Read, Write, operands, results
+from tracelens.ir.ops import Read, Save, Write, operands, results
 from tracelens.ir.passes.drop_dead import drop_dead
 from tracelens.ir.passes.fold_writes import fold_writes
 from tracelens.ir.passes.forward_order import forward_order
@@ -152,8 +152,26 @@ def test_a_plan_means_the_same_and_its_program_does_each_operation_once(found):
     assert complaints(plan.graph) == []
     assert_same(graph, meaning(plan.graph, batch, hooked(batch)), meaning(graph, batch))
     (program,) = lower(plan)
-    assert sorted(step.number for step in program.steps()) == list(range(len(plan.graph.ops)))
-    assert [step.op for step in sorted(program.steps(), key=lambda step: step.number)] == list(plan.graph.ops)
+    assert all(step.op == plan.graph.ops[step.number] for step in program.steps())
+    done = [(step.number, step.parts) for step in program.steps()]
+    saves = [number for number, op in enumerate(plan.graph.ops) if isinstance(op, Save)]
+    wanted = [(number, (part,)) for number in saves for part in range(len(plan.graph.ops[number].values))]
+    assert sorted(one for one in done if one[0] in saves) == wanted, "each member of a save once"
+    rest = sorted(number for number, _ in done if number not in saves)
+    assert rest == [number for number in range(len(plan.graph.ops)) if number not in saves]
+
+
+@given(GRAPHS)
+def test_a_value_is_saved_right_after_it_is_made(found):
+    graph, _ = found
+    plan = make_plan(graph, Placement.single("cpu", 3), carries=CARRY, type_of=type_of, generating=False)
+    (program,) = lower(plan)
+    made: tuple[int, ...] = ()
+    for step in program.steps():
+        if isinstance(step.op, Save):
+            assert set(step.uses) <= set(made)
+        else:
+            made = step.makes
 
 
 @given(GRAPHS)
@@ -168,7 +186,7 @@ def test_a_program_uses_values_only_while_they_are_there_and_frees_them_all(foun
     assert [block.site for block in program.blocks].count(None) <= 1
     for block in program.blocks:
         for step in block.steps:
-            assert held.issuperset(operands(step.op))
+            assert held.issuperset(step.uses if isinstance(step.op, Save) else operands(step.op))
             if isinstance(step.op, Read | Write) and block.site is not None:
                 assert step.op.site == block.site
                 assert step.op.version == written.get(block.site, 0) + isinstance(step.op, Write)

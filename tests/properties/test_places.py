@@ -209,16 +209,60 @@ def test_reductions_are_done_where_the_data_is_and_stacks_leave_from_there() -> 
     ]  # fmt: skip
 
 
-def test_a_part_of_a_stack_is_saved_as_soon_as_its_place_has_it() -> None:
+@pytest.mark.parametrize("places", [(0, 1, 2), (0, 0, 0), (0, 1, 0)])
+def test_a_member_of_a_stack_is_saved_as_soon_as_it_is_there(places: tuple[int, ...]) -> None:
+    """And what it was read from is not needed from then on."""
     lines = [f"%{i} = read layers.{i}.resid_post@0 : f32[B,P,48]" for i in range(3)]
-    text = "graph {\n" + "\n".join([*lines, 'save "h" <- stack(%0, %1, %2)']) + "\n}"
-    saving = [
-        (program.place.index, str(block.site))
-        for program in lower(planned(parse(text), SPLIT))
+    lines += [f"%{3 + i} = index %{i}[:, -1] : f32[B,48]" for i in range(3)]
+    text = "graph {\n" + "\n".join([*lines, 'save "h" <- stack(%5, %3, %4) dtype=bf16']) + "\n}"
+    programs = lower(planned(parse(text), replace(SPLIT, layers=places)))
+    check(programs, replace(SPLIT, layers=places))
+    saving = sorted(
+        (str(block.site), program.place.index, step.parts)
+        for program in programs
         for block in program.blocks
-        if any(isinstance(step.op, Save) for step in block.steps)
+        for step in block.steps
+        if isinstance(step.op, Save)
+    )
+    assert saving == [(f"layers.{layer}.resid_post", places[layer], ((layer + 1) % 3,)) for layer in range(3)]
+    for program in programs:
+        for block in program.blocks:
+            assert [step.text.split()[0] for step in block.steps][1:] in (
+                [f"%{i}", "save"] for i in (3, 4, 5)
+            )
+            made = {value for step in block.steps for value in step.makes}
+            assert made == {value for step in block.steps for value in step.frees}
+    shown = "\n".join(program.text() for program in programs)
+    assert 'save "h"[0] <- %5 dtype=bf16   free %5' in shown
+
+
+def test_a_member_that_is_sent_is_received_after_what_was_sent_before_it() -> None:
+    """It could be saved before layer 1, where the place receives what was sent earlier."""
+    text = """graph {
+      %0 = read layers.0.resid_mid@0 : f32[B,P,48]
+      %1 = read layers.0.resid_post@0 : f32[B,P,48]
+      %2 = read layers.1.resid_post@0 : f32[B,P,48]
+      %3 = call torch.add(%2, %0) : f32[B,P,48]
+      %4 = read layers.2.resid_post@0 : f32[B,P,48]
+      save "sum" <- %3
+      save "h" <- stack(%1, %4) device=keep dtype=bf16
+    }"""
+    placement = replace(SPLIT, layers=(0, 1, 1))
+    plan = planned(parse(text), placement)
+    programs = lower(plan)
+    check(programs, placement)
+    received = [step.op.value for step in programs[1].steps() if isinstance(step.op, Transfer)]
+    assert received == [0, 1]
+    saving = [
+        (str(block.site), step.parts)
+        for block in programs[1].blocks
+        for step in block.steps
+        if isinstance(step.op, Save) and step.op.name == "h"
     ]
-    assert saving == [(index, f"layers.{index}.resid_post") for index in range(3)]
+    assert saving == [("layers.1.resid_post", (0,)), ("layers.2.resid_post", (1,))]
+    wanted = meaning(parse(text), EVEN_BATCH)
+    found = simulated(programs, plan, parse(text), EVEN_BATCH)
+    assert all(torch.equal(found[name], wanted[name]) for name in ("sum", "h"))
 
 
 def test_a_stack_that_stays_on_a_device_is_brought_together_there() -> None:
@@ -359,6 +403,28 @@ def late(programs: tuple[Program, ...]) -> tuple[Program, ...]:
     place, block, index = steps_of(programs, Side.RECEIVE)[0]
     steps = programs[place].blocks[block].steps
     return with_steps(programs, place, block, (*steps[:index], *steps[index + 1 :], steps[index]))
+
+
+STACKED = """graph {
+  %0 = read layers.0.resid_post@0 : f32[B,P,48]
+  %1 = read layers.1.resid_post@0 : f32[B,P,48]
+  save "h" <- stack(%0, %1, %0)
+}"""
+
+
+@pytest.mark.parametrize(("parts", "said"), [((), "1, 2"), ((1,), "1, 1, 2")])
+def test_the_checker_refuses_a_stack_of_which_a_member_is_not_saved_once(
+    parts: tuple[int, ...], said: str
+) -> None:
+    programs = lower(planned(parse(STACKED), SPLIT))
+    check(programs, SPLIT)
+    *steps, first, third = programs[0].blocks[0].steps
+    assert (first.parts, third.parts) == ((0,), (2,))
+    changed = with_steps(programs, 0, 0, (*steps, replace(first, parts=parts), third))
+    with pytest.raises(
+        VerificationError, match=rf"of the 3 members of 'h' those numbered \[{said}\] are saved"
+    ):
+        check(changed, SPLIT)
 
 
 MUTATIONS = {

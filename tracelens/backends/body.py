@@ -108,15 +108,18 @@ def body(
     gradients: Mapping[int, Gradients],
     devices: Devices,
     view: tuple[Take, Put] | None = None,
+    cuts: bool = False,
 ) -> Body:
     """The function for some steps.
 
     ``devices``: where values are. ``fresh``: the values that no one else holds, so that a write need not copy them.
     ``shapes`` numbers the types whose sizes the run has to know, in ``state.shapes``; types that are new to it are
     added. ``gradients``: what takes the gradients of the program, by the numbers of the operations. ``view`` finds the
-    site in the module's tensor, and makes a new one of it.
+    site in the module's tensor, and makes a new one of it; ``cuts``: there is more in that tensor.
     """
     writer = _Writer(steps, types, fresh, shapes, gradients, devices)
+    if cuts:
+        writer.views |= {step.op.out for step in steps if isinstance(step.op, Read)}
     if view is not None:
         writer.line("whole = tensor")
         writer.line(f"tensor = {writer.name(view[0])}(tensor)")
@@ -145,6 +148,7 @@ class _Writer:
     ) -> None:
         self.types = types
         self.devices = devices
+        self.views = devices.views
         self.fresh = fresh
         self.shapes = shapes
         self.gradients = gradients
@@ -230,7 +234,7 @@ class _Writer:
         match op:
             case Const():
                 place = self.devices.home[op.out]
-                self._new(op.out, f"state.constant({self.name((op.index, place))})")
+                self._new(op.out, f"state.constants[{self.name((op.index, place))}]")
             case Transfer():
                 device = self.devices.places[op.target]
                 self._new(
@@ -262,7 +266,7 @@ class _Writer:
     def _save(self, op: Save, part: int) -> None:
         value = op.values[part]
         saved = self.ref(value)
-        if op.dtype is not None or value in self.devices.views:
+        if op.dtype is not None or value in self.views:
             dtype = None if op.dtype is None else torch_dtype(op.dtype)
             self.line(f"saved = {self.name(kept)}({saved}, {self.name(dtype)})")
             saved = "saved"

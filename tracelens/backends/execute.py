@@ -38,9 +38,9 @@ class State:
     """What one run holds: the values so far and the saves."""
 
     __slots__ = (
+        "_foreign",
         "constants",
         "departures",
-        "foreign",
         "functions",
         "pads",
         "parameter",
@@ -66,8 +66,8 @@ class State:
         # How much padding stands before each row, where rows differ in length.
         self.pads = pads
         self.values: list[Any] = [None] * count
-        # Tensors in memory of the user's or the model's: a save that lies in it is copied.
-        self.foreign: list[torch.Tensor] = []
+        # Where memory begins that may be the user's or the model's. The tensors themselves are not held on to.
+        self._foreign: set[int] = set()
         self.constants = constants
         self.functions = functions
         self.parameter = parameter
@@ -86,11 +86,18 @@ class State:
             for save, part in parts:
                 self.traffic.append((str(device), "cpu", "results", self.saved[save.name][part][0].nbytes))
 
-    def constant(self, which: tuple[int, int]) -> torch.Tensor:
-        """A constant at a place, by both numbers."""
-        tensor = self.constants[which]
-        self.foreign.append(tensor)
-        return tensor
+    def lends(self, tensor: torch.Tensor) -> None:
+        """A tensor that may lie in memory of the user's or the model's: a save that lies there too is copied."""
+        self._foreign.add(_address(tensor))
+
+    @property
+    def foreign(self) -> set[int]:
+        """Where memory begins that no result may lie in."""
+        return self._foreign | {_address(tensor) for tensor in self.constants.values()}
+
+
+def _address(tensor: torch.Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
 
 
 def kept(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
@@ -112,7 +119,7 @@ def sent(state: State, tensor: torch.Tensor, device: torch.device) -> torch.Tens
 def read_parameter(state: State, path: str) -> torch.Tensor:
     """A parameter or buffer of the model."""
     tensor = state.parameter(path)
-    state.foreign.append(tensor)
+    state.lends(tensor)
     return tensor
 
 
@@ -167,7 +174,8 @@ def applied(
                 "the applied function changed one of its arguments in place",
                 instead="a function that returns new tensors",
             )
-        state.foreign.extend(parts)
+        for part in parts:
+            state.lends(part)
         return parts
 
     return apply

@@ -33,7 +33,7 @@ from tracelens.errors import (
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import INPUT, ModuleSite
-from tracelens.ir.ops import Call, Index, IndexPut, Keep, Save, Write, results
+from tracelens.ir.ops import Apply, Call, Index, IndexPut, Keep, Save, Write, results
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 from tracelens.location import here
@@ -167,6 +167,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
                 gradients,
                 devices,
                 None if tap.view is None else taking_and_putting(tap.view, anatomy.widths),
+                cuts=tap.view is not None and len(tap.view.parts) > 1,
             ),
             any(block.writes for block in blocks),
             plan.stop is not None and plan.stop in {block.site for block in blocks},
@@ -198,7 +199,7 @@ def _views(graph: Graph) -> frozenset[int]:
     return frozenset(
         value
         for op in graph.ops
-        if isinstance(op, Index)
+        if isinstance(op, Index | Apply)
         or (isinstance(op, Call) and (known := FUNCTIONS.get(op.function)) and known.kind in _VIEWING)
         for value, _ in results(op)
     )
