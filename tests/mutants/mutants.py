@@ -711,7 +711,7 @@ MUTANTS = (
         "departures: a save of queries keeps the keys and values that share their tensor",
         "backends/body.py",
         "        writer.views |= {step.op.out for step in steps if isinstance(step.op, Read)}\n",
-        "",
+        "        pass\n",
         MEMORY,
     ),
     Mutant(
