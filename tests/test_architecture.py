@@ -23,6 +23,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A file may import from its own floor and from lower ones. The first entry that matches decides.
 FLOORS: tuple[tuple[str, int], ...] = (
     ("errors", 0),
+    ("tracelens_error", 0),
     ("location", 0),
     ("view", 0),
     ("ir.passes", 2),

@@ -6,71 +6,8 @@ where that helps, and what to write instead. ``docs/errors.md`` has one entry pe
 
 from __future__ import annotations
 
-from tracelens.location import Location
-
-
-class TracelensError(Exception):
-    """The base of all errors that tracelens raises on purpose.
-
-    Attributes: ``problem`` (what is wrong), ``at`` (the guilty line, if one is known), ``also`` (other lines that take
-    part, each with a word on its role), ``excerpt`` (a few lines of the graph, with an arrow), ``instead`` (what to
-    write).
-    """
-
-    def __init__(
-        self,
-        problem: str,
-        *,
-        at: Location | None = None,
-        also: tuple[tuple[str, Location], ...] = (),
-        excerpt: str | None = None,
-        instead: str | None = None,
-    ) -> None:
-        self.problem = problem
-        self.at = at
-        self.also = also
-        self.excerpt = excerpt
-        self.instead = instead
-        super().__init__(problem)
-
-    def __str__(self) -> str:
-        blocks = [self.problem]
-        if self.at is not None:
-            blocks.append(_quoted("at", self.at))
-        blocks += [_quoted(role, location) for role, location in self.also]
-        if self.excerpt:
-            blocks.append("  graph:\n" + "\n".join("    " + line for line in self.excerpt.splitlines()))
-        if self.instead:
-            blocks.append("  instead: " + self.instead.replace("\n", "\n           "))
-        return "\n".join(blocks)
-
-
-class Blaming:
-    """Adds the user's line to an error that is raised without one: ``with Blaming(location): ...``."""
-
-    __slots__ = ("location",)
-
-    def __init__(self, location: Location) -> None:
-        self.location = location
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
-        if isinstance(error, TracelensError) and error.at is None:
-            error.at = self.location
-
-
-_LONGEST = 160
-"""Of a source line, in characters: a longer one (data, generated code) would hide the message."""
-
-
-def _quoted(role: str, location: Location) -> str:
-    text = location.text
-    if len(text) > _LONGEST:
-        text = text[:_LONGEST] + " ..."
-    return f"  {role} {location}" + (f"\n      {text}" if text else "")
-
+from tracelens.tracelens_error import Blaming as Blaming
+from tracelens.tracelens_error import TracelensError
 
 # --- opening and closing a trace ---------------------------------------------------------------------------------
 
@@ -412,6 +349,48 @@ class MutatedActivationError(TracelensError):
 
 class ModelClosedError(TracelensError):
     """The model has no weights, so it cannot run."""
+
+
+# --- ranks -------------------------------------------------------------------------------------------------------
+
+
+class RankFailedError(TracelensError):
+    """A rank raised while it did what it was asked to do.
+
+    ``rank``: which one (the first, if several did). ``kind``: the class of what it raised. ``remote_traceback``: its
+    traceback, as text. ``original``: the error itself, if it is one of these.
+    """
+
+    rank: int | None = None
+    kind: str = ""
+    remote_traceback: str = ""
+    original: TracelensError | None = None
+
+
+class RankDiedError(TracelensError):
+    """The process of a rank ended.
+
+    ``rank``: which one. ``exit_code``: as :mod:`subprocess` has it, so ``-9`` if signal 9 ended it; ``None`` if it
+    cannot be known. ``log``: the end of what it printed.
+    """
+
+    rank: int | None = None
+    exit_code: int | None = None
+    log: str = ""
+
+
+class RankTimeoutError(TracelensError, TimeoutError):
+    """The ranks did not answer within the time limit. ``waiting_for``: those that had not."""
+
+    waiting_for: tuple[int, ...] = ()
+
+
+class RanksClosedError(TracelensError):
+    """The ranks were ended by their owner, or belong to another process."""
+
+
+class RankMessageError(TracelensError):
+    """What was sent between the owner of ranks and a rank is not a message, or cannot be one."""
 
 
 # --- graphs as data ----------------------------------------------------------------------------------------------

@@ -1,0 +1,110 @@
+"""The process of a rank that can also be asked to go wrong. Pools of the tests start it in place of the real one."""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from tracelens.backends.ranks import worker
+from tracelens.backends.ranks.channel import Message
+from tracelens.backends.ranks.requests import HANDLERS
+from tracelens.backends.ranks.served import InStepError, Served
+from tracelens.errors import ShapeError
+from tracelens.location import Location
+
+_connection = -1
+
+
+def main(about: Mapping[str, Any]) -> None:
+    """What the pool calls in the new process."""
+    global _connection
+    _connection = about["fd"]
+    if about["rank"] == int(os.environ.get("TRACELENS_TEST_FAILING_RANK", "-1")):
+        raise RuntimeError("this rank does not even start")
+    more = {function.__name__: function for function in (misbehave, keep, kept)}
+    worker.main(about, {**HANDLERS, **more})
+
+
+def misbehave(served: Served, request: Message) -> Message:
+    """Rank ``rank`` does what ``how`` says, and each other one sums over all ranks where ``others`` says so."""
+    header = request.header
+    if header.get("together"):
+        dist.all_reduce(torch.ones(2))
+    if served.rank == header["rank"]:
+        return _MISDEEDS[header["how"]]()
+    if header.get("others") == "sum":
+        dist.all_reduce(torch.ones(2))
+    return Message({"done": True})
+
+
+def keep(served: Served, request: Message) -> Message:
+    """As if a model were loaded: keeps what was sent under an id."""
+    served.models[request.header["id"]] = request.tensors["weight"]
+    return Message()
+
+
+def kept(served: Served, request: Message) -> Message:
+    """What was kept under an id."""
+    return Message({}, {"weight": served.models[request.header["id"]]})
+
+
+def _raise() -> Message:
+    return _deeper()
+
+
+def _deeper() -> Message:
+    raise ValueError("a mistake, deep inside")
+
+
+def _raise_in_step() -> Message:
+    try:
+        _deeper()
+    except ValueError as error:
+        raise InStepError from error
+    raise AssertionError
+
+
+def _raise_ours() -> Message:
+    raise ShapeError("no such shape", at=Location("script.py", 7, "f"), instead="another")
+
+
+def _exit() -> Message:
+    print("the last words of this rank", flush=True)
+    os._exit(7)
+
+
+def _sleep() -> Message:
+    time.sleep(3)
+    return Message({"done": True})
+
+
+def _hang() -> Message:
+    while True:
+        time.sleep(60)
+
+
+def _garbage() -> Message:
+    # Protocol 2 of pickle, which must not be read, after which there is nothing to wait for.
+    os.write(_connection, b"\x80\x02cos\nsystem\nq\x00X\x04\x00\x00\x00true\x85R." + b"." * 64)
+    return _hang()
+
+
+def _unsendable() -> Message:
+    return Message({"value": object()})
+
+
+_MISDEEDS = {
+    "raise": _raise,
+    "raise in step": _raise_in_step,
+    "raise ours": _raise_ours,
+    "exit": _exit,
+    "sleep": _sleep,
+    "hang": _hang,
+    "garbage": _garbage,
+    "unsendable": _unsendable,
+}
