@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -258,7 +259,7 @@ if not child:  # a copy of this process has the sockets too, and may live on
     if %(lingers)d:
         devnull = os.open(os.devnull, os.O_RDWR)
         os.dup2(devnull, 1), os.dup2(devnull, 2)
-        time.sleep(20)
+        time.sleep(90)
         os._exit(code)
     sys.exit(code)  # with all that is done at exit
 print("CHILD", child if %(lingers)d else os.waitpid(child, 0)[1])
@@ -332,6 +333,10 @@ def test_ranks_end_with_an_owner_that_is_killed() -> None:
     finally:
         owner.kill()
         owner.communicate()
-    assert ended(pids, folder)
-    assert runs(child), "the copy of the owner was there until the end"
-    os.kill(child, signal.SIGKILL)
+    try:
+        assert ended(pids, folder)
+        assert runs(child), "the copy of the owner was there until the end"
+    finally:
+        for pid in (child, *pids):
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)

@@ -40,6 +40,9 @@ REPORT = ("tests/test_report.py",)
 ATTENTION = ("tests/conformance/test_attention.py",)
 HEADS = ("tests/test_heads.py",)
 KEYS = ("tests/conformance/test_keys.py",)
+RANKS = ("tests/test_ranks.py",)
+RANK_FAILURES = ("tests/test_rank_failures.py",)
+RANK_MESSAGES = ("tests/test_rank_messages.py",)
 
 MUTANTS = (
     Mutant(
@@ -832,5 +835,68 @@ MUTANTS = (
         "        if extra.bytes <= most:",
         "        if True:",
         MEMORY,
+    ),
+    Mutant(
+        "ranks: a failure after a communication leaves the ranks as they are",
+        "backends/ranks/worker.py",
+        "apart = cause is None and (now != before or None in now.values())",
+        "apart = False",
+        (*RANK_FAILURES, "-k", "costs_a_start"),
+    ),
+    Mutant(
+        "ranks: a rank does not end with its owner",
+        "backends/ranks/worker.py",
+        "    while not watch.poll():",
+        "    while watch.poll() is not None:",
+        (*RANK_FAILURES, "-k", "owner_that_is_killed"),
+    ),
+    Mutant(
+        "ranks: a forked child keeps the sockets",
+        "backends/ranks/pool.py",
+        "            rank.channel.close()",
+        "            pass",
+        (*RANK_FAILURES, "-k", "owner_that_is_killed"),
+    ),
+    Mutant(
+        "ranks: a forked child ends its parent's ranks",
+        "backends/ranks/owner.py",
+        "if os.getpid() != self.process:  # a child",
+        "if False:  # a child",
+        (*RANK_FAILURES, "-k", "without_a_guard"),
+    ),
+    Mutant(
+        "ranks: models are not loaded once more after a start",
+        "backends/ranks/owner.py",
+        "and job.model not in self.loaded and",
+        "and False and",
+        (*RANK_FAILURES, "-k", "costs_a_start"),
+    ),
+    Mutant(
+        "ranks: who waits for a rank that raised waits on",
+        "backends/ranks/owner.py",
+        "grace = min(grace, time.monotonic() + GRACE)",
+        "pass",
+        (*RANK_FAILURES, "-k", "do_not_wait"),
+    ),
+    Mutant(
+        "ranks: everything is listened to",
+        "backends/ranks/process.py",
+        'for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):',
+        'for name in ("NCCL_SOCKET_IFNAME",):',
+        (*RANKS, "-k", "loopback"),
+    ),
+    Mutant(
+        "ranks: a request names code",
+        "backends/ranks/requests.py",
+        'if not module.startswith("tracelens."):',
+        "if not module:",
+        (*RANKS, "-k", "table"),
+    ),
+    Mutant(
+        "ranks: tensors may lie about their place",
+        "backends/ranks/channel.py",
+        "if slot.start != end:",
+        "if False:",
+        RANK_MESSAGES,
     ),
 )
