@@ -41,7 +41,7 @@ def last_positions(model: Any) -> None:
 
 
 def last_positions_that_stay(model: Any) -> None:
-    model.layers[1:].mlp_act[:, -2:].save(device="keep")
+    model.layers[:].mlp_act[:, -2:].save(device="keep")
     model.layers[2].resid_post[:, -1].save(device="keep")
 
 
@@ -50,8 +50,12 @@ def last_positions_in_half(model: Any) -> None:
     model.layers[:2].mlp_act[:, -3:].save(dtype=torch.float64)
 
 
+def every_stream_that_stays(model: Any) -> None:
+    model.layers[:].resid_post.save(device="keep")
+
+
 def every_stream_in_half_that_stays(model: Any) -> None:
-    model.layers[2:].resid_post.save(dtype=torch.bfloat16, device="keep")
+    model.layers[:].resid_post.save(dtype=torch.bfloat16, device="keep")
 
 
 def two_stacks_of_one_site(model: Any) -> None:
@@ -106,6 +110,7 @@ BLOCKS = (
     last_positions,
     last_positions_that_stay,
     last_positions_in_half,
+    every_stream_that_stays,
     every_stream_in_half_that_stays,
     two_stacks_of_one_site,
     a_stack_of_one_layer,
@@ -159,7 +164,7 @@ def measured(hf: Any, model: tl.Model, block: Callable[[Any], None]) -> tuple[di
                 if body is not None:
                     body(model)
                 model.logits[:, -1, :1].save("end")
-            at_the_end = {device: seen.alive(device) for device in P}
+            at_the_end = {device: seen.peak(device) for device in P}
         return [*found, at_the_end], t
 
     bare, _ = watch(None)

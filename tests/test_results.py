@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 
 import tracelens as tl
 from tests.support.families import FAMILIES
-from tracelens.errors import MutatedActivationError
+from tracelens.errors import MutatedActivationError, SiteMismatchError
 
 IDS = [3, 14, 15, 9, 2, 6]
 
@@ -170,6 +170,7 @@ MEMBERS: dict[str, tuple[bool, Callable[[Any], Any]]] = {
     "computed": (True, lambda h: (h * 2).save()),
     "a part by a function": (True, lambda h: tl.apply(lambda x: x[:, -1], h, like=h[:, -1]).save()),
     "the whole": (False, lambda h: h.save()),
+    "the whole, which stays on its device": (False, lambda h: h.save(device="keep")),
     "the whole in another shape": (False, lambda h: h.reshape(-1, 48).save()),
     "the whole in its own dtype": (False, lambda h: h.save(dtype=torch.float32)),
 }
@@ -180,12 +181,14 @@ MEMBERS: dict[str, tuple[bool, Callable[[Any], Any]]] = {
 def test_what_was_copied_when_it_was_read_may_be_changed_in_place(what: str, layers: str) -> None:
     """A member of a stack is saved at its own layer: copied there, it is what was read; else the change is found."""
     copied, save = MEMBERS[what]
+    copied = copied or (layers == "stacked" and "stays" in what)
     hf = FAMILIES["llama"].build()
     model = tl.wrap(hf)
 
     def saved() -> torch.Tensor:
         with model.trace(IDS):
-            found = save(model.layers[:].resid_post if layers == "stacked" else model.layers[1].resid_post)
+            h = model.layers[:].resid_post if layers == "stacked" else model.layers[1].resid_post
+            found = save(h)
             model.logits[:, -1].save()
         return found.value[:2] if layers == "stacked" else found.value
 
@@ -197,6 +200,51 @@ def test_what_was_copied_when_it_was_read_may_be_changed_in_place(what: str, lay
     if copied:
         assert torch.equal(saved(), right)
     else:
-        with pytest.raises(MutatedActivationError, match="in place"):
+        with pytest.raises(MutatedActivationError, match="in place") as caught:
             saved()
+        assert caught.value.at is not None
+        assert ".save(" in caught.value.at.text
     handle.remove()
+
+
+def test_a_stack_that_stays_on_its_device_is_the_stack_that_leaves(model: tl.Model) -> None:
+    for rows in ([IDS], [IDS, IDS[:2]]):
+        with model.trace(rows) as t:
+            h = model.layers[[2, 0]].resid_post
+            loss = model.logits[:, -1].sum()
+            for name, value in {
+                "h": h,
+                "part": h[:, -1],
+                "norm": h.norm(dim=-1),
+                "grad": tl.grad(loss, h),
+            }.items():
+                for dtype in (None, torch.bfloat16):
+                    value.save(f"{name} {dtype}", dtype=dtype)
+                    value.save(f"{name} {dtype} kept", dtype=dtype, device="keep")
+        assert len(t.results) == 16
+        for name in t.results:
+            if name.endswith("kept"):
+                found, wanted = t[name], t[name.removesuffix(" kept")]
+                pairs = zip(found, wanted, strict=True) if isinstance(wanted, list) else [(found, wanted)]
+                for one, other in pairs:
+                    assert one.dtype is other.dtype
+                    assert not one.requires_grad
+                    assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("layers", [1, slice(None), slice(1, 2)])
+@pytest.mark.parametrize("device", ["cpu", "keep"])
+def test_a_pass_that_does_not_come_to_what_is_saved_is_an_error(layers: int | slice, device: str) -> None:
+    hf = FAMILIES["llama"].build()
+    skipping = tl.wrap(hf)
+    hf.model.layers[1].forward = lambda hidden_states, *_, **__: hidden_states
+
+    def run() -> None:
+        with skipping.trace(IDS):
+            skipping.layers[layers].mlp_out.save("late", device=device)  # said here
+            skipping.logits[:, -1].save()
+
+    with pytest.raises(SiteMismatchError, match="had not come to all that is saved as 'late'") as caught:
+        run()
+    assert caught.value.at is not None
+    assert "said here" in caught.value.at.text

@@ -55,7 +55,7 @@ def run_with_nnsight(graph: Graph | Recording | Program, nnsight_model: Any, pro
             functions=cast("tuple[Callable[..., Any], ...]", graph.functions),
         )
         saved = {save.name: _members(found[save.name], save.stacked) for save in graph.saves}
-        return Results(compiled.described, leave(graph.saves, graph.types, saved, prepared))
+        return Results(compiled.described, leave(graph.saves, graph, saved, prepared))
 
 
 def _graph_of(given: Any) -> Graph:

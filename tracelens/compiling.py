@@ -336,8 +336,15 @@ class Compiler:
                     model(*args, **inputs)
 
                 run.execute(forward, each_forward=None)
-            types = compiled.plan.graph.types
-            saved = leave(compiled.saves, types, state.saved, prompt, state.foreign, state.departures)
+            saved = leave(
+                compiled.saves,
+                compiled.plan.graph,
+                state.saved,
+                prompt,
+                state.foreign,
+                state.departures,
+                state.stacks,
+            )
             return saved, state.traffic
         except TracelensError as error:
             raise relocate(error, graph) from error.__cause__

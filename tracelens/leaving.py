@@ -6,13 +6,15 @@ import os
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
 
 from tracelens.backends.departing import Departures, require_unchanged
 from tracelens.backends.transfer import land, on_cpu
-from tracelens.errors import SavedFileError
+from tracelens.errors import SavedFileError, SiteMismatchError, TracelensError
+from tracelens.ir.graph import Graph
 from tracelens.ir.infer import torch_dtype
 from tracelens.ir.ops import Keep, Save
 from tracelens.ir.types import TensorType
@@ -26,28 +28,31 @@ Members = Sequence[tuple[torch.Tensor, int]]
 
 def leave(
     saves: Sequence[Save],
-    types: Mapping[int, TensorType],
+    graph: Graph,
     saved: Mapping[str, Members],
     prompt: Prompt,
     foreign: Set[int] = frozenset(),
     departures: Departures | None = None,
+    stacks: Mapping[str, tuple[torch.Tensor, Set[int]]] = MappingProxyType({}),
 ) -> dict[str, Callable[[], Any]]:
     """The saved tensors, detached, compact and where they were asked to be; every one has its own memory.
 
-    ``foreign``: where memory of the user's or the model's begins, which no saved tensor may share. ``departures``: the
-    tensors that are on their way already; reading them waits for their arrival.
+    ``graph``: the one that ``saves`` are of. ``foreign``: where memory of the user's or the model's begins, which no
+    saved tensor may share. ``departures``: the tensors that are on their way already; reading them waits for their
+    arrival. ``stacks``: those that stay on their device, each with the members that it lacks.
     """
     taken = set(foreign)
     found: dict[str, Callable[[], Any]] = {}
     files = False
     for save in saves:
-        members = saved[save.name]
-        for member, seen in members:
-            require_unchanged(save, member, seen)
+        try:
+            members = _members(save, saved, stacks)
+        except TracelensError as error:
+            raise graph.blame(error, graph.ops.index(save)) from None
         files = files or save.to is not None
         split = (
-            partial(_per_prompt, type_=types[save.values[0]], prompt=prompt, stacked=save.stacked)
-            if prompt.ragged and types[save.values[0]].padded_axes
+            partial(_per_prompt, type_=graph.types[save.values[0]], prompt=prompt, stacked=save.stacked)
+            if prompt.ragged and graph.types[save.values[0]].padded_axes
             else None
         )
         if departures is not None and (host := departures.host(save)) is not None:
@@ -56,20 +61,42 @@ def leave(
                 land(members[part][0], host[part])
             found[save.name] = _Arriving(departures, host, split)
             continue
-        parts = [member.detach() if member.requires_grad else member for member, _ in members]
-        if save.dtype is not None:
-            parts = [part.to(torch_dtype(save.dtype)) for part in parts]
-        if save.stacked and len({part.device for part in parts}) == 1:
-            parts = [torch.stack(parts)]
-        if save.keep is Keep.CPU:
-            parts = [on_cpu(part) for part in parts]
-        # The members of several devices meet only here.
-        tensor = torch.stack(parts) if save.stacked and len(parts) > 1 else parts[0]
+        tensor = stacks[save.name][0] if save.name in stacks else _together(save, members)
         value: Any = _own(tensor, taken) if split is None else split(tensor)
         found[save.name] = partial(_same, value)
     if files:
         _write_files(saves, found)
     return found
+
+
+def _members(
+    save: Save, saved: Mapping[str, Members], stacks: Mapping[str, tuple[torch.Tensor, Set[int]]]
+) -> Members:
+    """The members of a save, all there and as they were when they were read; none of a stack that is put together."""
+    stack = stacks.get(save.name)
+    missing = stack is None and save.name not in saved
+    members = () if stack is not None or missing else saved[save.name]
+    if missing or (stack is not None and stack[1]) or None in members:
+        raise SiteMismatchError(
+            f"the forward pass ended and had not come to all that is saved as {save.name!r}",
+            instead="a site of a module that the model calls in every forward pass",
+        )
+    for member, seen in members:
+        require_unchanged(save, member, seen)
+    return members
+
+
+def _together(save: Save, members: Members) -> torch.Tensor:
+    """One tensor of the members of a save."""
+    parts = [member.detach() if member.requires_grad else member for member, _ in members]
+    if save.dtype is not None:
+        parts = [part.to(torch_dtype(save.dtype)) for part in parts]
+    if save.stacked and len({part.device for part in parts}) == 1:
+        parts = [torch.stack(parts)]
+    if save.keep is Keep.CPU:
+        parts = [on_cpu(part) for part in parts]
+    # The members of several devices meet only here.
+    return torch.stack(parts) if save.stacked and len(parts) > 1 else parts[0]
 
 
 def _same(value: Any) -> Any:

@@ -16,7 +16,20 @@ from tracelens.errors import ExtraMemoryError, OptionError
 from tracelens.ir.dims import Sizes
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Call, Const, Grad, Index, Op, Param, Read, Save, Slice, Transfer, operands
+from tracelens.ir.ops import (
+    Call,
+    Const,
+    Grad,
+    Index,
+    Keep,
+    Op,
+    Param,
+    Read,
+    Save,
+    Slice,
+    Transfer,
+    operands,
+)
 from tracelens.ir.text import op_text
 from tracelens.ir.types import bytes_text
 from tracelens.placement import Place
@@ -111,6 +124,8 @@ class _Walk:
         self.most: dict[int, int] = {}
         self.at_most: dict[int, tuple[Holding, ...]] = {}
         self.copies = -1
+        self.stacks: set[int] = set()
+        """The stacks that stay on their device and have been begun."""
 
     def block(self, block: Block) -> None:
         """One site: afterwards the model goes on, and lets go of the site's tensor."""
@@ -164,11 +179,21 @@ class _Walk:
     def _save(self, op: Save, value: int, number: int) -> None:
         root = self.root[value]
         type_ = self.graph.types[value]
+        if op.stacked and op.keep is Keep.DEVICE:
+            # It is there as a whole from the first member on, and members are copied into it.
+            if number not in self.stacks:
+                self.stacks.add(number)
+                self._copied(op, value, number, len(op.values))
+            return
         if root == value and op.dtype in (None, type_.dtype):
             self.users[root] += 1
             return
         # A part of something larger, or in another dtype: a tensor of its own.
-        size = type_.nbytes(self.sizes)
+        self._copied(op, value, number)
+
+    def _copied(self, op: Save, value: int, number: int, members: int = 1) -> None:
+        type_ = self.graph.types[value]
+        size = members * type_.nbytes(self.sizes)
         if op.dtype is not None:
             size = size // type_.dtype.itemsize * op.dtype.itemsize
         self.copies -= 1

@@ -830,6 +830,27 @@ MUTANTS = (
         MEMORY,
     ),
     Mutant(
+        "memory: a stack that stays on its device counts one member",
+        "memory.py",
+        "self._copied(op, value, number, len(op.values))",
+        "self._copied(op, value, number)",
+        MEMORY,
+    ),
+    Mutant(
+        "memory: a stack that stays on its device is put together at the end",
+        "backends/body.py",
+        "        if op.stacked and op.keep is Keep.DEVICE:",
+        "        if False:",
+        MEMORY,
+    ),
+    Mutant(
+        "results: a stack that lacks members is handed out",
+        "leaving.py",
+        "(stack is not None and stack[1]) or None in members",
+        "None in members",
+        RESULTS,
+    ),
+    Mutant(
         "memory: too much is not refused",
         "memory.py",
         "        if extra.bytes <= most:",

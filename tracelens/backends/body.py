@@ -44,6 +44,7 @@ from tracelens.ir.ops import (
     Index,
     IndexItem,
     IndexPut,
+    Keep,
     Op,
     Param,
     Read,
@@ -266,6 +267,9 @@ class _Writer:
     def _save(self, op: Save, part: int) -> None:
         value = op.values[part]
         saved = self.ref(value)
+        if op.stacked and op.keep is Keep.DEVICE:
+            self.line(f"state.put({self.name(op)}, {self.name(part)}, {saved})")
+            return
         if op.dtype is not None or value in self.views:
             dtype = None if op.dtype is None else torch_dtype(op.dtype)
             self.line(f"saved = {self.name(kept)}({saved}, {self.name(dtype)})")

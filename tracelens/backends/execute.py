@@ -48,6 +48,7 @@ class State:
         "select",
         "shapes",
         "sizes",
+        "stacks",
         "traffic",
         "values",
     )
@@ -74,8 +75,10 @@ class State:
         self.select = select
         self.sizes: Mapping[str, int] = {}
         self.shapes: Sequence[tuple[int, ...]] = ()
-        # By name: the tensors, each with the version that was saved. Those of other places come later.
+        # By name: the tensors, each with the version that was saved. Those of later layers come later.
         self.saved: dict[str, list[Any]] = {}
+        # Stacks that stay on their device, each with the members that are still to come.
+        self.stacks: dict[str, tuple[torch.Tensor, set[int]]] = {}
         # What went from device to device: source, target, why, bytes.
         self.traffic: list[Journey] = []
 
@@ -85,6 +88,17 @@ class State:
             self.departures.depart(device, parts, self.saved)
             for save, part in parts:
                 self.traffic.append((str(device), "cpu", "results", self.saved[save.name][part][0].nbytes))
+
+    def put(self, save: Save, part: int, tensor: torch.Tensor) -> None:
+        """A member of a stack that stays on its device: copied to its place there, never held beside it."""
+        found = self.stacks.get(save.name)
+        if found is None:
+            dtype = tensor.dtype if save.dtype is None else torch_dtype(save.dtype)
+            stack = tensor.new_empty((len(save.values), *tensor.shape), dtype=dtype, requires_grad=False)
+            found = self.stacks[save.name] = (stack, set(range(len(save.values))))
+        stack, missing = found
+        stack[part].copy_(tensor.detach())
+        missing.discard(part)
 
     def lends(self, tensor: torch.Tensor) -> None:
         """A tensor that may lie in memory of the user's or the model's: a save that lies there too is copied."""
