@@ -336,15 +336,8 @@ class Compiler:
                     model(*args, **inputs)
 
                 run.execute(forward, each_forward=None)
-            saved = leave(
-                compiled.saves,
-                compiled.plan.graph,
-                state.saved,
-                prompt,
-                state.foreign,
-                state.departures,
-                state.stacks,
-            )
+            held = state.foreign, state.departures, state.stacks
+            saved = leave(compiled.saves, compiled.plan.graph, state.saved, prompt, *held)
             return saved, state.traffic
         except TracelensError as error:
             raise relocate(error, graph) from error.__cause__
