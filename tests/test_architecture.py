@@ -63,6 +63,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("inputs", 3),
     ("placement", 3),
     ("fetching", 3),
+    ("returning", 3),
     ("placing", 3),
     ("pushing", 3),
     ("checking", 3),

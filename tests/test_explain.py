@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import re
+
+import pytest
 import torch
+from transformers import LlamaConfig, LlamaForCausalLM
 
 import tracelens as tl
 from tests.support.families import FAMILIES
+from tracelens.explain import shortened
+from tracelens.ir.text import op_text
 
 EXPECTED = """\
 LlamaForCausalLM (Llama, 3 layers, d_model 48) on cpu, float32, over 1 row x 4 positions
@@ -134,3 +140,60 @@ def test_a_plan_is_a_text_of_its_own() -> None:
         "  writes layers.0.mlp_out (one branch only: the stream changes through that sublayer)\n"
         "  saves 'next': f32[B,97]"
     )
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        ("stack(%1, %2, %3, %4)", "stack(%1, %2, %3, %4)"),
+        ("stack(%1, %2, %3, %4, %5)", "stack(%1, %2, ..., %5)"),
+        ("free %9, %11, %13, %15, %17, %20", "free %9, %11, ..., %17, %20"),
+        ("free %3, %9, %11, %13, %15, %17", "free %3, %9, %11, ..., %17"),
+        ("call torch.stack((%5, %4, %3, %2, %1,), 0)", "call torch.stack((%5, %4, ..., %1,), 0)"),
+        ("stack(%1, %1, %1, %1, %1)", "stack(%1, %1, ..., %1)"),
+        ("%1, %2, %3 = x : f32[B,P], f32[B,P], f32[B,P]", "%1, %2, %3 = x : 3 x f32[B,P]"),
+        ("%1, %2 = x : f32[B,P], f32[B,P]", "%1, %2 = x : f32[B,P], f32[B,P]"),
+        ("x : f32[B], f32[B], f32[B], f32[B,P]", "x : 3 x f32[B], f32[B,P]"),
+        ("x : i64[B], f32[B], f32[B], f32[B]   free %1", "x : i64[B], 3 x f32[B]   free %1"),
+        ("x : f32[len(P)[1:]], f32[len(P)[1:]], f32[len(P)[1:]]", None),
+        ('save "%1, %2, %3, %4, %5" <- %1', None),
+        ('save "a \\" %1, %2, %3, %4, %5" <- %1', None),
+    ],
+)
+def test_lists_are_shortened_where_nothing_is_lost(text: str, wanted: str | None) -> None:
+    assert shortened(text) == (text if wanted is None else wanted)
+
+
+def test_what_is_shortened_can_be_filled_in_again() -> None:
+    """Every operation of a block over many layers, and its programs."""
+    hf = LlamaForCausalLM(
+        LlamaConfig(
+            hidden_size=8,
+            intermediate_size=8,
+            num_hidden_layers=12,
+            num_attention_heads=2,
+            num_key_value_heads=2,
+            vocab_size=20,
+        )
+    )
+    model = tl.wrap(hf)
+    with model.trace([5, 6, 7]) as t:
+        model.layers[:].resid_post.norm(dim=-1).save("norms")
+        model.layers[:].mlp_out.stack().mean(0).save("mean")
+        tl.grad(model.logits[:, -1].sum(), model.layers[:].resid_post).save("gradients")
+    text = t.explain()
+    assert max(map(len, text.splitlines())) < 200
+    assert max(map(len, t.graph.text().splitlines())) > 250, "the graph's own text is whole"
+
+    def filled(text: str) -> str:
+        def listed(found: re.Match[str]) -> str:
+            first, second, last = map(int, found.groups())
+            return ", ".join(f"%{number}" for number in range(first, last + 1, second - first))
+
+        text = re.sub(r"%(\d+), %(\d+), \.\.\., %(\d+)", listed, text)
+        return re.sub(r"(\d+) x (\w+\[[^\]]*\])", lambda found: ", ".join([found[2]] * int(found[1])), text)
+
+    compiled = t._compiled()
+    for whole in [*map(op_text, t.graph.ops), *(program.text() for program in compiled.programs)]:
+        assert shortened(whole) in text
+        assert filled(shortened(whole)) == whole

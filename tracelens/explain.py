@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+from itertools import pairwise
+
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Write
 from tracelens.ir.text import op_text
@@ -28,7 +31,7 @@ def explain(
                 *_unseen(graph, plan),
             ]
         ),
-        *(program.text() for program in programs if program.blocks),
+        *(shortened(program.text()) for program in programs if program.blocks),
     ]
     return "\n\n".join(sections)
 
@@ -54,7 +57,7 @@ def _unseen(graph: Graph, plan: Plan) -> list[str]:
 
 
 def _graph(graph: Graph) -> str:
-    texts = [op_text(op) for op in graph.ops]
+    texts = [shortened(op_text(op)) for op in graph.ops]
     width = min(max((len(text) for text in texts), default=0), 96)
     lines = ["graph (as recorded)" if texts else "graph (as recorded): empty"]
     for number, text in enumerate(texts):
@@ -67,3 +70,40 @@ def _graph(graph: Graph) -> str:
             else f"  right only for prompts with {pin.symbol} = {pin.size}"
         )
     return "\n".join(lines)
+
+
+_QUOTED_OR_LISTED = re.compile(
+    r'"(?:[^"\\]|\\.)*"|%\d+(?:, %\d+){4,}|(?P<type>\w+\[[^\[\]]*\])(?:, (?P=type)(?![^ ,\n])){2,}'
+)
+_LEAST = 5
+"""How many numbers at equal distances are worth a shorter form."""
+
+
+def shortened(text: str) -> str:
+    """Lines of operations for reading: what can be filled in from a list's beginning and end is left out.
+
+    ``%4, %6, %8, %10, %12`` is ``%4, %6, ..., %12``, and three types ``f32[B]`` are ``3 x f32[B]``.
+
+    >>> shortened('save "%1, %2, %3, %4, %5" <- stack(%0, %1, %2, %3, %4, %9)')
+    'save "%1, %2, %3, %4, %5" <- stack(%0, %1, ..., %4, %9)'
+    """
+    return _QUOTED_OR_LISTED.sub(_shorter, text)
+
+
+def _shorter(found: re.Match[str]) -> str:
+    whole = found[0]
+    if whole.startswith('"'):
+        return whole
+    if found["type"] is not None:
+        return f"{whole.count(found['type'])} x {found['type']}"
+    numbers = [int(part.lstrip("%")) for part in whole.split(", ")]
+    parts: list[str] = []
+    while numbers:
+        steps = [later - earlier for earlier, later in pairwise(numbers)]
+        run = next((place for place, step in enumerate(steps) if step != steps[0]), len(steps)) + 1
+        if run < _LEAST:
+            parts.append(f"%{numbers.pop(0)}")
+        else:
+            parts += [f"%{numbers[0]}", f"%{numbers[1]}", "...", f"%{numbers[run - 1]}"]
+            del numbers[:run]
+    return ", ".join(parts)

@@ -20,6 +20,7 @@ from tracelens.placement import Placement
 from tracelens.placing import place
 from tracelens.pushing import push_indices
 from tracelens.reach import reach
+from tracelens.returning import returning
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +69,11 @@ class Plan:
     def transfers(self) -> tuple[Transfer, ...]:
         """What goes from one place to another, in order."""
         return tuple(op for op in self.graph.ops if isinstance(op, Transfer))
+
+    @cached_property
+    def returning(self) -> Mapping[int, int]:
+        """For transfers whose gradients autograd sends back, by the values that arrive: in how many backward passes."""
+        return returning(self.graph)
 
     @cached_property
     def differentiated(self) -> frozenset[Site]:
@@ -153,7 +159,11 @@ class Plan:
         if sizes is not None and self.graph.saves:
             between = sum(op.type.nbytes(sizes) for op in self.transfers)
             leaving = bytes_text(self.bytes_saved(sizes))
-            lines.append(f"  bytes that leave the run: {leaving}; between places: {bytes_text(between)}")
+            back = sum(op.type.nbytes(sizes) * self.returning.get(op.out, 0) for op in self.transfers)
+            gradients = f"; of gradients, back: {bytes_text(back)}" if back else ""
+            lines.append(
+                f"  bytes that leave the run: {leaving}; between places: {bytes_text(between)}{gradients}"
+            )
         return "\n".join(lines)
 
     def _owned(self, index: int) -> str:
@@ -170,8 +180,12 @@ class Plan:
                     (f"after {site}" for site in self.sites if site.sequence == known), "before the pass"
                 )
                 size = f", {bytes_text(op.type.nbytes(sizes))}" if sizes is not None else ""
+                times = self.returning.get(op.out, 0)
+                back = "" if not times else f"; its gradient comes back{size}"
+                often = f", in each of {times} backward passes" if times > 1 else ""
                 lines.append(
                     f"  sends %{op.value} {op.type} from place {op.source} to place {op.target} {when}{size}"
+                    f"{back}{often}"
                 )
         return lines
 

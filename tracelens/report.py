@@ -13,7 +13,7 @@ from tracelens.view import Line, Shown, Stack, Table, View
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Copies from one device to another one, of one kind: transfers, results or constants."""
+    """Copies from one device to another one, of one kind: transfers, their gradients, results or constants."""
 
     source: str
     target: str

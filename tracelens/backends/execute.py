@@ -125,9 +125,19 @@ def kept(tensor: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
 
 
 def sent(state: State, tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A value on its way to another place."""
-    state.traffic.append((str(tensor.device), str(device), "transfers", tensor.nbytes))
-    return moved(tensor, device)
+    """A value on its way to another place. Where autograd sends a gradient back, that is written down when it does."""
+    source, target = str(tensor.device), str(device)
+    state.traffic.append((source, target, "transfers", tensor.nbytes))
+    found = moved(tensor, device)
+    if found.requires_grad:
+        traffic = state.traffic
+
+        def returned(gradient: torch.Tensor | None) -> None:
+            if gradient is not None:
+                traffic.append((target, source, "gradients", gradient.nbytes))
+
+        found.register_hook(returned)
+    return found
 
 
 def read_parameter(state: State, path: str) -> torch.Tensor:

@@ -7,14 +7,31 @@ from dataclasses import dataclass
 
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import ModuleSite
-from tracelens.ir.ops import Apply, Call, Grad, Index, IndexPut, Op, Read, Ref, Write, operands, results
+from tracelens.ir.ops import (
+    Apply,
+    Call,
+    Grad,
+    Index,
+    IndexPut,
+    Op,
+    Read,
+    Ref,
+    Transfer,
+    Write,
+    operands,
+    results,
+)
 from tracelens.ir.sites import Effect, Site
 from tracelens.ir.types import TensorType
 
 LEAF = "tracelens.leaf"
 """What the plan makes of a read that a gradient is taken with respect to."""
 
-_CUTS = frozenset({"torch.detach"})
+_CUTS = frozenset(
+    {"torch.detach", "torch.zeros_like", "torch.ones_like", "torch.full_like"}
+    | {f"torch.Tensor.{name}" for name in ("new_zeros", "new_ones", "new_full")}
+)
+"""Functions of what a tensor is, and not of the numbers in it, and the one that is there to cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +51,19 @@ class Sources:
         """
         return value in self.values or any(
             (other.site == read.site and other.version == read.version)
-            or (other.version == 0 and _leads_to(read.site, other.site))
+            or (other.version == 0 and leads_to(read.site, other.site))
             for other in self.reads
         )
 
 
-def _leads_to(site: Site, later: Site) -> bool:
+def carries_derivatives(op: Op) -> bool:
+    """Is ``op`` a computation through which derivatives go from its results to its operands?"""
+    return isinstance(op, Call | Apply | Index | IndexPut | Transfer) and not (
+        isinstance(op, Call) and op.function in _CUTS
+    )
+
+
+def leads_to(site: Site, later: Site) -> bool:
     """Can the model's own computation lead from one site to the other?"""
     if isinstance(site, ModuleSite) or isinstance(later, ModuleSite):
         return (
@@ -75,7 +99,7 @@ def sources(ops: Sequence[Op], loss: int) -> Sources:
             written = writes.get((op.site, op.version))
             if written is not None and isinstance(written.value, Ref):
                 waiting.append(written.value.id)
-        elif not (isinstance(op, Call) and op.function in _CUTS):
+        elif carries_derivatives(op):
             waiting += operands(op)
     return Sources(frozenset(seen), tuple(reads), gradient)
 
