@@ -580,8 +580,8 @@ MUTANTS = (
     Mutant(
         "places: a gradient comes back to what was written for good",
         "returning.py",
-        "if cut is None or write.site.order >= cut)",
-        "if True)",
+        "if cut is not None and own.order < cut:",
+        "if False:",
         ("tests/properties/test_returning.py",),
     ),
     Mutant(
