@@ -132,6 +132,28 @@ def test_a_gradient_that_is_cut_off_does_not_come_back(pretend: Pretend) -> None
     assert "comes back" not in t.explain()
 
 
+@pytest.mark.parametrize(
+    ("early", "cut"), [("resid_pre", "resid_post"), ("attn_out", "attn_add"), ("mlp_act", "mlp_out")]
+)
+@pytest.mark.parametrize("whole", [True, False])
+def test_nothing_comes_back_through_a_site_that_was_replaced(
+    pretend: Pretend, early: str, cut: str, whole: bool
+) -> None:
+    """What the tensor itself adds to the loss has a gradient; what follows from the replaced site has none."""
+    hf = FAMILIES["llama"].build()
+    model = tl.wrap(accelerate.dispatch_model(hf, device_map(hf, P), main_device=torch.device(P[0])))
+    with model.trace(ROWS) as t:
+        h = getattr(model.layers[0], early)
+        if whole:
+            setattr(model.layers[0], cut, torch.linspace(0, 1, 48))
+        late = model.layers[2].resid_post * model.layers[1].resid_post
+        tl.grad(h.pow(2).sum() + late.sum(), h).save("g")
+    back = {(one.source, one.target, one.bytes) for one in t.report.moved if one.what == "gradients"}
+    number, stream = (P[2], P[0], 4), (P[2], P[1], 2 * 5 * 48 * 4)
+    assert back == ({number} if whole else {number, stream})
+    assert t.explain().count("its gradient comes back") == len(back)
+
+
 def test_on_one_device_nothing_travels() -> None:
     model = tl.wrap(FAMILIES["llama"].build())
     with model.trace(ROWS) as t:

@@ -582,7 +582,14 @@ MUTANTS = (
         "returning.py",
         "if cut is not None and own.order < cut:",
         "if False:",
-        ("tests/properties/test_returning.py",),
+        REPORT,
+    ),
+    Mutant(
+        "places: a gradient comes back through a branch that was written for good",
+        "returning.py",
+        "if not any(other in last and leads_to(other, site) for other in _closing(own)):",
+        "if True:",
+        REPORT,
     ),
     Mutant(
         "places: a parameter is weighed against one reader alone",
