@@ -17,7 +17,9 @@ import pytest
 import torch
 
 from tests.support.ranks import fragile, runs
+from tracelens.backends.ranks import process
 from tracelens.backends.ranks.pool import Ranks, Request
+from tracelens.backends.ranks.process import Launch, RankProcess
 from tracelens.errors import (
     RankDiedError,
     RankFailedError,
@@ -107,10 +109,11 @@ def test_a_rank_that_raises_after_communicating_costs_a_start(two: Ranks) -> Non
     two.forget("m")
 
 
+@pytest.mark.timeout(100)
 def test_the_others_do_not_wait_for_a_rank_that_raised(two: Ranks, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tracelens.backends.ranks.owner.GRACE", 0.5)
     with pytest.raises(RankFailedError, match="rank 0 did not come to an end without it") as caught:
-        misbehave(two, "raise", others="sum")
+        two.ask("misbehave", {"rank": 1, "how": "raise", "others": "sum"}, timeout=1000)
     assert caught.value.rank == 1
     assert "a mistake, deep inside" in str(caught.value)
     assert works(two)
@@ -151,7 +154,7 @@ def test_a_rank_that_exits_is_told_with_its_last_words(two: Ranks) -> None:
 
 
 def test_a_pickle_from_a_rank_is_refused(two: Ranks) -> None:
-    with pytest.raises(RankDiedError, match=r"what it sent is no message .*was to begin here"):
+    with pytest.raises(RankDiedError, match=r"what it sent could not be read .*was to begin here"):
         misbehave(two, "garbage")
 
 
@@ -195,8 +198,12 @@ def test_what_was_interrupted_is_finished_before_the_next(two: Ranks) -> None:
 
 
 @pytest.mark.parametrize("end", [Ranks.restart, Ranks.close])  # the last that has these two
-def test_what_is_waited_for_can_be_ended(two: Ranks, end: Callable[[Ranks], None]) -> None:
+def test_what_is_waited_for_can_be_ended(
+    two: Ranks, end: Callable[[Ranks], None], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     assert works(two)
+    current = Path.cwd()
+    monkeypatch.chdir(tmp_path)
     caught: list[BaseException] = []
 
     def ask() -> None:
@@ -215,6 +222,8 @@ def test_what_is_waited_for_can_be_ended(two: Ranks, end: Callable[[Ranks], None
     assert f"the ranks were {end.__name__.removesuffix('e')}ed at 'misbehave'" in str(caught[0])
     if end is Ranks.restart:
         assert works(two)
+        # A relative path of a model is what it was when the ranks were first started.
+        assert all(os.readlink(f"/proc/{pid}/cwd") == str(current) for pid in two.pids)
         return
     two.close()
     assert not two.alive
@@ -232,6 +241,23 @@ def test_a_rank_that_cannot_start_is_told(monkeypatch: pytest.MonkeyPatch) -> No
     with pytest.raises(RankDiedError, match="rank 1 of 2 exited with code 1, at the start") as caught:
         fragile(2)
     assert "this rank does not even start" in caught.value.log
+
+
+def test_a_start_that_is_interrupted_leaves_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    started = []
+
+    def launched(launch: Launch, rank: int) -> RankProcess:
+        started.append(process.launched(launch, rank))
+        if rank == 1:
+            signal.raise_signal(signal.SIGINT)
+        return started[-1]
+
+    monkeypatch.setattr("tracelens.backends.ranks.owner.launched", launched)
+    with pytest.raises(KeyboardInterrupt):
+        fragile(2)
+    assert [rank.rank for rank in started] == [0, 1]
+    assert not any(runs(rank.process.pid) for rank in started)
+    assert not started[0].log.parent.exists()
 
 
 def test_a_forgotten_pool_ends() -> None:
@@ -263,6 +289,7 @@ if not child:  # a copy of this process has the sockets too, and may live on
         os._exit(code)
     sys.exit(code)  # with all that is done at exit
 print("CHILD", child if %(lingers)d else os.waitpid(child, 0)[1])
+assert ranks._owner.folder.exists()
 print("FOLDER", ranks._owner.folder)
 print("PIDS", *(reply.header["pid"] for reply in ranks.ask("ping")), flush=True)
 """

@@ -157,6 +157,10 @@ def test_nothing_listens_but_on_loopback(ranks_of: PoolOf) -> None:
     ranks = ranks_of(2)
     ranks.ask("collective", tensors={"value": torch.ones(1)})
     for pid in ranks.pids:
+        # Which address a machine's own name leads to is different everywhere.
+        environment = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            assert f"{name}={os.environ.get(name, 'lo')}".encode() in environment
         addresses = listening(pid)
         assert addresses, "gloo's own"
         assert set(addresses) <= {"127.0.0.1", "::1"}

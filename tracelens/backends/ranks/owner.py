@@ -25,7 +25,7 @@ import torch
 
 from tracelens.backends.ranks.channel import Message, encoded
 from tracelens.backends.ranks.failures import failure
-from tracelens.backends.ranks.process import Launch, RankProcess, environment, launched
+from tracelens.backends.ranks.process import Launch, RankProcess, environment, launched, stacks
 from tracelens.backends.ranks.starting import Starting
 from tracelens.errors import RankDiedError, RankMessageError, RanksClosedError, RankTimeoutError
 
@@ -83,6 +83,7 @@ class Owner:
         self.worker = worker
         self.extra = dict(extra)
         self.process = os.getpid()
+        self.current = Path.cwd()  # of later starts, too: a model's relative path stays what it was
         # mkdtemp makes it for this user alone: whoever could write there could take part in the ranks' meeting.
         self.folder = Path(tempfile.mkdtemp(prefix="tracelens-ranks-"))
         self.ranks: list[RankProcess] = []
@@ -177,7 +178,15 @@ class Owner:
         self.loaded.clear()
         try:
             home.mkdir()
-            launch = Launch(self.world, self.device, self.folder, home, self.worker, environment(self.extra))
+            launch = Launch(
+                self.world,
+                self.device,
+                self.folder,
+                home,
+                self.current,
+                self.worker,
+                environment(self.extra),
+            )
             with Starting(self.world) as line:
                 for number in range(self.world):
                     self._open()
@@ -282,14 +291,14 @@ class Owner:
     def _late(self, doing: str, waiting: Sequence[RankProcess]) -> Exception:
         """Nothing more came within the time limit."""
         numbers = tuple(rank.rank for rank in waiting)
-        stacks = [f"rank {rank.rank} was here:\n{_indented(rank.stacks())}" for rank in waiting if rank.runs]
+        where = stacks(waiting)
         self._stop()
         error = RankTimeoutError(
             "\n".join(
                 [
                     f"rank {', '.join(map(str, numbers))} of {self.world} did not finish {doing} within the time limit;"
                     " all ranks were ended, and the next use starts them",
-                    *stacks,
+                    *(f"rank {number} was here:\n{_indented(text)}" for number, text in where.items()),
                 ]
             ),
             instead="a larger timeout=, if this was only slow",
@@ -303,7 +312,7 @@ class Owner:
             return RanksClosedError(f"the ranks were {'closed' if self.closed else 'restarted'} {when}")
         if isinstance(reason, RankMessageError):
             rank.kill()
-            how = f"was ended, because what it sent is no message ({reason.problem})"
+            how = f"was ended, because what it sent could not be read ({reason.problem})"
         else:
             how = rank.end()
         log = rank.tail()

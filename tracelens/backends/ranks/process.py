@@ -10,7 +10,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,13 +36,15 @@ _MOST = 16_000
 class Launch:
     """What all ranks of one start have in common.
 
-    ``folder``: of all starts, removed by the ranks if the owner dies. ``home``: of this one. ``worker``: the module.
+    ``folder``: of all starts, removed by the ranks if the owner dies. ``home``: of this one.
+    ``current``: where relative paths begin. ``worker``: the module.
     """
 
     world: int
     device: str
     folder: Path
     home: Path
+    current: Path
     worker: str
     environment: Mapping[str, str]
 
@@ -101,19 +103,31 @@ class RankProcess:
             return ""
         return "\n".join(text.splitlines()[-_LINES:])
 
-    def stacks(self) -> str:
-        """What the process is doing, as Python sees it: the calls that each thread is in."""
-        size = self.log.stat().st_size
-        self.process.send_signal(signal.SIGUSR1)
-        grown, until = 0, time.monotonic() + 1
-        while time.monotonic() < until:
-            time.sleep(0.05)
-            before, grown = grown, self.log.stat().st_size - size
-            if grown and grown == before:
-                break
-        with self.log.open("rb") as stream:
-            stream.seek(size)
-            return stream.read(_MOST).decode(errors="replace").strip()
+
+def stacks(ranks: Sequence[RankProcess]) -> dict[int, str]:
+    """What these processes are doing, as Python sees it: by rank, the calls that each of its threads is in."""
+    before = {rank.rank: _size(rank.log) for rank in ranks}
+    for rank in ranks:
+        rank.process.send_signal(signal.SIGUSR1)  # the worker has them printed; one that ended is left alone
+    sizes, until = before, time.monotonic() + 1
+    while time.monotonic() < until:
+        time.sleep(0.05)
+        last, sizes = sizes, {rank.rank: _size(rank.log) for rank in ranks}
+        if sizes == last and all(sizes[number] > before[number] for number in sizes):
+            break
+    found: dict[int, str] = {}
+    for rank in ranks:
+        with contextlib.suppress(OSError), rank.log.open("rb") as stream:
+            stream.seek(before[rank.rank])
+            found[rank.rank] = stream.read(_MOST).decode(errors="replace").strip()
+    return found
+
+
+def _size(log: Path) -> int:
+    try:
+        return log.stat().st_size
+    except OSError:  # somebody tidied up
+        return 0
 
 
 def launched(launch: Launch, rank: int) -> RankProcess:
@@ -128,7 +142,7 @@ def launched(launch: Launch, rank: int) -> RankProcess:
         "store": str(launch.home / "store"),
         "folder": str(launch.folder),
         "worker": launch.worker,
-        "path": [entry or os.getcwd() for entry in sys.path],  # "" is the current folder
+        "path": [entry or str(launch.current) for entry in sys.path],  # "" is the current folder
     }
     numbers = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(launch.world)}
     try:
@@ -138,6 +152,7 @@ def launched(launch: Launch, rank: int) -> RankProcess:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=subprocess.STDOUT,
+                cwd=launch.current,
                 env={**launch.environment, **numbers},
                 pass_fds=[theirs.fileno()],
                 start_new_session=True,  # Ctrl-C is for the owner
