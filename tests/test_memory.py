@@ -97,6 +97,12 @@ def constants(model: Any) -> None:
     moved.save()
 
 
+def a_weight_that_comes_to_the_layers(model: Any) -> None:
+    weight = model.param("model.layers.0.self_attn.q_proj.weight")
+    (model.layers[:].resid_mid @ weight).save()
+    (model.layers[:].resid_post[:, -1] @ weight).save()  # until then it is held
+
+
 def steered(model: Any) -> None:
     for layer in range(3):
         model.layers[layer].resid_post += torch.ones(4, 48, 48)
@@ -119,6 +125,7 @@ BLOCKS = (
     kept_for_later,
     a_part_for_later,
     constants,
+    a_weight_that_comes_to_the_layers,
     steered,
 )
 
