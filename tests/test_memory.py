@@ -15,7 +15,7 @@ import tracelens as tl
 from tests.support.families import FAMILIES
 from tests.support.pretend import Pretend, Seen, device_map, pretend, watched
 from tracelens.errors import ExtraMemoryError, OptionError
-from tracelens.memory import bytes_of, extra_memory
+from tracelens.memory import bytes_of
 
 __all__ = ["pretend"]
 
@@ -158,7 +158,7 @@ def peaks(hf: Any, seen: Seen) -> Iterator[list[dict[str, int]]]:
 
 def predicted(model: tl.Model, graph: tl.Graph) -> dict[str, int]:
     compiled = model._compiler.compile(graph, generating=False)
-    found = extra_memory(compiled.programs, compiled.plan, model.prepare(ROWS).sizes)
+    found = compiled.held(graph, model.prepare(ROWS).sizes)
     return {extra.place.device: extra.bytes for extra in found}
 
 

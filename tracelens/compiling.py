@@ -21,6 +21,7 @@ from tracelens.backends.local import LocalCode, Run, prepare
 from tracelens.backends.places import placement
 from tracelens.backends.ready import running_device
 from tracelens.backends.replacing import at_home
+from tracelens.backends.spread import lent_to
 from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on, moved
 from tracelens.checking import check
 from tracelens.constants import Captured, from_payload
@@ -88,14 +89,14 @@ class Compiled:
         """What each save holds."""
         return tuple(describe(self.recorded, save) for save in self.recorded.saves)
 
-    def held(self, sizes: Sizes) -> tuple[ExtraMemory, ...]:
-        """The most that a run for these sizes holds on each device beside the model."""
-        return extra_memory(self.programs, self.plan, sizes)
+    def held(self, graph: Graph, sizes: Sizes) -> tuple[ExtraMemory, ...]:
+        """The most that a run of ``graph`` for these sizes holds on each device beside the model."""
+        return extra_memory(self.programs, self.plan, sizes, lent_to(self.code.keepers, graph.functions))
 
     def require_room(self, graph: Graph, sizes: Sizes, most: int) -> None:
         """Raises :class:`~tracelens.errors.ExtraMemoryError` for a run that would hold more than ``most`` bytes."""
         try:
-            require_room(self.held(sizes), self.plan.graph, most)
+            require_room(self.held(graph, sizes), self.plan.graph, most)
         except TracelensError as error:
             raise relocate(error, graph) from None
 
@@ -281,17 +282,11 @@ class Compiler:
             where = compiled.code.devices.places[place]
             tensors[index, place] = self.constants.place(constant, where, traffic)
         pads = prompt.batch.pads if prompt.ragged else None
-        departures = (
-            Departures(compiled.plan.graph.types, prompt.sizes) if compiled.code.devices.departing else None
-        )
-        state = State(
-            compiled.code.count, tensors, graph.functions, self._parameter, prompt.select, pads, departures
-        )
+        code, weight = compiled.code, self.anatomy.weight
+        departures = Departures(compiled.plan.graph.types, prompt.sizes) if code.devices.departing else None
+        state = State(code.count, tensors, graph.functions, weight, prompt.select, pads, departures)
         state.traffic += traffic
         return state
-
-    def _parameter(self, path: str) -> torch.Tensor:
-        return self.anatomy.weight(path)
 
     def run(self, graph: Graph, compiled: Compiled, prompt: Prompt, *, measure: bool = False) -> Ran:
         """One forward pass over ``prompt``; gives the saved tensors by name, and what it has cost."""
@@ -302,7 +297,7 @@ class Compiler:
         else:
             with outside_inference():
                 tensors, traffic = self._run(graph, compiled, prompt)
-        planned = partial(compiled.held, prompt.sizes)
+        planned = partial(compiled.held, graph, prompt.sizes)
         return Ran(tensors, RunReport(perf_counter() - started, traffic, planned, peaks.found()))
 
     def _run(

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
+from typing import TYPE_CHECKING
 
+from tracelens.backends.spread import lent_to
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Write
+from tracelens.ir.ops import Apply, Write
 from tracelens.ir.text import op_text
 from tracelens.ir.types import bytes_text
-from tracelens.memory import extra_memory
 from tracelens.plan import Plan
-from tracelens.program import Program
 from tracelens.prompted import Prompt
 from tracelens.subject import INPUTS
 
+if TYPE_CHECKING:
+    from tracelens.compiling import Compiled
 
-def explain(
-    model: str, graph: Graph, plan: Plan, programs: tuple[Program, ...], prompt: Prompt | None
-) -> str:
+
+def explain(model: str, graph: Graph, compiled: Compiled, prompt: Prompt | None) -> str:
     """What will run, or has run: the recorded graph with its lines, the plan, and each place's program."""
+    plan = compiled.plan
     over = f", over {prompt}" if prompt is not None else ", for prompts of any size"
     sections = [
         f"{model}{over}",
@@ -27,22 +29,35 @@ def explain(
         "\n".join(
             [
                 plan.text(None if prompt is None else prompt.sizes),
-                *_memory(plan, programs, prompt),
+                *_lent(graph, compiled),
+                *_memory(graph, compiled, prompt),
                 *_unseen(graph, plan),
             ]
         ),
-        *(shortened(program.text()) for program in programs if program.blocks),
+        *(shortened(program.text()) for program in compiled.programs if program.blocks),
     ]
     return "\n\n".join(sections)
 
 
-def _memory(plan: Plan, programs: tuple[Program, ...], prompt: Prompt | None) -> list[str]:
-    """What each device holds beside the model; on the host alone nobody counts it."""
-    if prompt is None or [place.device for place in plan.placement.places] == ["cpu"]:
-        return []
-    found = extra_memory(programs, plan, prompt.sizes)
+def _lent(graph: Graph, compiled: Compiled) -> list[str]:
+    """What accelerate loads for modules of the model that the block applies."""
+    lent = lent_to(compiled.code.keepers, graph.functions)
     return [
-        f"  holds at most {bytes_text(one.bytes)} on {one.place.device} beside the model" for one in found
+        f"  applies {one.module} ({graph.location(number).short}), for which accelerate loads at most "
+        f"{bytes_text(one.bytes)} on {one.device}"
+        for number, op in enumerate(graph.ops)
+        if isinstance(op, Apply)
+        for one in lent.get(op.index, ())
+    ]
+
+
+def _memory(graph: Graph, compiled: Compiled, prompt: Prompt | None) -> list[str]:
+    """What each device holds beside the model; on the host alone nobody counts it."""
+    if prompt is None or [place.device for place in compiled.plan.placement.places] == ["cpu"]:
+        return []
+    return [
+        f"  holds at most {bytes_text(one.bytes)} on {one.place.device} beside the model"
+        for one in compiled.held(graph, prompt.sizes)
     ]
 
 

@@ -111,7 +111,11 @@ class MappedValue(PerLayerOperand):
         dtype: torch.dtype | None = None,
         to: str | None = None,
     ) -> MappedValue:
-        """Lets the values leave the run, stacked on a new first axis in the order of the layers."""
+        """Lets the values leave the run, stacked on a new first axis in the order of the layers.
+
+        The options are those of :meth:`tracelens.values.Value.save`. With ``device="keep"`` the stack is on one device,
+        that of its last member.
+        """
         recorder = self._recorder
         if not self._is_recording():
             raise self._spokesman._too_late()

@@ -1,9 +1,10 @@
 """How much memory a run takes on each device beside the model's own forward pass, said before it starts.
 
 The programs are walked through without running them. What counts is what the plan holds on to: values from when they
-are made to when they are freed, what has arrived from other places, constants, and what was saved. A site's own tensor
-is the model's, and counts only once the model would have let go of it. Views count with the tensor that they are a part
-of. What one operation needs for a moment, within itself, is not counted, and neither is what autograd keeps.
+are made to when they are freed, what has arrived from other places, constants, offloaded weights that are loaded as
+values, and what was saved. A site's own tensor is the model's, and counts only once the model would have let go of it.
+Views count with the tensor that they are a part of. What one operation needs for a moment, within itself, is not
+counted, but for the weights that accelerate loads when a module of the model is applied; what autograd keeps is not.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from tracelens.ir.dims import Sizes
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import (
+    Apply,
     Call,
     Const,
     Grad,
@@ -39,6 +41,10 @@ from tracelens.program import Block, Program, Side, Step, merged
 _VIEWS = frozenset(
     f"torch.{name}" for name in ("detach", "narrow", "select", "chunk", "split", "split_with_sizes", "unbind")
 )
+_WITHOUT_WEIGHTS = (
+    "what the model itself makes with the weight, where it loads it anyway: model.logits, or any module's output, "
+    "model.module(path).output; or a map in which the weight stays on its device: tl.load(name, device_map={...})"
+)
 _UNITS = {"B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
 
 
@@ -52,6 +58,18 @@ class Holding:
 
 
 @dataclass(frozen=True, slots=True)
+class Lent:
+    """Offloaded weights of a module of the model that accelerate loads while :func:`tracelens.apply` calls it.
+
+    ``bytes``: the most that are there at once.
+    """
+
+    module: str
+    device: str
+    bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class ExtraMemory:
     """What one place holds at most, and what of it weighs most at that moment."""
 
@@ -60,10 +78,15 @@ class ExtraMemory:
     holdings: tuple[Holding, ...]
 
 
-def extra_memory(programs: Sequence[Program], plan: Plan, sizes: Sizes) -> tuple[ExtraMemory, ...]:
-    """The most that each place holds, for a prompt of these sizes; the programs are those of ``plan``."""
+def extra_memory(
+    programs: Sequence[Program], plan: Plan, sizes: Sizes, lent: Mapping[int, Sequence[Lent]]
+) -> tuple[ExtraMemory, ...]:
+    """The most that each place holds, for a prompt of these sizes; the programs are those of ``plan``.
+
+    ``lent``: what is loaded for functions that the graph applies, by their numbers.
+    """
     places = plan.placement.places
-    walk = _Walk(plan.graph, plan.home, [place.device for place in places], sizes)
+    walk = _Walk(plan, sizes, lent)
     for block in merged(programs):
         walk.block(block)
     return tuple(
@@ -86,7 +109,9 @@ def require_room(found: Sequence[ExtraMemory], graph: Graph, most: int) -> None:
             ExtraMemoryError(
                 f"the run would hold {bytes_text(extra.bytes)} on {extra.place.device} beside the model, and "
                 f"max_extra_memory is {bytes_text(most)}; the most of it: {largest}",
-                instead="save less of it: some positions, a reduction, or a narrower dtype: "
+                instead=_WITHOUT_WEIGHTS
+                if isinstance(graph.ops[extra.holdings[0].number], Param | Apply)
+                else "save less of it: some positions, a reduction, or a narrower dtype: "
                 "value[:, -1].save(), value.norm(dim=-1).save(), value.save(dtype=torch.bfloat16)",
             ),
             extra.holdings[0].number,
@@ -109,11 +134,13 @@ def bytes_of(size: int | str) -> int:
 
 
 class _Walk:
-    def __init__(self, graph: Graph, home: Mapping[int, int], devices: Sequence[str], sizes: Sizes) -> None:
-        self.graph = graph
-        self.devices = devices
-        self.home = home
+    def __init__(self, plan: Plan, sizes: Sizes, lent: Mapping[int, Sequence[Lent]]) -> None:
+        self.graph = plan.graph
+        self.devices = [place.device for place in plan.placement.places]
+        self.home = plan.home
+        self.brought = plan.placement.brought
         self.sizes = sizes
+        self.lent = lent
         self.root: dict[int, int] = {}
         """The value whose memory a value lies in."""
         self.users: dict[int, int] = {}
@@ -147,6 +174,13 @@ class _Walk:
                 read.append(op.out)
             case Param():
                 self._own(op.out)
+                if op.path in self.brought:
+                    self._hold(self.home[op.out], op.out, op.out)
+            case Apply():
+                for out in op.outs:
+                    self._made(out)
+                for one in self.lent.get(op.index, ()):
+                    self._lend(one, step.number)
             case Save():
                 for part in step.parts:
                     self._save(op, op.values[part], step.number)
@@ -185,10 +219,14 @@ class _Walk:
                 self.stacks.add(number)
                 self._copied(op, value, number, len(op.values))
             return
-        if root == value and op.dtype in (None, type_.dtype):
+        if (
+            root == value
+            and op.dtype in (None, type_.dtype)
+            and not (op.keep is Keep.DEVICE and self._lasts(root))
+        ):
             self.users[root] += 1
             return
-        # A part of something larger, or in another dtype: a tensor of its own.
+        # A part of something larger, in another dtype, or not ours to give away: a tensor of its own.
         self._copied(op, value, number)
 
     def _copied(self, op: Save, value: int, number: int, members: int = 1) -> None:
@@ -199,6 +237,19 @@ class _Walk:
         self.copies -= 1
         self.users[self.copies] = 1
         self._add(self.home[value], self.copies, Holding(number, op_text(op), size))
+
+    def _lasts(self, root: int) -> bool:
+        """Is it the model's or the user's, or the cache's, beyond the run?"""
+        made = self.graph.ops[self.graph.producer[root]]
+        return isinstance(made, Const) or (isinstance(made, Param) and made.path not in self.brought)
+
+    def _lend(self, lent: Lent, number: int) -> None:
+        """Weights that are there for the time of a call, and beside them what it returns."""
+        place = self.devices.index(lent.device)
+        self.copies -= 1
+        self._add(place, self.copies, Holding(number, f"the weights of {lent.module}", lent.bytes))
+        del self.held[place][self.copies]
+        self.now[place] -= lent.bytes
 
     def _hold(self, place: int, root: int, value: int) -> None:
         number = self.graph.producer[value]

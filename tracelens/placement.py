@@ -34,6 +34,8 @@ class Placement:
     modules: Mapping[str, int] = field(default_factory=dict[str, int])
     apart: Mapping[tuple[str, int], int] = field(default_factory=dict[tuple[str, int], int])
     """The places of sites that are elsewhere than their layer, by name and layer: a norm may be."""
+    brought: frozenset[str] = frozenset()
+    """The parameters that are kept elsewhere, by path: used as values, they are loaded into memory of their own."""
 
     @classmethod
     def single(cls, device: str, n_layers: int) -> Placement:

@@ -10,7 +10,21 @@ from tracelens.ir.dims import Sizes
 from tracelens.ir.gradients import LEAF, differentiated
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import ModuleSite
-from tracelens.ir.ops import Call, Grad, Op, Read, Ref, Transfer, Write, moment
+from tracelens.ir.ops import (
+    Call,
+    Grad,
+    Index,
+    IndexPut,
+    Op,
+    Param,
+    Read,
+    Ref,
+    Transfer,
+    Write,
+    moment,
+    operands,
+    results,
+)
 from tracelens.ir.passes.forward_order import moments_of
 from tracelens.ir.passes.mark_leaves import mark_leaves
 from tracelens.ir.passes.pipeline import improve
@@ -64,6 +78,37 @@ class Plan:
     def moments(self) -> tuple[Sequence, ...]:
         """For every operation, the moment of the forward pass at which it can be done."""
         return moments_of(self.graph)
+
+    @cached_property
+    def done(self) -> tuple[Sequence, ...]:
+        """For every operation, the moment of the forward pass at which it is done.
+
+        That is the earliest one (:attr:`moments`), but offloaded parameters are loaded, and what is made of them alone
+        is computed, where it is first needed: a weight of each layer is there layer by layer. Transfers are not put
+        off, so that values are sent and received in the order of the operations.
+        """
+        if not self.placement.brought:
+            return self.moments
+        late: set[int] = set()
+        for op, known in zip(self.graph.ops, self.moments, strict=True):
+            match op:
+                case Param() if op.path in self.placement.brought:
+                    late.add(op.out)
+                case Call() | Index() | IndexPut() if known == BEFORE_ALL:
+                    used = operands(op)
+                    if any(value in late for value in used) and not any(map(self._sent, used)):
+                        late.update(value for value, _ in results(op))
+                case _:
+                    pass
+        done = list(self.moments)
+        for number in reversed(range(len(done))):
+            made = [value for value, _ in results(self.graph.ops[number]) if value in late]
+            users = [user for value in made for user in self.graph.uses[value]]
+            done[number] = min((done[user] for user in users), default=done[number])
+        return tuple(done)
+
+    def _sent(self, value: int) -> bool:
+        return isinstance(self.graph.ops[self.graph.producer[value]], Transfer)
 
     @cached_property
     def transfers(self) -> tuple[Transfer, ...]:
@@ -150,6 +195,7 @@ class Plan:
             )
         lines += self._backward()
         lines += self._transfers(sizes)
+        lines += self._loads(sizes)
         for name, type_ in self.saved_types().items():
             if sizes is None:
                 lines.append(f"  saves {name!r}: {type_}")
@@ -171,6 +217,19 @@ class Plan:
         ends = [name for name, place in self.placement.ends.items() if place == index]
         parts = [f"layers {_ranges(owned)}"] if owned else []
         return f": {', '.join(parts + ends)}" if parts or ends else ""
+
+    def _loads(self, sizes: Sizes | None) -> list[str]:
+        """The offloaded weights that are loaded as values."""
+        lines: list[str] = []
+        for op, known in zip(self.graph.ops, self.done, strict=True):
+            if isinstance(op, Param) and op.path in self.placement.brought:
+                when = next(
+                    (f"at {site}" for site in self.sites if site.sequence == known), "before the pass"
+                )
+                size = f", {bytes_text(op.type.nbytes(sizes))}" if sizes is not None else ""
+                place = self.home.get(op.out, 0)
+                lines.append(f"  loads {op.path} {op.type} for place {place} {when}{size}")
+        return lines
 
     def _transfers(self, sizes: Sizes | None) -> list[str]:
         lines: list[str] = []

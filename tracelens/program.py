@@ -219,7 +219,7 @@ class _Lowering:
 
     def _step(self, place: int, number: int, step: Step) -> None:
         # A save is done as soon as its value is there, everything else when all operands are.
-        moment = self.plan.moments[number if step.after is None else step.after]
+        moment = self.plan.done[number if step.after is None else step.after]
         when = moment if moment in self.sites else BEFORE_ALL
         key = (when, number, 1) if step.after is None else (when, step.after, 2)
         for value in step.uses:

@@ -319,6 +319,13 @@ class Recorder(Draft):
                 instead=another_name(name, self.saves[name], location),
             )
         if to is not None:
+            if keep is Keep.DEVICE:
+                raise OptionError(
+                    f"to={str(to)!r} writes the value to a file, from which it is read into the memory of the CPU, and "
+                    'device="keep" would leave it on its device',
+                    at=location,
+                    instead=f'value.save(to={str(to)!r}), or value.save(device="keep"); or both, as two saves',
+                )
             with Blaming(location):
                 require_writable(to)
         self.saves[name] = location

@@ -136,7 +136,13 @@ def module_that_failed(error: Exception) -> UnsupportedFunctionError | None:
 
 
 def sent_by_accelerate() -> bool:
-    """Was it accelerate that wanted to move a value, on the way into a module that it has spread or offloaded?"""
+    """Was it accelerate that wanted to move a value, on the way into a module that it has spread or offloaded?
+
+    By then its hook has loaded the module's weights, for nothing: in the run they are loaded as parameters. The hook
+    comes to the weights first, and nothing of ours is asked before it comes to the value. To keep it from loading them
+    would take a change to its tables or to the modules while a block is open, which other threads, and the user's own
+    calls of the model in the block, would meet: they would compute with weights that have no numbers.
+    """
     return any(
         frame.f_code.co_name == "send_to_device"
         and str(frame.f_globals.get("__name__")).startswith("accelerate.")

@@ -157,7 +157,7 @@ class Recording:
     def explain(self) -> str:
         """The graph with its lines, the plan, and the program of each place."""
         compiled = self._compiled()
-        return explain(self._model.describe(), self.graph, compiled.plan, compiled.programs, self._prompt)
+        return explain(self._model.describe(), self.graph, compiled, self._prompt)
 
     def _repr_html_(self) -> str:
         from tracelens.viz.html import recording_html
@@ -444,4 +444,4 @@ class Program(Reusable):
 
     def explain(self) -> str:
         """The graph with its lines, the plan, and the program of each place."""
-        return explain(self._model.describe(), self.graph, self._compiled.plan, self._compiled.programs, None)
+        return explain(self._model.describe(), self.graph, self._compiled, None)

@@ -285,8 +285,17 @@ class Value(Operand):
     ) -> Saved:
         """Lets this value leave the run: its numbers are there after the block.
 
-        ``name`` makes it available as ``t[name]`` too. ``device="keep"`` leaves it where it was computed. ``dtype``
-        casts it there before it moves. ``to="file.safetensors"`` writes it to that file and reads it back on demand.
+        ``name`` makes it available as ``t[name]`` too. ``dtype`` casts it where it was computed, before it moves.
+        ``to="file.safetensors"`` writes it to that file and reads it back on demand.
+
+        ``device="keep"`` leaves it on the device on which it was computed, and nothing is sent for it: a site as the
+        model made it lies with its layer; what is made of values of several devices lies, as a rule, with the latest of
+        these; a parameter lies with its module. What was written to a site of another device lies where it was
+        computed, also when the site is read again, because that read is the written value itself; the layer gets a copy
+        of its own. ``handle.device`` says where it is after the block.
+
+        Raises :class:`~tracelens.errors.OptionError` for another ``device``, for ``device="keep"`` together with
+        ``to=`` (what is in a file is on no device), and for a file that cannot be written.
         """
         self._require_fresh()
         if not self._is_recording():

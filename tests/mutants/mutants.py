@@ -35,6 +35,7 @@ PLACES = ("tests/properties/test_places.py", "-k", "not simulated_programs_equal
 FETCHING = ("tests/test_fetching.py",)
 ACROSS = ("tests/properties/test_devices.py",)
 MEMORY = ("tests/test_memory.py",)
+WEIGHTS = ("tests/test_offloaded_weights.py",)
 DEPARTING = ("tests/test_departing.py",)
 REPORT = ("tests/test_report.py",)
 ATTENTION = ("tests/conformance/test_attention.py",)
@@ -671,8 +672,8 @@ MUTANTS = (
     Mutant(
         "places: a save waits for the last member of a stack",
         "program.py",
-        "moment = self.plan.moments[number if step.after is None else step.after]",
-        "moment = self.plan.moments[number]",
+        "moment = self.plan.done[number if step.after is None else step.after]",
+        "moment = self.plan.done[number]",
         PLACES,
     ),
     Mutant(
@@ -961,5 +962,89 @@ MUTANTS = (
         "if slot.start != end:",
         "if False:",
         RANK_MESSAGES,
+    ),
+    Mutant(
+        "weights: one that is loaded as a value is not counted",
+        "memory.py",
+        "                if op.path in self.brought:",
+        "                if False:",
+        WEIGHTS,
+    ),
+    Mutant(
+        "weights: those of an applied module are not counted",
+        "memory.py",
+        "                    self._lend(one, step.number)\n",
+        "                    pass\n",
+        WEIGHTS,
+    ),
+    Mutant(
+        "weights: those of an applied module are counted on",
+        "memory.py",
+        "        self.now[place] -= lent.bytes\n",
+        "",
+        WEIGHTS,
+    ),
+    Mutant(
+        "weights: a kept save of the model's own is no copy",
+        "memory.py",
+        "            and not (op.keep is Keep.DEVICE and self._lasts(root))\n",
+        "",
+        WEIGHTS,
+    ),
+    Mutant(
+        "weights: modules inside an applied one are loaded together",
+        "backends/spread.py",
+        "most[device] = max(most.get(device, 0), size)",
+        "most[device] = most.get(device, 0) + size",
+        WEIGHTS,
+    ),
+    Mutant(
+        "weights: one in the host's memory is counted there again",
+        "backends/spread.py",
+        "        return tensor.device != device\n",
+        "        return True\n",
+        WEIGHTS,
+    ),
+    Mutant(
+        "weights: one that is loaded is not reported",
+        "backends/anatomy.py",
+        '                journeys.append((str(kept.device), str(tensor.device), "weights", kept.nbytes))',
+        "                pass",
+        WEIGHTS,
+    ),
+    Mutant(
+        "weights: what accelerate has loaded is given away",
+        "backends/anatomy.py",
+        "return found.clone()",
+        "return found",
+        WEIGHTS,
+    ),
+    Mutant(
+        "weights: loaded before the pass",
+        "plan.py",
+        "            done[number] = min((done[user] for user in users), default=done[number])\n",
+        "            pass\n",
+        WEIGHTS,
+    ),
+    Mutant(
+        "weights: loaded where they are needed last",
+        "plan.py",
+        "min((done[user]",
+        "max((done[user]",
+        PLACES,
+    ),
+    Mutant(
+        "weights: what is sent is put off",
+        "plan.py",
+        " and not any(map(self._sent, used))",
+        "",
+        PLACES,
+    ),
+    Mutant(
+        "saves: what goes to a file is not kept on its device, and nobody says so",
+        "recorder.py",
+        "            if keep is Keep.DEVICE:",
+        "            if False:",
+        ("tests/test_keeping.py",),
     ),
 )

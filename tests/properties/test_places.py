@@ -30,6 +30,8 @@ from tracelens.simulate import simulate
 
 BEFORE, AFTER = ("token_mask", "embed"), ("final_norm", "lm_head", "logits")
 MODULES = {"embed": "model.embed_tokens", "final_norm": "model.norm", "lm_head": "lm_head"}
+# Loaded where they are needed first, so that they may be at any moment of the pass.
+EVERY_WEIGHT = st.just(frozenset(dict(HF.named_parameters())))
 
 
 @st.composite
@@ -41,7 +43,9 @@ def placements(draw: Any) -> Placement:
     ends = {name: draw(numbers) for name in (*BEFORE, *AFTER)}
     modules = {path: ends[name] for name, path in MODULES.items()}
     modules |= {f"model.layers.{layer}": place for layer, place in enumerate(layers)}
-    return Placement(tuple(Place(index, f"cuda:{index}") for index in range(count)), layers, ends, modules)
+    places = tuple(Place(index, f"cuda:{index}") for index in range(count))
+    offloaded = draw(st.frozensets(st.sampled_from(sorted(dict(HF.named_parameters())))) | EVERY_WEIGHT)
+    return Placement(places, layers, ends, modules, brought=offloaded)
 
 
 def planned(graph: Graph, placement: Placement) -> Plan:
@@ -129,6 +133,56 @@ def sent(text: str) -> list[tuple[str, int, int]]:
     plan = planned(parse(text), SPLIT)
     check(lower(plan), SPLIT)
     return [(str(op.type), op.source, op.target) for op in plan.transfers]
+
+
+def loaded(*lines: str, norm: int = 0) -> list[str]:
+    """Where the head's and the norm's weights, which are offloaded, are loaded."""
+    modules = {"model.layers.1": 1, "model.layers.2": 2, "model.norm": norm}
+    offloaded = frozenset({"lm_head.weight", "model.norm.weight"})
+    placement = replace(SPLIT, modules=modules, brought=offloaded)
+    plan = planned(parse("\n".join(["graph {", *lines, "}"])), placement)
+    check(lower(plan), placement)
+    return [line.strip() for line in plan.text().splitlines() if line.strip().startswith("loads")]
+
+
+READS = (
+    "%0 = read layers.0.resid_post@0 : f32[B,P,48]",
+    "%1 = read layers.0.mlp_out@0 : f32[B,P,48]",
+    "%2 = read layers.2.resid_post@0 : f32[B,P,48]",
+)
+
+
+def test_an_offloaded_weight_is_loaded_where_it_is_needed_first() -> None:
+    weight = '%3 = param "model.norm.weight" : f32[48]'
+    used = ("%4 = call torch.neg(%3) : f32[48]", "%5 = call torch.mul(%0, %4) : f32[B,P,48]")
+    again = "%6 = call torch.mul(%1, %3) : f32[B,P,48]"
+    said = "loads model.norm.weight f32[48] for place 0"
+    assert loaded(*READS, weight, *used, 'save "h" <- %5') == [f"{said} at layers.0.resid_post"]
+    assert loaded(*READS, weight, *used, again, 'save "h" <- %5', 'save "i" <- %6') == [
+        f"{said} at layers.0.mlp_out"
+    ]
+    # What leaves by itself is there from the beginning.
+    assert loaded(*READS, weight, *used, 'save "h" <- %5', 'save "w" <- %3') == [f"{said} before the pass"]
+
+
+def test_what_is_sent_is_not_put_off() -> None:
+    """Between two places values arrive in the order of the operations that send them, whenever they are needed."""
+    lines = (
+        '%3 = param "lm_head.weight" : f32[97,48]',
+        '%4 = param "model.norm.weight" : f32[48]',
+        "%5 = call torch.matmul(%3, %4) : f32[97]",
+        '%6 = param "model.layers.2.input_layernorm.weight" : f32[48]',
+        "%7 = call torch.mul(%1, %6) : f32[B,P,48]",
+        "write layers.0.mlp_out@1 <- %7",
+        "%8 = read layers.0.resid_post@0 : f32[B,P,48]",
+        "%9 = index %5[:48] : f32[48]",
+        "%10 = call torch.mul(%8, %9) : f32[B,P,48]",
+        'save "h" <- %10',
+    )
+    assert loaded(READS[1], *lines, norm=2) == [
+        "loads lm_head.weight f32[97,48] for place 0 before the pass",
+        "loads model.norm.weight f32[48] for place 2 before the pass",
+    ]
 
 
 def test_an_index_travels_before_the_sum_that_it_was_taken_of() -> None:

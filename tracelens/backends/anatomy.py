@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections.abc import Callable
 from functools import cached_property
 from typing import Any, cast
 
@@ -297,13 +298,24 @@ class ModelAnatomy:
             )
         return found
 
-    def weight(self, path: str) -> torch.Tensor:
+    def weight(
+        self,
+        path: str,
+        journeys: list[tuple[str, str, str, int]] | None = None,
+        lends: Callable[[torch.Tensor], None] | None = None,
+    ) -> torch.Tensor:
         """A parameter or buffer with its numbers; one that is offloaded is brought to where its module computes.
 
-        Raises :class:`MetaTensorError` where there are no numbers.
+        ``journeys`` gets what is moved for that: source, target, kind and bytes. ``lends`` is told of the tensor if
+        its memory is the model's, rather than loaded for this use. Raises :class:`MetaTensorError` where there are no
+        numbers.
         """
         found = self.parameter(path).detach()
         if not found.is_meta:
+            if path in self.spread.fleeting:
+                return found.clone()  # it goes when its module has run, or with whoever has loaded it
+            if lends is not None:
+                lends(found)
             return found
         kept = self.spread.weight(path)
         if kept is None:
@@ -311,7 +323,13 @@ class ModelAnatomy:
                 f"{path!r} has no data (it is on the meta device), so nothing can be computed with it",
                 instead="a model with its weights: tl.load(...) without weights=False",
             )
-        return loaded(kept, found.dtype, self.spread.device_of(path))
+        tensor = loaded(kept, found.dtype, self.spread.device_of(path))
+        if tensor.device != kept.device:
+            if journeys is not None:
+                journeys.append((str(kept.device), str(tensor.device), "weights", kept.nbytes))
+        elif lends is not None and path not in self.spread.fleeting:
+            lends(tensor)
+        return tensor
 
     def parameter_type(self, path: str) -> TensorType:
         found = self.parameter(path)

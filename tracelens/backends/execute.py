@@ -58,7 +58,7 @@ class State:
         count: int,
         constants: dict[tuple[int, int], torch.Tensor],
         functions: Sequence[Any],
-        parameter: Callable[[str], torch.Tensor],
+        parameter: Callable[[str, list[Journey], Callable[[torch.Tensor], None]], torch.Tensor],
         select: Callable[[TokenSelector], Any],
         pads: Sequence[int] | None = None,
         departures: Departures | None = None,
@@ -141,10 +141,8 @@ def sent(state: State, tensor: torch.Tensor, device: torch.device) -> torch.Tens
 
 
 def read_parameter(state: State, path: str) -> torch.Tensor:
-    """A parameter or buffer of the model."""
-    tensor = state.parameter(path)
-    state.lends(tensor)
-    return tensor
+    """A parameter or buffer of the model; one that is loaded for the run is let go of with its last use."""
+    return state.parameter(path, state.traffic, state.lends)
 
 
 def mismatch(state: State, tensor: Any, read: Read) -> SiteMismatchError:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from tracelens.ir.sites import KINDS, Scope
@@ -18,7 +19,8 @@ def placement(anatomy: ModelAnatomy) -> Placement:
     """
     spread = anatomy.spread
     if len(spread.devices) == 1:
-        return Placement.single(str(spread.devices[0]), anatomy.n_layers)
+        single = Placement.single(str(spread.devices[0]), anatomy.n_layers)
+        return replace(single, brought=spread.brought)
     number = {device: index for index, device in enumerate(spread.devices)}
     layers = tuple(
         number[spread.device_of(anatomy.family.layers.format(layer))] for layer in range(anatomy.n_layers)
@@ -38,4 +40,4 @@ def placement(anatomy: ModelAnatomy) -> Placement:
                 apart[kind.name, layer] = own
     modules = {path: number[device] for path, device in spread.own.items()}
     places = tuple(Place(index, str(device)) for device, index in number.items())
-    return Placement(places, layers, ends, modules, apart)
+    return Placement(places, layers, ends, modules, apart, spread.brought)

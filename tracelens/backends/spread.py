@@ -9,12 +9,15 @@ from __future__ import annotations
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from functools import cached_property
+from itertools import takewhile
+from typing import Any, cast
 
 import torch
 from torch import nn
 
 from tracelens.errors import MetaTensorError, SeveralDevicesError
+from tracelens.memory import Lent
 
 State = tuple[object, ...]
 
@@ -23,12 +26,30 @@ State = tuple[object, ...]
 class Keeper:
     """A hook of accelerate that keeps the weights of a module, and loads them for the time of its forward.
 
-    ``places``: the tables of modules, and the names in them, where these weights stand.
+    ``path``: the module's. ``part``: that of the hook which loads. ``places``: the tables of modules, and the names in
+    them, where these weights stand.
     """
 
+    path: str
     module: nn.Module
     hook: Any
+    part: Any
     places: tuple[tuple[Mapping[str, Any], str], ...]
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are loaded to."""
+        return _device(self.part.execution_device)
+
+    @property
+    def bytes(self) -> int:
+        """What is loaded, beyond what lies in memory there anyway."""
+        inside = _kept_by(self.part, self.module)
+        return sum(
+            table[last].nbytes
+            for (table, last), name in zip(self.places, inside, strict=True)
+            if _fleeting(self.part, name, self.device) is not False
+        )
 
     @property
     def loaded(self) -> bool:
@@ -96,6 +117,20 @@ class Spread:
         """An offloaded parameter or buffer, where it is kept; ``None`` for others."""
         hook, name = self.kept.get(path, (None, ""))
         return None if hook is None else hook.weights_map[name]
+
+    @cached_property
+    def brought(self) -> frozenset[str]:
+        """The offloaded parameters and buffers that come into memory of their own when they are loaded."""
+        return frozenset(path for path, fleeting in self._loading.items() if fleeting is not False)
+
+    @cached_property
+    def fleeting(self) -> frozenset[str]:
+        """Those among :attr:`brought` of which we know that nobody has the memory but who loaded them."""
+        return frozenset(path for path, fleeting in self._loading.items() if fleeting)
+
+    @cached_property
+    def _loading(self) -> Mapping[str, bool | None]:
+        return {path: _fleeting(hook, name, self.device_of(path)) for path, (hook, name) in self.kept.items()}
 
     def __str__(self) -> str:
         names = [str(device) for device in self.devices]
@@ -264,7 +299,7 @@ def _keepers(model: nn.Module) -> tuple[tuple[Keeper, ...], dict[str, tuple[Any,
                 places.append((table, last))
                 kept[f"{path}.{name}" if path else name] = (hook, name)
             if places:
-                keepers.append(Keeper(module, module._hf_hook, tuple(places)))
+                keepers.append(Keeper(path, module, module._hf_hook, hook, tuple(places)))
     return tuple(reversed(keepers)), kept
 
 
@@ -278,6 +313,61 @@ def _kept_by(hook: Any, module: nn.Module) -> Iterator[str]:
             within, _, last = name.rpartition(".")
             if last not in module.get_submodule(within)._non_persistent_buffers_set:
                 yield name
+
+
+def _fleeting(hook: Any, name: str, device: torch.device) -> bool | None:
+    """Does what a hook keeps under ``name`` get memory of its own when it is loaded to a device?
+
+    It does not if a tensor on that very device is kept. ``None`` for what is kept in ways that we do not know.
+    """
+    known: Any = hook.weights_map
+    while type(known).__name__ == "PrefixedDataset":
+        known, name = known.dataset, f"{known.prefix}{name}"
+    loader = type(known).__name__ == "OffloadedWeightsLoader"
+    kept: object = known.state_dict if loader else known
+    if type(kept) is not dict:
+        return None
+    tensor = cast("dict[str, object]", kept).get(name)
+    if isinstance(tensor, torch.Tensor):
+        return tensor.device != device
+    return True if loader else None  # read from disk
+
+
+def lent_to(keepers: Sequence[Keeper], functions: Sequence[object]) -> dict[int, tuple[Lent, ...]]:
+    """What accelerate loads while modules of the model are called that a graph applies, by their numbers there."""
+    if not keepers:
+        return {}
+    own: dict[int, list[Keeper]] = {}
+    for keeper in keepers:
+        own.setdefault(id(keeper.module), []).append(keeper)
+    found: dict[int, tuple[Lent, ...]] = {}
+    for number, function in enumerate(functions):
+        module: object = function if isinstance(function, nn.Module) else getattr(function, "__self__", None)
+        if not isinstance(module, nn.Module):
+            continue
+        most = _most_at_once(module, own)
+        if most:
+            name = _common([keeper.path for part in module.modules() for keeper in own.get(id(part), ())])
+            found[number] = tuple(Lent(name, str(device), size) for device, size in most.items())
+    return found
+
+
+def _most_at_once(module: nn.Module, own: Mapping[int, Sequence[Keeper]]) -> dict[torch.device, int]:
+    """The most bytes that are loaded at any moment of a module's forward: its own and those of one module inside."""
+    most: dict[torch.device, int] = {}
+    for child in module.children():
+        for device, size in _most_at_once(child, own).items():
+            most[device] = max(most.get(device, 0), size)
+    for keeper in own.get(id(module), ()):
+        if size := keeper.bytes:
+            most[keeper.device] = most.get(keeper.device, 0) + size
+    return most
+
+
+def _common(paths: Sequence[str]) -> str:
+    """The innermost module that all of these are in, or are."""
+    levels = zip(*(path.split(".") for path in paths), strict=False)
+    return ".".join(names[0] for names in takewhile(lambda names: len(set(names)) == 1, levels))
 
 
 def _refuse_unloaded(model: nn.Module, kept: Mapping[str, object]) -> None:
