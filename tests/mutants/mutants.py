@@ -742,7 +742,7 @@ MUTANTS = (
     Mutant(
         "places: transfers are not reported",
         "backends/execute.py",
-        '    state.traffic.append((str(tensor.device), str(device), "transfers", tensor.nbytes))\n',
+        '    state.traffic.append((source, target, "transfers", tensor.nbytes))\n',
         "",
         REPORT,
     ),
