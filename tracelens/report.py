@@ -13,7 +13,7 @@ from tracelens.view import Line, Shown, Stack, Table, View
 
 @dataclass(frozen=True, slots=True)
 class Moved:
-    """Copies from one device to another one, of one kind: transfers, their gradients, results or constants."""
+    """Copies from one device to another one, of one kind: transfers, their gradients, results, constants or weights."""
 
     source: str
     target: str
@@ -44,7 +44,11 @@ class RunReport(Shown):
 
     @cached_property
     def moved(self) -> tuple[Moved, ...]:
-        """What the block itself sent between devices; the model's own traffic is not counted."""
+        """What the block itself sent between devices; the model's own traffic is not counted.
+
+        *weights* are offloaded parameters that the block uses as values. What accelerate loads is the model's own, also
+        when :func:`tracelens.apply` calls a module of the model.
+        """
         return counted(self._journeys)
 
     @cached_property
