@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
 from time import perf_counter
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 
+from tracelens.agreeing import refuse_on_ranks, require_agreement
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.autograd_mode import outside_inference
 from tracelens.backends.departing import Departures, Peaks
@@ -21,9 +22,9 @@ from tracelens.backends.local import LocalCode, Run, prepare
 from tracelens.backends.places import placement
 from tracelens.backends.ready import running_device
 from tracelens.backends.replacing import at_home
-from tracelens.backends.spread import lent_to
 from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on, moved
 from tracelens.checking import check
+from tracelens.compiled import OPERATION, Compiled, Ran, relocate
 from tracelens.constants import Captured, from_payload
 from tracelens.errors import (
     LayerRangeError,
@@ -35,131 +36,32 @@ from tracelens.errors import (
     WriteTargetError,
 )
 from tracelens.inputs import Inputs
-from tracelens.ir.dims import KEY, POSITION, Sizes, symbols
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import (
     Apply,
     Const,
-    Index,
     IndexPut,
     Param,
     Read,
-    Ref,
-    Save,
-    TokenSelector,
     Write,
     operands,
 )
 from tracelens.ir.padding import has_keys
-from tracelens.ir.retype import mixing_operations, retype, sizes_of
+from tracelens.ir.retype import retype, sizes_of
 from tracelens.ir.text import op_text
-from tracelens.ir.types import TensorType
 from tracelens.ir.verify import verify
-from tracelens.leaving import leave
+from tracelens.leaving import Members, collect, elsewhere, leave
 from tracelens.location import Location
-from tracelens.memory import ExtraMemory, extra_memory, require_room
 from tracelens.misaligned import graph_misaligned
 from tracelens.plan import Plan, make_plan
 from tracelens.program import Program, lower
 from tracelens.prompted import Prompt
 from tracelens.report import RunReport
-from tracelens.results import Results, SavedTensor, describe
 from tracelens.skipping import refuse_unseen_in
 from tracelens.steps import Steps
 from tracelens.subject import PADS
 
 _KEPT_PROGRAMS = 256
-_OPERATION = "<operation>"
-
-
-@dataclass(frozen=True)
-class Compiled:
-    """A graph made ready for one model: its plan, its programs, and their code. It holds no tensors."""
-
-    recorded: Graph
-    plan: Plan
-    programs: tuple[Program, ...]
-    code: LocalCode
-    saves: tuple[Save, ...]
-    spread: object
-    """The key of what the model's parts ran on (:attr:`tracelens.backends.spread.Spread.key`)."""
-
-    @cached_property
-    def described(self) -> tuple[SavedTensor, ...]:
-        """What each save holds."""
-        return tuple(describe(self.recorded, save) for save in self.recorded.saves)
-
-    def held(self, graph: Graph, sizes: Sizes) -> tuple[ExtraMemory, ...]:
-        """The most that a run of ``graph`` for these sizes holds on each device beside the model."""
-        return extra_memory(self.programs, self.plan, sizes, lent_to(self.code.keepers, graph.functions))
-
-    def require_room(self, graph: Graph, sizes: Sizes, most: int) -> None:
-        """Raises :class:`~tracelens.errors.ExtraMemoryError` for a run that would hold more than ``most`` bytes."""
-        try:
-            require_room(self.held(graph, sizes), self.plan.graph, most)
-        except TracelensError as error:
-            raise relocate(error, graph) from None
-
-    def results(self, tensors: Mapping[str, Callable[[], Any]]) -> Results:
-        """The results of a run."""
-        return Results(self.described, tensors)
-
-    @cached_property
-    def reads_mask(self) -> bool:
-        """Does the program look at where the real tokens are?"""
-        return any(isinstance(op, Read) and op.site.name == "token_mask" for op in self.plan.graph.ops)
-
-    @cached_property
-    def used(self) -> tuple[tuple[int, int], ...]:
-        """The constants that the plan kept, by their numbers and those of the places that need them."""
-        home = self.plan.home
-        return tuple({(op.index, home[op.out]) for op in self.plan.graph.ops if isinstance(op, Const)})
-
-    @cached_property
-    def selectors(self) -> tuple[tuple[int, TokenSelector], ...]:
-        """The recorded operations that address tokens, with what they address."""
-        return tuple(
-            (number, item)
-            for number, op in enumerate(self.recorded.ops)
-            if isinstance(op, Index | IndexPut)
-            for item in op.index
-            if isinstance(item, TokenSelector)
-        )
-
-    @cached_property
-    def padded(self) -> tuple[tuple[int, TensorType], ...]:
-        """The recorded saves whose positions do not stay apart by row, so that padding could not be taken out."""
-        types = self.recorded.types
-        return tuple(
-            (number, types[op.values[0]])
-            for number, op in enumerate(self.recorded.ops)
-            if isinstance(op, Save) and keeps_padding(types[op.values[0]])
-        )
-
-    @cached_property
-    def mixing(self) -> tuple[int, ...]:
-        """The recorded operations that rows of different lengths do not allow."""
-        graph = self.plan.graph
-        by_mask = any(pin.symbol == PADS for pin in graph.pins)
-        found: list[int] = []
-        for number in mixing_operations(graph):
-            op = graph.ops[number]
-            # An index made from a mask names rows and positions of this very prompt, whose lengths are pinned.
-            if (
-                by_mask
-                and isinstance(op, Index | IndexPut)
-                and all(isinstance(item, Ref) for item in op.index[:2])
-            ):
-                continue
-            found.append(graph.location(number).line - 1)
-        return tuple(found)
-
-
-class Ran(NamedTuple):
-    """What a run gave."""
-
-    tensors: dict[str, Callable[[], Any]]
-    report: RunReport
 
 
 class Compiler:
@@ -167,6 +69,7 @@ class Compiler:
 
     def __init__(self, anatomy: ModelAnatomy) -> None:
         self.anatomy = anatomy
+        self.owned = False
         self.constants = ConstantCache()
         self.steps = Steps()
         self._known: OrderedDict[Hashable, Compiled] = OrderedDict()
@@ -207,13 +110,16 @@ class Compiler:
         # runs turns these into its own lines.
         numbered = replace(
             graph,
-            locations=tuple(Location(_OPERATION, number + 1) for number in range(len(graph.ops))),
+            locations=tuple(Location(OPERATION, number + 1) for number in range(len(graph.ops))),
             constants=(),
             functions=(),
         )
+        there = placement(anatomy)
+        if anatomy.mesh is not None or anatomy.elsewhere is not None:
+            refuse_on_ranks(numbered, stages=len(there.places))
         plan = make_plan(
             numbered,
-            placement(anatomy),
+            there,
             carries=anatomy.family.carries,
             type_of=anatomy.type_of,
             generating=generating,
@@ -223,7 +129,11 @@ class Compiler:
             check(programs, plan.placement)
         planned = {save.name: save for save in plan.graph.saves}
         saves = tuple(planned[save.name] for save in graph.saves)
-        return Compiled(numbered, plan, programs, prepare(programs, plan, anatomy), saves, anatomy.spread.key)
+        return Compiled(numbered, plan, programs, self._prepared(programs, plan), saves, anatomy.spread.key)
+
+    def _prepared(self, programs: tuple[Program, ...], plan: Plan) -> LocalCode | None:
+        """The programs as code for this process."""
+        return prepare(programs, plan, self.anatomy)
 
     def _check_layers(self, graph: Graph) -> None:
         for number, op in enumerate(graph.ops):
@@ -273,7 +183,10 @@ class Compiler:
         """A fresh run state, with the constants checked and in place."""
         tensors: dict[tuple[int, int], torch.Tensor] = {}
         traffic: list[Journey] = []
+        mesh = self.anatomy.mesh
         for index, place in compiled.used:
+            if mesh is not None and place != mesh.stage:
+                continue
             constant = cast(Captured, graph.constants[index])
             try:
                 constant.check(None)
@@ -310,11 +223,16 @@ class Compiler:
                 instead="program = model.compile(program.graph)",
             )
         check_fits(graph, compiled, prompt)
+        if self.anatomy.mesh is not None and not self.owned:
+            require_agreement(self.anatomy.mesh, compiled, graph, prompt)
         state = self.state(graph, compiled, prompt)
         mask = _mask(prompt, device) if compiled.reads_mask or prompt.ragged else None
         run = Run(self.anatomy.model, compiled.code, state, mask, mask if prompt.ragged else None)
         try:
-            if compiled.plan.stop is None:
+            plan = compiled.plan
+            pipeline = None if self.anatomy.mesh is None else self.anatomy.mesh.pipeline
+            stop = plan.stop
+            if stop is None:
                 run.before_only(prompt.sizes)
             else:
                 args, inputs = _arguments(prompt, device)
@@ -328,11 +246,23 @@ class Compiler:
 
                 def forward() -> None:
                     run.begin(prompt.sizes)
-                    model(*args, **inputs)
+                    if pipeline is None:
+                        model(*args, **inputs)
+                    else:
+                        pipeline.forward(inputs, plan.placement.place_of(stop).index)
 
                 run.execute(forward, each_forward=None)
+            run.finish()
+            members: Mapping[str, Members] = state.saved
+            mesh = self.anatomy.mesh
+            if mesh is not None:
+                members = collect(compiled.saves, compiled.plan, members, prompt.sizes, mesh)
+                if not mesh.has_results:
+                    return {
+                        save.name: partial(elsewhere, save.name) for save in compiled.saves
+                    }, state.traffic
             held = state.foreign, state.departures, state.stacks
-            saved = leave(compiled.saves, compiled.plan.graph, state.saved, prompt, *held)
+            saved = leave(compiled.saves, compiled.plan.graph, members, prompt, *held)
             return saved, state.traffic
         except TracelensError as error:
             raise relocate(error, graph) from error.__cause__
@@ -350,12 +280,6 @@ def _arguments(prompt: Prompt, device: torch.device) -> tuple[tuple[Any, ...], d
     if isinstance(prompt, Inputs):
         return arguments_on(prompt.args, device), arguments_on(prompt.kwargs, device)
     return (), {**inputs_on(prompt.batch.model_inputs(), device), "use_cache": False}
-
-
-def keeps_padding(type_: TensorType) -> bool:
-    """Does a tensor hold positions in a way from which padding cannot be taken out, prompt by prompt?"""
-    carrying = [axis for axis, dim in enumerate(type_.shape) if symbols(dim) & {POSITION, KEY}]
-    return bool(carrying) and (carrying != list(type_.padded_axes) or type_.batch_axis is None)
 
 
 def owning(graph: Graph) -> Graph:
@@ -385,13 +309,6 @@ def owning(graph: Graph) -> Graph:
 def _capturing(graph: Graph, index: int) -> int:
     """The operation that captured constant number ``index``."""
     return next(number for number, op in enumerate(graph.ops) if isinstance(op, Const) and op.index == index)
-
-
-def relocate(error: TracelensError, graph: Graph) -> TracelensError:
-    """The error with the line of the recording that is running, in place of the operation's number."""
-    if error.at is not None and error.at.filename == _OPERATION:
-        error.at = graph.location(error.at.line - 1)
-    return error
 
 
 def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:

@@ -98,7 +98,23 @@ class MetaForwardError(TracelensError):
 
 
 class SeveralDevicesError(TracelensError):
-    """The model lies on several devices that nothing connects, or on ranks of a mesh, which is not supported yet."""
+    """The model lies on several devices that nothing connects."""
+
+
+class LayoutError(TracelensError):
+    """A model cannot be spread over that many ranks, or is spread in a way of which nothing is known."""
+
+
+class ElsewhereError(TracelensError):
+    """A result was read on a rank that does not have it."""
+
+
+class PipelineError(TracelensError):
+    """Something cannot be done on a model that is cut into the stages of a pipeline."""
+
+
+class PlansDifferError(TracelensError):
+    """The ranks of one model were about to do different things, and would have waited for each other for ever."""
 
 
 class MetaTensorError(TracelensError):

@@ -6,7 +6,6 @@ import re
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from tracelens.backends.spread import lent_to
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Apply, Write
 from tracelens.ir.text import op_text
@@ -16,7 +15,7 @@ from tracelens.prompted import Prompt
 from tracelens.subject import INPUTS
 
 if TYPE_CHECKING:
-    from tracelens.compiling import Compiled
+    from tracelens.compiled import Compiled
 
 
 def explain(model: str, graph: Graph, compiled: Compiled, prompt: Prompt | None) -> str:
@@ -41,7 +40,7 @@ def explain(model: str, graph: Graph, compiled: Compiled, prompt: Prompt | None)
 
 def _lent(graph: Graph, compiled: Compiled) -> list[str]:
     """What accelerate loads for modules of the model that the block applies."""
-    lent = lent_to(compiled.code.keepers, graph.functions)
+    lent = compiled.lent(graph)
     return [
         f"  applies {one.module} ({graph.location(number).short}), for which accelerate loads at most "
         f"{bytes_text(one.bytes)} on {one.device}"

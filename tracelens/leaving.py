@@ -7,18 +7,22 @@ from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from functools import partial
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from tracelens.backends.departing import Departures, require_unchanged
+from tracelens.backends.mesh import Mesh
 from tracelens.backends.transfer import land, on_cpu
-from tracelens.errors import SavedFileError, SiteMismatchError, TracelensError
+from tracelens.errors import ElsewhereError, SavedFileError, SiteMismatchError, TracelensError
+from tracelens.ir.dims import Sizes
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import torch_dtype
+from tracelens.ir.layout import Shard
 from tracelens.ir.ops import Keep, Save
 from tracelens.ir.types import TensorType
 from tracelens.location import here
+from tracelens.plan import Plan
 from tracelens.prompted import Prompt
 from tracelens.selection import unpadded
 
@@ -65,8 +69,47 @@ def leave(
         value: Any = _own(tensor, taken) if split is None else split(tensor)
         found[save.name] = partial(_same, value)
     if files:
-        _write_files(saves, found)
+        write_files(saves, found)
     return found
+
+
+def collect(
+    saves: Sequence[Save], plan: Plan, saved: Mapping[str, Members], sizes: Sizes, mesh: Mesh
+) -> dict[str, Members]:
+    """What the ranks of all places saved, put together on the first of them; every rank calls it after its pass."""
+    pipeline = mesh.pipeline
+    found: dict[str, Members] = {}
+    for save in saves:
+        members: list[tuple[torch.Tensor, int]] = []
+        for part, value in enumerate(save.values):
+            home, layout, type_ = plan.home[value], plan.layouts[value], plan.graph.types[value]
+            whole: torch.Tensor | None = None
+            if home == mesh.stage:
+                whole, seen = saved[save.name][part]
+                require_unchanged(save, whole, seen)
+                if isinstance(layout, Shard):
+                    whole = mesh.collected(whole.detach(), type_.sizes(sizes), layout.dim)
+            if home != 0 and pipeline is not None and mesh.leads:
+                if whole is not None:
+                    pipeline.send(whole, 0)
+                elif mesh.has_results:
+                    dtype = torch_dtype(save.dtype or type_.dtype)
+                    whole = pipeline.receive(type_.sizes(sizes), dtype, home, mesh.device)
+            if whole is not None:
+                members.append((whole, whole._version))
+        found[save.name] = members
+    if pipeline is not None:
+        pipeline.settle()
+    return found
+
+
+def elsewhere(name: str) -> NoReturn:
+    """What reading a result does on the ranks that do not have it."""
+    raise ElsewhereError(
+        f"the result {name!r} is on rank 0; this is another rank",
+        at=here(),
+        instead="if torch.distributed.get_rank() == 0: ... around what uses results",
+    )
 
 
 def _members(
@@ -150,7 +193,7 @@ def _per_prompt(
     return [part.unsqueeze(batch_axis + shift) for part in parts]
 
 
-def _write_files(saves: Sequence[Save], found: dict[str, Callable[[], Any]]) -> None:
+def write_files(saves: Sequence[Save], found: dict[str, Callable[[], Any]]) -> None:
     """Moves the saves that name a file there; their handles read them back on demand."""
     from safetensors.torch import save_file
 

@@ -18,10 +18,13 @@ from tracelens.location import here
 from tracelens.model import Model
 from tracelens.plain_model import PlainModel
 from tracelens.pretrained import SOURCES, embedded_model
+from tracelens.rank_loading import checked_sizes, load_over_ranks, tokenizer_of
 from tracelens.view import in_notebook
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from tracelens.backends.ranks.pool import Ranks
 
 
 def load(
@@ -32,6 +35,11 @@ def load(
     device_map: str | Mapping[str, str | int | torch.device] | None = None,
     max_memory: Mapping[str | int, str | int] | None = None,
     offload_folder: str | Path | None = None,
+    tp: int = 1,
+    pp: int = 1,
+    ep: int = 1,
+    ranks: Ranks | None = None,
+    timeout: float | None = None,
     **options: Any,
 ) -> Model:
     """Loads a model and its tokenizer: ``tl.load("smollm2-135m")``, ``tl.load("Qwen/Qwen3-4B")``, ``tl.load("./dir")``.
@@ -44,6 +52,12 @@ def load(
     device (``"cuda:1"``), or the device of each part, where ``"cpu"`` and ``"disk"`` keep weights there that run
     elsewhere. ``max_memory``: how much of it each device may hold (``{0: "20GiB", "cpu": "60GiB"}``).
     ``offload_folder``: where the weights of parts on ``"disk"`` are kept.
+
+    ``tp``, ``pp``: spreads the model over ranks, which are processes that this one launches and owns: ``tp`` of them
+    share each layer (tensor parallelism), in ``pp`` stages of layers (a pipeline). ``ep``: spreads experts over them.
+    ``ranks``: ranks that are there already (:class:`Ranks`), as many as ``tp * pp``. ``timeout``: seconds that a run
+    may take. ``model.close()`` ends them, and so does the end of the model or of this process. Under ``torchrun`` the
+    ranks are the processes of the script, and the first of them has the results.
 
     A family without a table gives a :class:`PlainModel`. Raises :class:`~tracelens.errors.OptionError` for a folder
     that is not there and for options that have no effect, and what transformers raises where a model cannot be found on
@@ -60,6 +74,9 @@ def load(
         )
     if isinstance(name, Path) or name.startswith((".", "/", "~")):
         _require_folder(Path(name))
+    if tp != 1 or pp != 1 or ep != 1:
+        sizes = checked_sizes(tp, pp, ep, ranks, apart=device_map is not None or not weights)
+        return load_over_ranks(name, sizes, dtype, ranks, timeout, options)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     embedded = str(name) in SOURCES
@@ -82,7 +99,7 @@ def load(
             found = AutoModelForCausalLM.from_config(config).eval()
     if embedded:
         found.config.name_or_path = str(name)  # not the folder in the cache, whose name has a version of ours
-    tokenizer = _tokenizer(source)
+    tokenizer = tokenizer_of(source)
     return wrap(found, tokenizer)
 
 
@@ -150,12 +167,3 @@ def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> 
         )
     reason = no_table(model)
     return Model(model, tokenizer) if reason is None else PlainModel(model, reason)
-
-
-def _tokenizer(source: str) -> Any:
-    from transformers import AutoTokenizer
-
-    try:
-        return AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError):
-        return None  # a folder with weights alone: prompts are token ids then

@@ -27,6 +27,7 @@ from tracelens.ir.ops import (
     Op,
     Param,
     Read,
+    Redistribute,
     Save,
     Slice,
     Transfer,
@@ -184,7 +185,7 @@ class _Walk:
             case Save():
                 for part in step.parts:
                     self._save(op, op.values[part], step.number)
-            case Transfer():
+            case Transfer() | Redistribute():
                 self._made(op.out)
             case Grad():
                 for out in op.outs:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from functools import cached_property
+from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,8 +20,10 @@ from tracelens.ir.sites import GLOBAL_KINDS, Site
 from tracelens.location import here
 from tracelens.memory import bytes_of
 from tracelens.module_handle import ModuleHandle
+from tracelens.placement import Placement
 from tracelens.prompt_tokens import PromptTokens
 from tracelens.prompted import Prompt
+from tracelens.ranked import Parts, RankedCompiler
 from tracelens.site_table import SiteTable, site_table
 from tracelens.tracing import Generation, Program, Record, Trace
 from tracelens.values import Value
@@ -29,7 +32,9 @@ from tracelens.view import Fold, Line, Shown, Stack, View, display, html
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_OWN = ("_compiler", "_hf", "_latest", "_tokenizer", "anatomy", "layers")
+    from tracelens.backends.ranks.pool import Ranks
+
+_OWN = ("_compiler", "_hf", "_latest", "_parts", "_tokenizer", "anatomy", "layers")
 
 
 class Model(Shown):
@@ -42,12 +47,21 @@ class Model(Shown):
 
     layers: Layers
 
-    def __init__(self, hf_model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> None:
+    def __init__(
+        self,
+        hf_model: nn.Module,
+        tokenizer: PreTrainedTokenizerBase | None = None,
+        _parts: Parts | None = None,
+        _elsewhere: Placement | None = None,
+    ) -> None:
         with Blaming(here()):
             anatomy = ModelAnatomy(hf_model)
-        for name, value in zip(
-            _OWN, (Compiler(anatomy), hf_model, None, tokenizer, anatomy, Layers(anatomy)), strict=True
-        ):
+        anatomy.elsewhere = _elsewhere
+        compiler = (
+            Compiler(anatomy) if _parts is None else RankedCompiler(anatomy, _parts.ranks, _parts.model)
+        )
+        own = (compiler, hf_model, None, _parts, tokenizer, anatomy, Layers(anatomy))
+        for name, value in zip(_OWN, own, strict=True):
             object.__setattr__(self, name, value)
 
     if TYPE_CHECKING:
@@ -56,6 +70,7 @@ class Model(Shown):
         _hf: nn.Module
         _tokenizer: PreTrainedTokenizerBase | None
         _latest: Prompt | None
+        _parts: Parts | None
 
     # --- blocks --------------------------------------------------------------------------------------------------
 
@@ -168,6 +183,29 @@ class Model(Shown):
                 return candidate
         return 0
 
+    # --- ranks ---------------------------------------------------------------------------------------------------
+
+    def close(self) -> None:
+        """Ends the ranks that were launched for this model, or lets go of its parts on ranks of yours; safe to repeat.
+
+        It happens by itself when the model or the process ends. A model of this process has nothing to close.
+        """
+        if self._parts is not None:
+            self._parts.close()
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """The processes that have the parts of the model, if it was loaded with ``tp=`` or ``pp=``."""
+        return None if self._parts is None else self._parts.ranks
+
+    def __enter__(self) -> Model:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
     # --- what there is -------------------------------------------------------------------------------------------
 
     @property
@@ -215,9 +253,10 @@ class Model(Shown):
         """One line: family, size, device."""
         anatomy = self.anatomy
         name = getattr(self.config, "_name_or_path", "") or type(self._hf).__name__
+        there = str(anatomy.spread) if anatomy.elsewhere is None else str(anatomy.elsewhere)
         return (
             f"{name.rstrip('/').rpartition('/')[2]} ({anatomy.family.name}, {anatomy.n_layers} layers, "
-            f"d_model {anatomy.widths['D']}) on {anatomy.spread}, {str(anatomy.dtype).removeprefix('torch.')}"
+            f"d_model {anatomy.widths['D']}) on {there}, {str(anatomy.dtype).removeprefix('torch.')}"
         )
 
     # --- parameters ----------------------------------------------------------------------------------------------

@@ -5,19 +5,22 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout
 from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import Scope, Site
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """A device that owns some of the layers."""
+    """A device, or a mesh of ranks with one each, that owns some of the layers."""
 
     index: int
     device: str
+    ranks: int = 1
 
     def __str__(self) -> str:
-        return f"place {self.index} ({self.device})"
+        over = f" on {self.ranks} ranks" if self.ranks > 1 else ""
+        return f"place {self.index} ({self.device}{over})"
 
 
 @dataclass(frozen=True)
@@ -36,11 +39,20 @@ class Placement:
     """The places of sites that are elsewhere than their layer, by name and layer: a norm may be."""
     brought: frozenset[str] = frozenset()
     """The parameters that are kept elsewhere, by path: used as values, they are loaded into memory of their own."""
+    layouts: Mapping[str, Layout] = field(default_factory=dict[str, Layout])
+    """How named sites lie on the ranks of their place, by name; those that are not named are whole on each."""
+    parameters: Mapping[str, Layout] = field(default_factory=dict[str, Layout])
+    """The same for parameters and buffers, by path."""
 
     @classmethod
     def single(cls, device: str, n_layers: int) -> Placement:
         """One device owns the whole model."""
         return cls((Place(0, device),), (0,) * n_layers)
+
+    def __str__(self) -> str:
+        ranks, stages = self.places[0].ranks, len(self.places)
+        each = f"{ranks} rank{'s' if ranks > 1 else ''} ({self.places[0].device})"
+        return each if stages == 1 else f"{stages} stages of {each}"
 
     def place_of(self, site: Site) -> Place:
         if isinstance(site, ModuleSite):
@@ -51,6 +63,14 @@ class Placement:
             return self.places[self.ends.get(site.name, 0)]
         default = self.layers[-1] if site.kind.scope is Scope.AFTER else self.layers[0]
         return self.places[self.ends.get(site.name, default)]
+
+    def layout_of(self, site: Site) -> Layout:
+        """How a site lies on the ranks of its place."""
+        return (
+            WHOLE_EVERYWHERE
+            if isinstance(site, ModuleSite)
+            else self.layouts.get(site.name, WHOLE_EVERYWHERE)
+        )
 
     def of_path(self, path: str) -> int:
         """The place of a module, a parameter or a buffer, by its path."""

@@ -9,6 +9,7 @@ from functools import cached_property
 from tracelens.ir.dims import Sizes
 from tracelens.ir.gradients import LEAF, differentiated
 from tracelens.ir.graph import Graph
+from tracelens.ir.layout import Layout
 from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.ops import (
     Call,
@@ -18,6 +19,7 @@ from tracelens.ir.ops import (
     Op,
     Param,
     Read,
+    Redistribute,
     Ref,
     Transfer,
     Write,
@@ -35,6 +37,7 @@ from tracelens.placing import place
 from tracelens.pushing import push_indices
 from tracelens.reach import reach
 from tracelens.returning import returning
+from tracelens.sharding import lay_out
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,6 +71,8 @@ class Plan:
     """For every operation, the number of its place; several members of a save leave from where they are."""
     home: Mapping[int, int] = field(default_factory=dict[int, int], compare=False)
     """For every value, the number of the place that holds it."""
+    layouts: Mapping[int, Layout] = field(default_factory=dict[int, Layout], compare=False)
+    """For every value, how it lies on the ranks of its place."""
 
     @cached_property
     def sites(self) -> frozenset[Site]:
@@ -119,6 +124,11 @@ class Plan:
     def returning(self) -> Mapping[int, int]:
         """For transfers whose gradients autograd sends back, by the values that arrive: in how many backward passes."""
         return returning(self.graph)
+
+    @cached_property
+    def redistributions(self) -> tuple[Redistribute, ...]:
+        """What the ranks of a place do together during the forward pass, in order; own parts are taken alone."""
+        return tuple(op for op in self.graph.ops if isinstance(op, Redistribute))
 
     @cached_property
     def differentiated(self) -> frozenset[Site]:
@@ -327,7 +337,8 @@ def make_plan(
         if op.site.name == carry.site
     }
     carried = targets & {op.site for op in improved.writes}
-    placed = place(push_indices(improved, placement), placement)
+    laid = lay_out(place(push_indices(improved, placement), placement), placement)
+    placed = laid.placed
     return Plan(
         placed.graph,
         placement,
@@ -336,6 +347,7 @@ def make_plan(
         frozenset(carried),
         placed.at,
         placed.home,
+        laid.layouts,
     )
 
 

@@ -12,7 +12,7 @@ from tracelens.ir.ops import Grad, Op, Read, Save, Transfer, Write, moment, oper
 from tracelens.ir.sites import BEFORE_ALL, Scope, Site
 from tracelens.ir.sites import Sequence as Moment
 from tracelens.ir.text import member_text, op_text
-from tracelens.placement import Place
+from tracelens.placement import Place, Placement
 from tracelens.plan import Plan
 
 
@@ -165,6 +165,24 @@ def merged(programs: Sequence[Program]) -> tuple[Block, ...]:
     return tuple(
         Block(site, tuple(sorted(found[site], key=lambda step: step.order))) for site in order if found[site]
     )
+
+
+def alone(program: Program, placement: Placement) -> tuple[tuple[Block, ...], tuple[Step, ...]]:
+    """What a process that owns one place does at each of its sites, in order, and what when its pass is over.
+
+    What is done for a site of another place, with what has come from there, is done before the next one of its own.
+    """
+    blocks: list[Block] = []
+    waiting: list[Step] = []
+    for block in program.blocks:
+        if block.site is None:
+            blocks.append(block)
+        elif block.writes or placement.place_of(block.site) == program.place:
+            blocks.append(Block(block.site, (*waiting, *block.steps)))
+            waiting = []
+        else:
+            waiting += block.steps
+    return tuple(blocks), tuple(waiting)
 
 
 _Key = tuple[Moment, int, int]

@@ -38,6 +38,10 @@ class Prompt:
             known = self._selections[selector] = resolve(selector, self.batch, self.tokenizer)
         return known
 
+    def point(self, selector: TokenSelector, selection: Selection) -> None:
+        """Says where a token selector points, where that is known from elsewhere."""
+        self._selections[selector] = selection
+
     def width(self, selector: TokenSelector) -> int | None:
         return self.select(selector).width
 

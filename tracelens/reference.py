@@ -31,6 +31,7 @@ from tracelens.ir.ops import (
     Op,
     Param,
     Read,
+    Redistribute,
     Ref,
     Save,
     Slice,
@@ -183,7 +184,7 @@ class Evaluator:
                     if part is None:
                         raise UnusedGradientError(f"%{op.loss} does not depend on %{value} by a derivative")
                     self.values[out] = part
-            case Transfer():
+            case Transfer() | Redistribute():
                 self.values[op.out] = self.values[op.value]
             case Write() | Save():
                 pass  # these make no values
@@ -216,7 +217,7 @@ class Evaluator:
     def _index(self, op: Index) -> Tensor:
         base = self.values[op.base]
         if not _selects(op.index):
-            return base[tuple(self._item(item) for item in op.index)]
+            return base[tuple(self.item(item) for item in op.index)]
         chosen = _Chosen(self, op)
         return chosen.joined([row[columns] for row, columns in chosen.rows(base)])
 
@@ -224,7 +225,7 @@ class Evaluator:
         result = self.values[op.base].clone()
         value = self.plain(op.value)
         if not _selects(op.index):
-            result[tuple(self._item(item) for item in op.index)] = value
+            result[tuple(self.item(item) for item in op.index)] = value
             return result
         chosen = _Chosen(self, op)
         rows = chosen.rows(result)
@@ -237,7 +238,8 @@ class Evaluator:
                 row[columns] = value
         return result
 
-    def _item(self, item: IndexItem) -> Any:
+    def item(self, item: IndexItem) -> Any:
+        """An entry of an index as torch takes it."""
         return item if item is None or isinstance(item, int) else self.plain(cast(Arg, item))
 
 

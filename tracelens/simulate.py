@@ -17,11 +17,24 @@ from torch import Tensor
 from tracelens.errors import UnusedGradientError, VerificationError
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import torch_dtype
-from tracelens.ir.ops import Grad, Save, TokenSelector, Transfer, Write
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Joined, Layout, Partial, Replicate, Shard, owned
+from tracelens.ir.ops import (
+    Grad,
+    Index,
+    IndexPut,
+    Op,
+    Param,
+    Redistribute,
+    Save,
+    TokenSelector,
+    Transfer,
+    Write,
+)
 from tracelens.ir.sites import Site
 from tracelens.placement import Placement
 from tracelens.program import Program, Side, Step
 from tracelens.reference import Evaluator, Forward, Selected
+from tracelens.sharding import own_part
 
 
 def simulate(
@@ -35,22 +48,30 @@ def simulate(
     select: Callable[[TokenSelector], Selected] | None = None,
     functions: Sequence[Callable[..., Any]] = (),
     sizes: Mapping[str, int] | None = None,
+    layouts: Mapping[int, Layout] | None = None,
 ) -> dict[str, Tensor]:
     """The saved tensors by name, as :func:`tracelens.reference.evaluate` gives them for the recorded graph.
 
-    ``graph`` is the planned one that the programs were made from. Raises
+    ``graph`` is the planned one that the programs were made from, and ``layouts`` are the plan's: the ranks of a place
+    take every step together. Raises
     :class:`~tracelens.errors.VerificationError` for programs that wait for ever, use what they do not have, or leave a
     value that was sent and never received.
     """
-    evaluators = [Evaluator(graph, constants, parameters, select, functions) for _ in programs]
-    simulation = _Simulation(programs, placement, evaluators)
-    for evaluator in evaluators:
-        # What the model and the prompt are is the same for all; what has been computed is not.
-        evaluator.sizes, evaluator.versions = evaluators[0].sizes, evaluators[0].versions
-    evaluators[0].sizes.update(sizes or {})
+    evaluators = [
+        [Evaluator(graph, constants, parameters, select, functions) for _ in range(program.place.ranks)]
+        for program in programs
+    ]
+    simulation = _Simulation(programs, placement, evaluators, layouts or {})
+    known: dict[str, int] = dict(sizes or {})
+    for evaluator in (one for ranks in evaluators for one in ranks):
+        evaluator.sizes = known  # what the prompt is is the same for all; what has been computed is not
     with torch.set_grad_enabled(any(isinstance(op, Grad) for op in graph.ops)):
         forward(simulation.intercept)
         return simulation.end()
+
+
+Parts = list[Tensor]
+"""What each rank of a place has of a value."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,14 +84,20 @@ class _Waiting:
 
 class _Simulation:
     def __init__(
-        self, programs: Sequence[Program], placement: Placement, evaluators: Sequence[Evaluator]
+        self,
+        programs: Sequence[Program],
+        placement: Placement,
+        evaluators: Sequence[Sequence[Evaluator]],
+        layouts: Mapping[int, Layout],
     ) -> None:
         self.programs = programs
         self.placement = placement
         self.evaluators = evaluators
+        """Of every place its ranks."""
+        self.layouts = layouts
         self.site: Site | None = None
         self.tensor: Tensor | None = None
-        self.underway: dict[int, Tensor] = {}
+        self.underway: dict[int, Parts] = {}
         self.members: dict[int, dict[int, Tensor]] = {}
         self.saves: dict[int, Save] = {}
         self.done = 0
@@ -82,12 +109,12 @@ class _Simulation:
 
     def intercept(self, site: Site, tensor: Tensor) -> Tensor:
         """The forward pass has come to a site; gives the tensor that it goes on with."""
-        evaluator = self.evaluators[self.placement.place_of(site).index]
-        evaluator.reached(site, tensor)
-        evaluator.versions[site, 0] = tensor
+        here = self.placement.place_of(site).index
+        self.evaluators[here][0].reached(site, tensor)
+        self._seen(site, 0, tensor)
         self.site, self.tensor = site, tensor
         self._advance()
-        waiting = self.waits.get(self.placement.place_of(site).index)
+        waiting = self.waits.get(here)
         if waiting is not None and waiting.inside == site:
             raise VerificationError(f"the forward pass stands still at {site}: {waiting.what}")
         return self.tensor
@@ -109,6 +136,14 @@ class _Simulation:
             tensor = torch.stack(parts) if save.stacked else parts[0]
             found[save.name] = (tensor.to(torch_dtype(save.dtype)) if save.dtype else tensor).detach()
         return found
+
+    def _seen(self, site: Site, version: int, tensor: Tensor) -> None:
+        """Gives the ranks of a site's place what they have of a version of it."""
+        ranks = self.evaluators[self.placement.place_of(site).index]
+        for evaluator, part in zip(
+            ranks, split(tensor, self.placement.layout_of(site), len(ranks)), strict=True
+        ):
+            evaluator.versions[site, version] = part
 
     # --- the places ----------------------------------------------------------------------------------------------
 
@@ -148,48 +183,136 @@ class _Simulation:
         return None
 
     def _do(self, index: int, step: Step) -> None:
-        evaluator, op = self.evaluators[index], step.op
+        ranks, op = self.evaluators[index], step.op
         for value in step.uses:
-            if value not in evaluator.values:
+            if value not in ranks[0].values:
                 raise VerificationError(f"place {index} uses %{value}, which it does not have: {step.text}")
         match op:
             case Transfer():
                 if step.side is Side.SEND:
-                    self.underway[op.out] = evaluator.values[op.value]
+                    self.underway[op.out] = self._held(index, op.value)
                 else:
-                    evaluator.values[op.out] = self.underway.pop(op.out)
+                    self._hold(index, op.out, self.underway.pop(op.out))
+            case Redistribute():
+                whole = join(self._held(index, op.value), op.source)
+                self._hold(index, op.out, split(whole, op.target, len(ranks)))
             case Grad():
                 self._differentiate(index, step, op)
             case Save():
                 self.saves[step.number] = op
                 kept = self.members.setdefault(step.number, {})
-                kept.update({part: evaluator.values[op.values[part]] for part in step.parts})
+                kept.update({part: self._joined(index, op.values[part]) for part in step.parts})
             case Write():
-                assert self.tensor is not None
-                self.tensor = evaluator.written(op, self.tensor)
-                evaluator.versions[op.site, op.version] = self.tensor
+                self._write(index, op)
             case _:
-                evaluator.compute(op)
+                for rank, evaluator in enumerate(ranks):
+                    self._compute(evaluator, op, rank, len(ranks))
         for value in step.frees:
-            del evaluator.values[value]
+            for evaluator in ranks:
+                del evaluator.values[value]
+
+    def _compute(self, evaluator: Evaluator, op: Op, rank: int, ranks: int) -> None:
+        """One rank's part of an operation."""
+        values = evaluator.values
+        if isinstance(op, Param):
+            whole = evaluator.parameters(op.path).detach()
+            values[op.out] = split(whole, self.layouts.get(op.out, WHOLE_EVERYWHERE), ranks)[rank]
+        elif isinstance(op, Index | IndexPut) and (
+            own := own_part(op, self.layouts, evaluator.graph.types, ranks, rank)
+        ):
+            index = tuple(evaluator.item(item) for item in op.index)
+            base = values[op.base]
+            values[op.out] = (
+                own.take(base, index)
+                if isinstance(op, Index)
+                else own.put(base, index, evaluator.plain(op.value))
+            )
+        else:
+            evaluator.compute(op)
+
+    def _write(self, index: int, op: Write) -> None:
+        assert self.tensor is not None
+        ranks = self.evaluators[index]
+        layout = self.placement.layout_of(op.site)
+        parts = split(self.tensor, layout, len(ranks))
+        written = [evaluator.written(op, part) for evaluator, part in zip(ranks, parts, strict=True)]
+        self.tensor = join(written, layout)
+        self._seen(op.site, op.version, self.tensor)
+
+    def _held(self, index: int, value: int) -> Parts:
+        return [evaluator.values[value] for evaluator in self.evaluators[index]]
+
+    def _hold(self, index: int, value: int, parts: Parts) -> None:
+        for evaluator, part in zip(self.evaluators[index], parts, strict=True):
+            evaluator.values[value] = part
+
+    def _joined(self, index: int, value: int) -> Tensor:
+        return join(self._held(index, value), self.layouts.get(value, WHOLE_EVERYWHERE))
 
     def _differentiate(self, index: int, step: Step, op: Grad) -> None:
         """One backward pass, which goes through all places; each is given the gradients of its own tensors."""
-        values = self.evaluators[index].values
         if step.side is Side.ARRIVE:
-            values.update({value: self.underway.pop(value) for value in step.makes})
+            for value in step.makes:
+                self._hold(index, value, self.underway.pop(value))
             return
-        wrt = [
-            next(known.values[value] for known in self.evaluators if value in known.values)
-            for value in op.wrt
-        ]
-        loss = values[op.loss]
-        found = (
-            torch.autograd.grad(loss, wrt, retain_graph=True, allow_unused=True)
-            if loss.requires_grad
-            else [None] * len(wrt)
-        )
-        for out, part in zip(op.outs, found, strict=True):
-            if part is None:
-                raise UnusedGradientError(f"%{op.loss} does not depend on all sites by a derivative")
-            (values if out in step.makes else self.underway)[out] = part
+        loss = self.evaluators[index][0].values[op.loss]
+        for out, wrt in zip(op.outs, op.wrt, strict=True):
+            there = next(place for place, ranks in enumerate(self.evaluators) if wrt in ranks[0].values)
+            parts = self._held(there, wrt)
+            if isinstance(self.layouts.get(wrt, WHOLE_EVERYWHERE), Replicate):
+                # The pass went on with the first rank's, which is everybody's.
+                found = [_derivative(op, loss, parts[0])] * len(parts)
+            else:
+                found = [_derivative(op, loss, part) for part in parts]
+            if out in step.makes:
+                self._hold(index, out, found)
+            else:
+                self.underway[out] = found
+
+
+def _derivative(op: Grad, loss: Tensor, part: Tensor) -> Tensor:
+    found = (
+        torch.autograd.grad(loss, [part], retain_graph=True, allow_unused=True)[0]
+        if loss.requires_grad
+        else None
+    )
+    if found is None:
+        raise UnusedGradientError(f"%{op.loss} does not depend on all sites by a derivative")
+    return found
+
+
+# --- parts of a tensor -----------------------------------------------------------------------------------------------
+
+
+def split(whole: Tensor, layout: Layout, ranks: int) -> Parts:
+    """What every rank has of a tensor."""
+    match layout:
+        case Shard():
+            ends = [owned(whole.shape[layout.dim], ranks, rank) for rank in range(ranks)]
+            return [whole.narrow(layout.dim, start, end - start) for start, end in ends]
+        case Partial():
+            return [whole, *[torch.zeros_like(whole) for _ in range(ranks - 1)]]
+        case Replicate():
+            return [whole] * ranks
+
+
+_JOINED: Mapping[Joined, Callable[[Tensor], Tensor]] = {
+    Joined.SUM: lambda parts: parts.sum(0, dtype=parts.dtype),
+    Joined.MEAN: lambda parts: parts.mean(0),
+    Joined.MAX: lambda parts: parts.amax(0),
+    Joined.MIN: lambda parts: parts.amin(0),
+    Joined.NORM: lambda parts: parts.square().sum(0).sqrt(),
+}
+
+
+def join(parts: Parts, layout: Layout) -> Tensor:
+    """The tensor that the ranks have together; where each has the whole, all must have the same."""
+    match layout:
+        case Shard():
+            return torch.cat(parts, dim=layout.dim)
+        case Partial():
+            return _JOINED[layout.joined](torch.stack(parts))
+        case Replicate():
+            if any(not torch.equal(part.nan_to_num(), parts[0].nan_to_num()) for part in parts[1:]):
+                raise VerificationError("a value that every rank has whole is not the same on all of them")
+            return parts[0]

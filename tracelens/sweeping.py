@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import torch
 
-from tracelens.compiling import Compiled, Compiler
+from tracelens.compiled import Compiled
+from tracelens.compiling import Compiler
 from tracelens.constants import Captured
 from tracelens.errors import Blaming, OptionError, SweepError, TracelensError, UnknownConstantError
 from tracelens.inputs import Inputs

@@ -140,6 +140,7 @@ WITHOUT_A_LINE = {
     "GraphSyntaxError",
     "GraphFileError",
     "GraphVersionError",
+    "PlansDifferError",  # the line of the block is added when it is left
     "UntrustedApplyError",
     "EmbeddedModelError",
 }

@@ -391,14 +391,14 @@ MUTANTS = (
     ),
     Mutant(
         "a layer's input is edited where it comes from",
-        "backends/local.py",
+        "backends/side_hooks.py",
         "        return moved(given, self.device)",
         "        return given",
         (*SPREAD, "-k", "input_lands"),
     ),
     Mutant(
         "what is read takes the place of what the module was given",
-        "backends/local.py",
+        "backends/side_hooks.py",
         "        if not self.writes:\n",
         "        if False:\n",
         (*SPREAD, "-k", "heads_are_read"),
@@ -419,7 +419,7 @@ MUTANTS = (
     ),
     Mutant(
         "what a read brought to a module's device is moved there again",
-        "backends/local.py",
+        "backends/side_hooks.py",
         "if here is given or not self.code.moves:",
         "if True:",
         (*SPREAD, "-k", "looking_moves"),
@@ -854,8 +854,8 @@ MUTANTS = (
     Mutant(
         "memory: what arrives from elsewhere is not counted",
         "memory.py",
-        "            case Transfer():\n                self._made(op.out)",
-        "            case Transfer():\n                self._own(op.out)",
+        "            case Transfer() | Redistribute():\n                self._made(op.out)",
+        "            case Transfer() | Redistribute():\n                self._own(op.out)",
         MEMORY,
     ),
     Mutant(

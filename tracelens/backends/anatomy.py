@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from typing import Any, cast
 
@@ -12,20 +12,25 @@ from torch import nn
 
 from tracelens.backends.architectures import FAMILIES, FAMILY_OF
 from tracelens.backends.base import Family, Side, Tap
+from tracelens.backends.layouts import parameter_layouts, require_divisible, site_layouts
+from tracelens.backends.mesh import Mesh, mesh_of, own_part_of, skeleton
 from tracelens.backends.module_sides import ModuleSides, language_model_passes
 from tracelens.backends.replacing import needed_in_generation, replacement
 from tracelens.backends.spread import Keeper, Spread, spread_of, state_of
 from tracelens.backends.transfer import loaded
 from tracelens.errors import (
     AbsentSiteError,
+    LayoutError,
     MetaTensorError,
     UnknownArchitectureError,
     UnknownParameterError,
 )
 from tracelens.ir.infer import dtype_of
+from tracelens.ir.layout import Layout
 from tracelens.ir.module_sites import INPUT, OUTPUT, Key, ModuleSite
 from tracelens.ir.sites import KIND, KINDS, Scope, Site, near
 from tracelens.ir.types import DType, TensorType
+from tracelens.placement import Placement
 
 
 def family_of(config: Any) -> Family:
@@ -61,8 +66,23 @@ def no_table(model: object) -> str | None:
 class ModelAnatomy:
     """The sites of one model, with types and hook points."""
 
+    mesh: Mesh | None = None
+    """The ranks that have the model together with this process."""
+    elsewhere: Placement | None = None
+    """Where ranks that this process owns have the model's parts; here it is a model without numbers."""
+    _skeleton: nn.Module | None = None
+
+    @property
+    def _whole(self) -> nn.Module:
+        """What the model is like as a whole: what one rank has of it is another thing."""
+        return self.model if self._skeleton is None else self._skeleton
+
     def __init__(self, model: nn.Module) -> None:
         self.model = model
+        if isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
+            self.mesh = mesh_of(model)
+        if self.mesh is not None:
+            self._skeleton = skeleton(model)
         config: Any = getattr(model, "config", None)
         if not isinstance(model, nn.Module) or config is None:  # pyright: ignore[reportUnnecessaryIsInstance]
             raise UnknownArchitectureError(
@@ -94,8 +114,8 @@ class ModelAnatomy:
         self._paths: dict[int, tuple[weakref.ref[torch.Tensor], str | None]] = {}
         self._points: dict[tuple[str, str], list[Site]] | None = None
         self.sides = ModuleSides(
-            model,
-            lambda: language_model_passes(model),
+            self._whole,
+            lambda: language_model_passes(self._whole),
             self._hook_points,
             self._state,
             pretended="attention_mask",
@@ -112,7 +132,7 @@ class ModelAnatomy:
                 continue
             path = self.module_path(tap, 0 if kind.scope is Scope.LAYER else None)
             try:
-                self.module(path)
+                self._whole.get_submodule(path)
             except AttributeError:
                 raise UnknownArchitectureError(
                     f"this {type(self.model).__name__} has no module {path!r}, where the {self.family.name} table "
@@ -196,8 +216,10 @@ class ModelAnatomy:
     @property
     def spread(self) -> Spread:
         """Where the model's parts run, as it is now."""
-        state = self._spread_state()
+        state = self._spread_state() if self.mesh is None else ()
         known = self._spread
+        if self.mesh is not None and known is not None:
+            return known
         if known is None or known.state != state:
             known = self._spread = spread_of(self.model, state, self._head)
         return known
@@ -214,7 +236,8 @@ class ModelAnatomy:
     @property
     def _embedding(self) -> torch.Tensor:
         # Looked up in the module's own table: attribute access goes through all tables, and this is asked in every run.
-        module = self.module(self.family.taps["embed"].module)
+        path = self.family.taps["embed"].module
+        module = self.module(path) if self.mesh is None else self._whole.get_submodule(path)
         found = module._parameters.get("weight")
         return found if found is not None else cast(torch.Tensor, module.weight)
 
@@ -271,6 +294,38 @@ class ModelAnatomy:
         }
         return tuple(found.values())
 
+    # --- ranks -------------------------------------------------------------------------------------------------
+
+    @cached_property
+    def site_layouts(self) -> Mapping[str, Layout]:
+        """The sites that ranks have in parts, by name."""
+        if self.mesh is None or self.mesh.ranks == 1:
+            return {}
+        require_divisible(self.config, self.mesh.ranks)
+        model: Any = self.model
+        return site_layouts(self, model.tp_plan)
+
+    @cached_property
+    def parameter_layouts(self) -> Mapping[str, Layout]:
+        """The parameters that ranks have in parts, by path."""
+        return self._parameters_apart[0]
+
+    @cached_property
+    def _parameters_apart(self) -> tuple[Mapping[str, Layout], frozenset[str]]:
+        if self.mesh is None or self.mesh.ranks == 1:
+            return {}, frozenset()
+        model: Any = self.model
+        return parameter_layouts(self._whole, model, model.tp_plan)
+
+    def local_widths(self, site: Site) -> Mapping[str, int]:
+        """The widths of a site's tensor as one rank has it."""
+        if self.mesh is None or site.name not in self.site_layouts:
+            return self.widths
+        return {
+            name: width // self.mesh.ranks if name in ("H", "K", "M") else width
+            for name, width in self.widths.items()
+        }
+
     # --- parameters --------------------------------------------------------------------------------------------
 
     @property
@@ -283,14 +338,14 @@ class ModelAnatomy:
         return self.module_path(self.family.taps["z"], layer) + ".weight", self.family.out_by_in
 
     def parameter(self, path: str) -> torch.Tensor:
-        """A parameter or buffer of the model, by its path."""
+        """A parameter or buffer of the model, by its path; where ranks share the model, one without numbers."""
         owner, _, name = path.rpartition(".")
         try:
-            found = getattr(self.model.get_submodule(owner), name)
+            found = getattr(self._whole.get_submodule(owner), name)
         except AttributeError:
             found = None
         if not isinstance(found, torch.Tensor):
-            names = tuple(name for name, _ in self.model.named_parameters())
+            names = tuple(name for name, _ in self._whole.named_parameters())
             candidates = near(path, names)
             raise UnknownParameterError(
                 f"the model has no parameter or buffer {path!r}",
@@ -310,7 +365,7 @@ class ModelAnatomy:
         its memory is the model's, rather than loaded for this use. Raises :class:`MetaTensorError` where there are no
         numbers.
         """
-        found = self.parameter(path).detach()
+        found = (self.parameter(path) if self.mesh is None else own_part_of(self.model, path)).detach()
         if not found.is_meta:
             if path in self.spread.fleeting:
                 return found.clone()  # it goes when its module has run, or with whoever has loaded it
@@ -332,6 +387,11 @@ class ModelAnatomy:
         return tensor
 
     def parameter_type(self, path: str) -> TensorType:
+        if path in self._parameters_apart[1]:
+            raise LayoutError(
+                f"{path!r} lies on its ranks in parts that are packed into each other, and cannot be read as a value",
+                instead="the sites around its module",
+            )
         found = self.parameter(path)
         return TensorType(dtype_of(found.dtype), tuple(found.shape))
 

@@ -31,10 +31,12 @@ from tracelens.backends.execute import (
     selector_place,
     sent,
 )
+from tracelens.backends.mesh import Mesh
 from tracelens.backends.selecting import put_tokens, take_tokens
 from tracelens.backends.views import Put, Take
 from tracelens.ir import dims
 from tracelens.ir.infer import resolve, torch_dtype
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, Shard, owned
 from tracelens.ir.ops import (
     Apply,
     Arg,
@@ -48,6 +50,7 @@ from tracelens.ir.ops import (
     Op,
     Param,
     Read,
+    Redistribute,
     Ref,
     Save,
     Slice,
@@ -57,7 +60,9 @@ from tracelens.ir.ops import (
     results,
 )
 from tracelens.ir.types import DType, TensorType
+from tracelens.own_part import OwnPart
 from tracelens.program import Side, Step
+from tracelens.sharding import own_part
 
 # A name inside the package, so that no line of a generated function is taken for the user's.
 _FILE = str(Path(__file__).with_name("<hook>"))
@@ -92,6 +97,26 @@ class Devices:
         default_factory=dict[tuple[int, int], tuple[torch.device, tuple[tuple[Save, int], ...]]]
     )
     """After which member of which save (their numbers) a device has saved all, and what that is."""
+    mesh: Mesh | None = None
+    """The ranks that have the place of this process together."""
+    layouts: Mapping[int, Layout] = field(default_factory=dict[int, Layout])
+    """How values lie on them."""
+
+    def local(self, type_: TensorType, layout: Layout) -> TensorType:
+        """The type of what this rank has of a value."""
+        if self.mesh is None or not isinstance(layout, Shard):
+            return type_
+        size = type_.shape[layout.dim]
+        assert isinstance(size, int)  # a width of the model's
+        start, end = owned(size, self.mesh.ranks, self.mesh.rank)
+        shape = (*type_.shape[: layout.dim], end - start, *type_.shape[layout.dim + 1 :])
+        return TensorType(type_.dtype, shape)
+
+    def own_part(self, op: Index | IndexPut, types: Mapping[int, TensorType]) -> OwnPart | None:
+        """What this rank does by itself of an index into an axis that is in parts."""
+        if self.mesh is None:
+            return None
+        return own_part(op, self.layouts, types, self.mesh.ranks, self.mesh.rank)
 
 
 @lru_cache(maxsize=4096)
@@ -223,6 +248,8 @@ class _Writer:
                     self._save(step.op, part)
             case Grad() if step.side is Side.ARRIVE:
                 pass  # autograd has brought them
+            case Transfer() if self.devices.mesh is not None:
+                self._travel(step.op, step.side)
             case _:
                 self._operation(step.op)
         for value in step.frees:
@@ -242,6 +269,8 @@ class _Writer:
                     op.out,
                     f"{self.name(sent)}(state, {self.ref(op.value)}, {self.name(device)})",
                 )
+            case Redistribute():
+                self._redistribute(op)
             case Param():
                 self._new(op.out, f"{self.name(read_parameter)}(state, {self.name(op.path)})")
             case Read():
@@ -285,8 +314,30 @@ class _Writer:
         if departing := self.devices.departing.get((self.number, part)):
             self.line(f"state.depart(*{self.name(departing)})")
 
+    def _travel(self, op: Transfer, side: Side) -> None:
+        """One side of a transfer between places that processes of their own have."""
+        mesh = self.devices.mesh
+        assert mesh is not None
+        assert mesh.pipeline is not None
+        if side is Side.SEND:
+            self.line(f"{self.name(mesh.pipeline.send)}({self.ref(op.value)}, {op.target})")
+            return
+        own = self.devices.local(op.type, self.devices.layouts.get(op.out, WHOLE_EVERYWHERE))
+        what = f"{self.name(own.sizes)}(state.sizes), {self.name(torch_dtype(own.dtype))}"
+        device = self.name(self.devices.places[op.target])
+        self._new(op.out, f"{self.name(mesh.pipeline.receive)}({what}, {op.source}, {device})")
+
+    def _redistribute(self, op: Redistribute) -> None:
+        assert self.devices.mesh is not None
+        sizes = f"{self.name(op.type.sizes)}(state.sizes)"
+        layouts = f"{self.name(op.source)}, {self.name(op.target)}"
+        self._new(
+            op.out, f"{self.name(self.devices.mesh.redistributed)}({self.ref(op.value)}, {sizes}, {layouts})"
+        )
+
     def _read(self, op: Read) -> None:
-        shape = self.shapes.setdefault(op.type, len(self.shapes))
+        own = self.devices.local(op.type, self.devices.layouts.get(op.out, WHOLE_EVERYWHERE))
+        shape = self.shapes.setdefault(own, len(self.shapes))
         dtype = torch_dtype(op.type.dtype)
         self.line(f"if tensor.shape != state.shapes[{shape}] or tensor.dtype is not {self.name(dtype)}:")
         self.line(f"    raise {self.name(mismatch)}(state, tensor, {self.name(op)})")
@@ -313,10 +364,17 @@ class _Writer:
     def _subscript(self, index: Sequence[IndexItem]) -> str:
         if not any(isinstance(item, Ref) for item in index):
             return self.name(tuple(plain_item(item) for item in index))
+        return self._subscript_items(index)
+
+    def _subscript_items(self, index: Sequence[IndexItem]) -> str:
         return "".join(self.arg(item) + ", " for item in index)
 
     def _index(self, op: Index) -> None:
         base = self.ref(op.base)
+        own = self.devices.own_part(op, self.types)
+        if own is not None:
+            self._new(op.out, f"{self.name(own)}.take({base}, ({self._subscript_items(op.index)}))")
+            return
         place = selector_place(op.index)
         if place is None:
             self._new(op.out, f"{base}[{self._subscript(op.index)}]")
@@ -327,6 +385,11 @@ class _Writer:
 
     def _put(self, op: IndexPut) -> None:
         value = self.arg(op.value)
+        own = self.devices.own_part(op, self.types)
+        if own is not None:
+            items = self._subscript_items(op.index)
+            self._new(op.out, f"{self.name(own)}.put({self.ref(op.base)}, ({items}), {value})")
+            return
         place = selector_place(op.index)
         subscript = self._subscript(op.index) if place is None else ""
         self._new(op.out, f"{self.ref(op.base)}.clone()")

@@ -14,7 +14,8 @@ from tracelens.errors import SiteMismatchError, TracelensError
 
 if TYPE_CHECKING:
     from tracelens.backends.anatomy import ModelAnatomy
-    from tracelens.backends.local import HookCode, Run
+    from tracelens.backends.local import Run
+    from tracelens.backends.side_hooks import HookCode
 
 
 class InsideHook:

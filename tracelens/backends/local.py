@@ -20,14 +20,14 @@ from tracelens.backends.hooks import Seat, seat_of
 from tracelens.backends.inside_hooks import InsideHook, join
 from tracelens.backends.module_hooks import ModuleHook
 from tracelens.backends.replacing import replacement
+from tracelens.backends.side_hooks import HOOKS, Blamed, ForwardStopped, HookCode, SideHook, done
 from tracelens.backends.spread import Keeper, Loading, is_hooked
 from tracelens.backends.stand_in import StandIn, missed
-from tracelens.backends.transfer import Everywhere, moved
+from tracelens.backends.transfer import Everywhere
 from tracelens.backends.views import taking_and_putting
 from tracelens.errors import (
     NestedTraceError,
     OpFailedError,
-    SiteMismatchError,
     TracelensError,
 )
 from tracelens.ir.functions import FUNCTIONS, Kind
@@ -38,58 +38,7 @@ from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 from tracelens.location import here
 from tracelens.plan import Plan, replaced_layers
-from tracelens.program import Block, Program, merged
-
-
-class ForwardStopped(Exception):
-    """Leaves a forward pass after the last site that is needed; it never reaches the user."""
-
-
-class _Blamed(Exception):
-    """An error in a step, with the step's number: the recording that is running knows its line."""
-
-    def __init__(self, error: Exception, number: int) -> None:
-        super().__init__(str(error))
-        self.error = error
-        self.number = number
-
-
-@dataclass(frozen=True, slots=True)
-class HookCode:
-    """All that is done at one hook point."""
-
-    module: nn.Module
-    path: str
-    tap: Tap
-    site: Site
-    body: Body
-    writes: bool
-    stops: bool
-    device: torch.device | None
-    """Where the module computes, if it is not the only device: what it is given may still be on another."""
-    moves: bool
-    """Does a hook of accelerate on the module itself move what it is given?"""
-
-    def blamed(self, error: TracelensError) -> Exception:
-        """The error with the number of the first step, where it came before any."""
-        return _Blamed(error, self.body.numbers[0])
-
-    def steps(self, state: State, tensor: Any) -> Any:
-        """The tensor after the steps; after the last step of the program the pass is left."""
-        found = _after(self.body, state, tensor)
-        if self.stops:
-            raise ForwardStopped
-        return found
-
-
-def _after(body: Body, state: State, tensor: Any) -> Any:
-    """The tensor after a body's steps; an error is given the step's number."""
-    try:
-        return body.run(state, tensor)
-    except TracelensError as error:
-        raise _Blamed(error, body.number(error)) from None
-    except Exception as error:
-        raise _Blamed(error, body.number(error)) from error
+from tracelens.program import Block, Program, Step, alone, merged
 
 
 @dataclass(frozen=True, slots=True)
@@ -99,7 +48,7 @@ class LocalCode:
     graph: Graph
     devices: Devices
     before: Body | None
-    hooks: tuple[_Hook | ModuleHook | StandIn | InsideHook, ...]
+    hooks: tuple[SideHook | ModuleHook | StandIn | InsideHook, ...]
     count: int
     seat: Seat
     differentiates: bool
@@ -107,6 +56,8 @@ class LocalCode:
     """What loads offloaded weights during a forward pass."""
     shapes: tuple[TensorType, ...]
     """The types of the sites that are read; their sizes in a pass are what the hooks compare with."""
+    after: Body | None = None
+    """What is done when the pass is over, for sites that are on another place."""
     _sizes: dict[tuple[tuple[str, int], ...], tuple[tuple[int, ...], ...]] = field(
         default_factory=dict[tuple[tuple[str, int], ...], tuple[tuple[int, ...], ...]]
     )
@@ -129,7 +80,8 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
     """Compiles the programs of all places for a model whose devices this process owns."""
     graph = plan.graph
     places = tuple(torch.device(place.device) for place in plan.placement.places)
-    devices = Devices(places, plan.home, _views(graph), _departing(programs, places))
+    departing = _departing(programs, places) if anatomy.mesh is None else {}
+    devices = Devices(places, plan.home, _views(graph), departing, anatomy.mesh, plan.layouts)
     fresh = frozenset(
         value
         for op in graph.ops
@@ -140,7 +92,13 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
     before: Body | None = None
     points: dict[tuple[str, Tap] | ModuleSite, list[Block]] = {}
     shapes: dict[TensorType, int] = {}
-    for block in merged(programs):
+    mesh = anatomy.mesh
+    after: tuple[Step, ...] = ()
+    if mesh is None:
+        own = merged(programs)
+    else:
+        own, after = alone(programs[mesh.stage], plan.placement)
+    for block in own:
         if block.site is None:
             before = body(block.steps, graph.types, fresh, shapes, gradients, devices)
         elif isinstance(block.site, ModuleSite):
@@ -150,7 +108,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
             _, tap, path = anatomy.tap(block.site)
             points.setdefault((path, Tap("", tap.side, tap.key, tap.view)), []).append(block)
     seat = seat_of(anatomy.model)
-    hooks: list[_Hook | ModuleHook | StandIn | InsideHook] = []
+    hooks: list[SideHook | ModuleHook | StandIn | InsideHook] = []
     standing: dict[str, StandIn] = {}
     for point, blocks in points.items():
         path, tap = _ends(point) if isinstance(point, ModuleSite) else point
@@ -166,7 +124,9 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
                 shapes,
                 gradients,
                 devices,
-                None if tap.view is None else taking_and_putting(tap.view, anatomy.widths),
+                None
+                if tap.view is None
+                else taking_and_putting(tap.view, anatomy.local_widths(cast(Site, blocks[0].site))),
                 cuts=tap.view is not None and len(tap.view.parts) > 1,
             ),
             any(block.writes for block in blocks),
@@ -183,14 +143,15 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
             calls, copies = anatomy.sides.calls_of(point), anatomy.sides.leaf(point).lent
             hooks.append(ModuleHook(code, seat, calls=calls, copies=copies))
         else:
-            hooks.append(_HOOKS[tap.side](code, seat))
+            hooks.append(HOOKS[tap.side](code, seat))
     inside = [hook for hook in hooks if isinstance(hook, InsideHook)]
     if inside:
         join(inside, seat, replaced_layers(graph), anatomy)
     count, differentiates = graph.next_value, bool(gradients)
     keepers = anatomy.spread.keepers
+    last = body(after, graph.types, fresh, shapes, gradients, devices) if after else None
     return LocalCode(
-        graph, devices, before, tuple(hooks), count, seat, differentiates, keepers, tuple(shapes)
+        graph, devices, before, tuple(hooks), count, seat, differentiates, keepers, tuple(shapes), last
     )
 
 
@@ -239,112 +200,6 @@ def _ends(site: ModuleSite) -> tuple[str, Tap]:
 _FRESH = frozenset(f"torch.{name}" for name in ("add", "sub", "mul", "div", "matmul", "where", "neg"))
 
 
-class _Hook:
-    """The base of the two kinds of hooks: finds the tensor, runs the steps, gives the tensor back.
-
-    One object for each hook point of a program. Hooks see every call of their module: the run that sits in the model's
-    seat says whether it is its own.
-    """
-
-    __slots__ = ("code", "device", "fired", "seat", "writes")
-
-    def __init__(self, code: HookCode, seat: Seat) -> None:
-        self.code = code
-        self.device = code.device
-        self.seat = seat
-        self.writes = code.writes
-        self.fired = 0
-
-    def register(self) -> None:
-        """Puts the hook on its module."""
-        raise TypeError("_Hook is abstract")
-
-    def passed(self, run: Run, tensor: Any) -> Any:
-        """The tensor after the steps."""
-        if self.fired == run.forward_number or not isinstance(tensor, torch.Tensor):
-            raise self.unfit(run, tensor)
-        self.fired = run.forward_number
-        return self.code.steps(run.state, tensor)
-
-    def brought(self, given: Any) -> Any:
-        """The tensor where the module computes: accelerate moves what a module is given only after the hooks."""
-        if self.device is None or not isinstance(given, torch.Tensor) or given.device == self.device:
-            return given
-        return moved(given, self.device)
-
-    def unfit(self, run: Run, tensor: Any) -> SiteMismatchError:
-        """The error for a module that is not used as the family's table says."""
-        code = self.code
-        if self.fired == run.forward_number:
-            return SiteMismatchError(
-                f"module {code.path!r} was called twice in one forward pass, so its sites are not unique"
-            )
-        return SiteMismatchError(
-            f"module {code.path!r} has no tensor at its {code.tap.side.value}, where {code.site} was expected; "
-            f"it has a {type(tensor).__name__}"
-        )
-
-
-class _Before(_Hook):
-    __slots__ = ()
-
-    def register(self) -> None:
-        self.seat.before(self.code.module, self)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        run = self.seat.run
-        if run is None or get_ident() != run.thread:
-            return None
-        name = self.code.tap.key
-        by_name = name if isinstance(name, str) and name in kwargs else None
-        given: Any = kwargs[by_name] if by_name is not None else args[0] if args else None
-        here = self.brought(given)
-        found = self.passed(run, here)
-        if not self.writes:
-            if here is given or not self.code.moves:
-                return None
-            # As the model would have it a moment later; handed on, so that it is not moved there twice.
-            found = here
-        if by_name is not None:
-            return args, {**kwargs, by_name: found}
-        return (found, *args[1:]), kwargs
-
-
-class _After(_Hook):
-    __slots__ = ()
-
-    def register(self) -> None:
-        self.seat.after(self.code.module, self)
-
-    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
-        run = self.seat.run
-        if run is None or get_ident() != run.thread:
-            return None
-        key = self.code.tap.key
-        if key is None and isinstance(output, torch.Tensor):
-            tensor = self.passed(run, self.brought(output))
-            return tensor if self.writes else None
-        if isinstance(key, str):
-            tensor = self.passed(run, self.brought(getattr(output, key, None)))
-            if self.writes:
-                cast("dict[str, Any]", output)[key] = tensor
-            return None
-        if isinstance(output, tuple):
-            position = key or 0
-            parts = cast("tuple[Any, ...]", output)
-            tensor = self.passed(run, self.brought(parts[position]))
-            return (*parts[:position], tensor, *parts[position + 1 :]) if self.writes else None
-        tensor = self.passed(run, self.brought(output))
-        return tensor if self.writes else None
-
-
-_HOOKS: dict[Side, Callable[[HookCode, Seat], _Hook | InsideHook]] = {
-    Side.IN: _Before,
-    Side.OUT: _After,
-    Side.INSIDE: InsideHook,
-}
-
-
 class Run:
     """One use of a model: hooks on, forward passes, hooks off."""
 
@@ -375,7 +230,7 @@ class Run:
         state.sizes = sizes
         state.shapes = self.code.sizes_of(sizes)
         if before is not None:
-            _after(before, state, self.mask)
+            done(before, state, self.mask)
 
     def execute(
         self, forward: Callable[[], Any], *, each_forward: Callable[[Any, Any], Mapping[str, int]] | None
@@ -420,7 +275,7 @@ class Run:
             except ForwardStopped:
                 self._require_reached()
                 return None
-            except _Blamed as blamed:
+            except Blamed as blamed:
                 raise self._explained(blamed) from blamed.__cause__
             finally:
                 seat.run = None
@@ -432,15 +287,25 @@ class Run:
             if isinstance(hook, ModuleHook | StandIn) and (what := hook.missed(self)):
                 raise missed(what)
 
+    def finish(self) -> None:
+        """Does what is left when the pass is over."""
+        if self.code.after is None:
+            return
+        with plain_mode():
+            try:
+                done(self.code.after, self.state, None)
+            except Blamed as blamed:
+                raise self._explained(blamed) from blamed.__cause__
+
     def before_only(self, sizes: Mapping[str, int]) -> None:
         """For programs that need no site at all."""
         with plain_mode():
             try:
                 self.begin(sizes)
-            except _Blamed as blamed:
+            except Blamed as blamed:
                 raise self._explained(blamed) from blamed.__cause__
 
-    def _explained(self, blamed: _Blamed) -> TracelensError:
+    def _explained(self, blamed: Blamed) -> TracelensError:
         error = blamed.error
         if not isinstance(error, TracelensError):
             error = OpFailedError(f"{type(error).__name__} while the model ran: {error}")

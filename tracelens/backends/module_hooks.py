@@ -15,7 +15,8 @@ from tracelens.errors import SiteMismatchError
 from tracelens.ir.module_sites import INPUT, Key, ModuleSite
 
 if TYPE_CHECKING:
-    from tracelens.backends.local import HookCode, Run
+    from tracelens.backends.local import Run
+    from tracelens.backends.side_hooks import HookCode
 
 
 class Counted:

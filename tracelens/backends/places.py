@@ -10,6 +10,7 @@ from tracelens.placement import Place, Placement
 
 if TYPE_CHECKING:
     from tracelens.backends.anatomy import ModelAnatomy
+    from tracelens.backends.mesh import Mesh
 
 
 def placement(anatomy: ModelAnatomy) -> Placement:
@@ -17,7 +18,11 @@ def placement(anatomy: ModelAnatomy) -> Placement:
 
     What accelerate moves on its way into a module is moved there by whoever reads or writes it.
     """
+    if anatomy.elsewhere is not None:
+        return anatomy.elsewhere
     spread = anatomy.spread
+    if anatomy.mesh is not None:
+        return _of_ranks(anatomy, anatomy.mesh)
     if len(spread.devices) == 1:
         single = Placement.single(str(spread.devices[0]), anatomy.n_layers)
         return replace(single, brought=spread.brought)
@@ -41,3 +46,26 @@ def placement(anatomy: ModelAnatomy) -> Placement:
     modules = {path: number[device] for path, device in spread.own.items()}
     places = tuple(Place(index, str(device)) for device, index in number.items())
     return Placement(places, layers, ends, modules, apart, spread.brought)
+
+
+def _of_ranks(anatomy: ModelAnatomy, mesh: Mesh) -> Placement:
+    """One place for each stage of a pipeline, or one for all."""
+    device = str(anatomy.spread.inputs)
+    layers = (0,) * anatomy.n_layers if mesh.pipeline is None else mesh.pipeline.layers
+    last = layers[-1]
+    taps = anatomy.family.taps
+    ends = {
+        kind.name: last if kind.scope is Scope.AFTER else 0
+        for kind in KINDS
+        if kind.scope is not Scope.LAYER and kind.name in taps
+    }
+    modules = {taps[name].module: place for name, place in ends.items() if taps[name].module}
+    modules |= {anatomy.family.layers.format(layer): place for layer, place in enumerate(layers)}
+    return Placement(
+        tuple(Place(index, device, mesh.ranks) for index in range(last + 1)),
+        layers,
+        {"token_mask": 0, **ends},
+        modules,
+        layouts=anatomy.site_layouts,
+        parameters=anatomy.parameter_layouts,
+    )

@@ -6,7 +6,6 @@ forward pass comes by. They are read here, and never changed.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
@@ -162,7 +161,6 @@ def spread_of(model: nn.Module, state: State, head: str | None) -> Spread:
     Raises :class:`SeveralDevicesError` for a model in parts that nobody connects, and :class:`MetaTensorError` for one
     with weights that nobody loads.
     """
-    _refuse_meshes(model)
     if not any(is_hooked(module) for module in model.modules()):
         device = _single_device(model)
         return Spread((device,), device, False, (), state, {"": device}, {})
@@ -216,16 +214,6 @@ class _Devices:
 
 
 # --- models that accelerate has not touched --------------------------------------------------------------------------
-
-
-def _refuse_meshes(model: nn.Module) -> None:
-    # A model that holds DTensors has imported their module; importing it here would cost a second.
-    mesh: Any = sys.modules.get("torch.distributed.tensor")
-    if mesh is not None and any(isinstance(tensor, mesh.DTensor) for tensor in model.parameters()):
-        raise SeveralDevicesError(
-            "the model is spread over ranks of a device mesh, and so far tracelens runs in one process",
-            instead='the whole model in this process: tl.load(name), or tl.load(name, device_map="auto")',
-        )
 
 
 def _single_device(model: nn.Module) -> torch.device:

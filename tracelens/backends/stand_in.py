@@ -16,8 +16,9 @@ from tracelens.ir.infer import torch_dtype
 from tracelens.ir.module_sites import Key
 
 if TYPE_CHECKING:
-    from tracelens.backends.local import HookCode, Run
+    from tracelens.backends.local import Run
     from tracelens.backends.replacing import Replacement
+    from tracelens.backends.side_hooks import HookCode
 
 
 class StandIn:

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from types import EllipsisType
-from typing import cast
+from typing import TypeVar, cast
 
 from tracelens.ir import dims
 from tracelens.ir.dims import Dim, Sizes, Sym
@@ -107,13 +107,16 @@ _NUMPY_NAMES = {"axis": "dim", "keepdims": "keepdim", "x": "input", "self": "inp
 Bound = dict[str, AbstractArg]
 
 
-def bind(signature: str, args: Sequence[AbstractArg], kwargs: AbstractKwargs) -> Bound:
+Given = TypeVar("Given")
+
+
+def bind(signature: str, args: Sequence[Given], kwargs: Sequence[tuple[str, Given]]) -> dict[str, Given]:
     """Arguments by name; names after ``*`` are keyword-only. Calls that do not fit the signature are deferred."""
     names = signature.split()
     positional = names[: names.index("*")] if "*" in names else names
     if len(args) > len(positional):
         raise Defer
-    bound: Bound = dict(zip(positional, args, strict=False))
+    bound = dict(zip(positional, args, strict=False))
     for key, value in kwargs:
         name = key if key in names else _NUMPY_NAMES.get(key, key)
         if name not in names or name in bound:

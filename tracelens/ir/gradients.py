@@ -15,6 +15,7 @@ from tracelens.ir.ops import (
     IndexPut,
     Op,
     Read,
+    Redistribute,
     Ref,
     Transfer,
     Write,
@@ -58,7 +59,7 @@ class Sources:
 
 def carries_derivatives(op: Op) -> bool:
     """Is ``op`` a computation through which derivatives go from its results to its operands?"""
-    return isinstance(op, Call | Apply | Index | IndexPut | Transfer) and not (
+    return isinstance(op, Call | Apply | Index | IndexPut | Transfer | Redistribute) and not (
         isinstance(op, Call) and op.function in _CUTS
     )
 

@@ -49,6 +49,7 @@ from tracelens.ir.ops import (
     Op,
     Param,
     Read,
+    Redistribute,
     Ref,
     Save,
     Scalar,
@@ -142,7 +143,7 @@ class Keys:
                 return (base if has_keys([op.type]) else self._without(base),)
             case IndexPut():
                 return (union([self._held[op.base], self._argument(op.value)]),)
-            case Transfer():
+            case Transfer() | Redistribute():
                 return (self._held[op.value],)
             case Apply():
                 # The function is called for each row without its padding, where zero is put.

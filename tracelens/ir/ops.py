@@ -12,6 +12,7 @@ from enum import Enum
 from types import EllipsisType
 
 from tracelens.ir.dims import Sym
+from tracelens.ir.layout import Layout
 from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import Site
 from tracelens.ir.types import DType, TensorType
@@ -217,7 +218,18 @@ class Transfer:
     target: int
 
 
-Op = Const | Param | Read | Call | Index | IndexPut | Write | Save | Apply | Grad | Transfer
+@dataclass(frozen=True, slots=True)
+class Redistribute:
+    """A value takes another layout on the ranks of its place, under another number. Only plans hold it."""
+
+    out: int
+    type: TensorType
+    value: int
+    source: Layout
+    target: Layout
+
+
+Op = Const | Param | Read | Call | Index | IndexPut | Write | Save | Apply | Grad | Transfer | Redistribute
 
 
 def moment(op: Read | Write) -> Site:
@@ -228,7 +240,7 @@ def moment(op: Read | Write) -> Site:
 def results(op: Op) -> tuple[tuple[int, TensorType], ...]:
     """The values that ``op`` makes, with their types."""
     match op:
-        case Const() | Param() | Read() | Index() | IndexPut() | Transfer():
+        case Const() | Param() | Read() | Index() | IndexPut() | Transfer() | Redistribute():
             return ((op.out, op.type),)
         case Call() | Apply() | Grad():
             return tuple(zip(op.outs, op.types, strict=True))
@@ -266,5 +278,5 @@ def operands(op: Op) -> tuple[int, ...]:
             return op.values
         case Grad():
             return (op.loss, *op.wrt)
-        case Transfer():
+        case Transfer() | Redistribute():
             return (op.value,)

@@ -18,6 +18,7 @@ from types import EllipsisType
 
 from tracelens.ir.dims import Sym
 from tracelens.ir.graph import Graph
+from tracelens.ir.layout import Layout, Partial, Replicate, Shard
 from tracelens.ir.ops import (
     Apply,
     Arg,
@@ -31,6 +32,7 @@ from tracelens.ir.ops import (
     Op,
     Param,
     Read,
+    Redistribute,
     Ref,
     Save,
     Slice,
@@ -82,6 +84,23 @@ def op_text(op: Op) -> str:
             return f"{_outs(op.outs)} = grad %{op.loss} wrt {_outs(op.wrt)} : {_types(op.types)}"
         case Transfer():
             return f"%{op.out} = transfer %{op.value} from place {op.source} to place {op.target} : {op.type}"
+        case Redistribute():
+            return f"%{op.out} = {redistribution(op.source, op.target)} %{op.value} : {op.type}"
+
+
+def redistribution(source: Layout, target: Layout) -> str:
+    """What is done to a value's layout, as a verb."""
+    match source, target:
+        case Shard(), Replicate():
+            return f"gather (axis {source.dim})"
+        case Partial(), Replicate():
+            return f"reduce ({source.joined.value})"
+        case Replicate(), Shard():
+            return f"own part (axis {target.dim})"
+        case Replicate(), Partial():
+            return "once"
+        case _:
+            return f"redistribute ({source} to {target})"
 
 
 def member_text(op: Save, part: int) -> str:

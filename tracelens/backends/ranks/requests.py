@@ -14,6 +14,10 @@ from tracelens.backends.ranks.served import Handler, Handlers
 HANDLERS: Handlers = {
     "ping": "tracelens.backends.ranks.checks:ping",
     "collective": "tracelens.backends.ranks.checks:collective",
+    "load": "tracelens.serving:load",
+    "run": "tracelens.serving:run",
+    "generate": "tracelens.serving:generate",
+    "drop": "tracelens.serving:drop",
 }
 
 

@@ -18,6 +18,7 @@ from tracelens.ir.ops import (
     Op,
     Param,
     Read,
+    Redistribute,
     Ref,
     Save,
     Transfer,
@@ -66,7 +67,7 @@ def substitute(op: Op, values: Mapping[int, int]) -> Op:
         case Grad():
             wrt = tuple(values.get(value, value) for value in op.wrt)
             return replace(op, loss=values.get(op.loss, op.loss), wrt=wrt)
-        case Transfer():
+        case Transfer() | Redistribute():
             return replace(op, value=values.get(op.value, op.value))
         case Const() | Param() | Read():
             return op
@@ -76,7 +77,7 @@ def renamed(op: Op, values: Mapping[int, int]) -> Op:
     """``op`` under other numbers: what it uses and what it makes."""
     op = substitute(op, values)
     match op:
-        case Const() | Param() | Read() | Index() | IndexPut() | Transfer():
+        case Const() | Param() | Read() | Index() | IndexPut() | Transfer() | Redistribute():
             return replace(op, out=values.get(op.out, op.out))
         case Call() | Apply() | Grad():
             return replace(op, outs=tuple(values.get(out, out) for out in op.outs))

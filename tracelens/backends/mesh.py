@@ -1,0 +1,158 @@
+"""The ranks that hold one place of a model together, and what they do in common.
+
+Layouts are the plan's; the collectives are DTensor's, and so is the arithmetic of stretches that do not divide evenly.
+Between them values are plain tensors, each rank's own part: a function that works on parts does so at the speed of a
+function.
+"""
+
+from __future__ import annotations
+
+import copy
+import sys
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from tracelens.backends.pipeline import Pipeline, pipeline_of
+from tracelens.errors import LayoutError
+from tracelens.ir.layout import Joined, Layout, Partial, Replicate, Shard, owned
+
+_OPS = {Joined.SUM: "sum", Joined.MEAN: "avg", Joined.MAX: "max", Joined.MIN: "min"}
+
+
+class Mesh:
+    """The ranks of a place, seen from one of them."""
+
+    def __init__(self, device_mesh: Any, pipeline: Pipeline | None = None) -> None:
+        self._mesh = device_mesh
+        self.ranks: int = device_mesh.size()
+        self.rank: int = device_mesh.get_local_rank()
+        self.pipeline = pipeline
+
+    @property
+    def stage(self) -> int:
+        """The number of the place that this rank is of."""
+        return 0 if self.pipeline is None else self.pipeline.stage
+
+    @property
+    def device(self) -> torch.device:
+        """Where this rank computes."""
+        kind: str = self._mesh.device_type
+        return (
+            torch.device(kind)
+            if kind == "cpu"
+            else torch.device(kind, torch.accelerator.current_device_index())
+        )
+
+    @property
+    def leads(self) -> bool:
+        """Is this the rank that what its place saved comes to?"""
+        return self.rank == 0
+
+    @property
+    def has_results(self) -> bool:
+        """Is this the rank that all results come to?"""
+        return self.leads and self.stage == 0
+
+    def redistributed(
+        self, tensor: torch.Tensor, shape: tuple[int, ...], source: Layout, target: Layout
+    ) -> torch.Tensor:
+        """What this rank has of a value of this ``shape`` in another layout. Every rank of the place takes part."""
+        if isinstance(source, Partial) and source.joined is Joined.NORM:
+            squares = self.redistributed(tensor.square(), shape, Partial(Joined.SUM), target)
+            return squares.sqrt()
+        if isinstance(target, Partial):
+            return tensor if self.leads else torch.zeros_like(tensor)
+        from torch.distributed.tensor import DTensor
+
+        like = torch.empty(shape, device="meta")
+        whole = DTensor.from_local(
+            tensor.contiguous(),
+            self._mesh,
+            [_placement(source)],
+            run_check=False,
+            shape=like.shape,
+            stride=like.stride(),
+        )
+        return cast(torch.Tensor, whole.redistribute(placements=[_placement(target)]).to_local())
+
+    def collected(self, tensor: torch.Tensor, shape: tuple[int, ...], dim: int) -> torch.Tensor | None:
+        """The whole of a value whose parts lie on the ranks, on the rank that leads; the others give theirs away."""
+        import torch.distributed as dist
+
+        group = self._mesh.get_group()
+        size = shape[dim]
+        each = owned(size, self.ranks, 0)[1]
+        missing = each - tensor.shape[dim]
+        if missing:  # all send the same number of bytes
+            tensor = torch.cat(
+                (tensor, tensor.new_zeros((*shape[:dim], missing, *shape[dim + 1 :]))), dim=dim
+            )
+        tensor = tensor.contiguous()
+        parts = [torch.empty_like(tensor) for _ in range(self.ranks)] if self.leads else None
+        dist.gather(tensor, parts, group=group, group_dst=0)
+        return None if parts is None else torch.cat(parts, dim=dim).narrow(dim, 0, size)
+
+    def agreed(self, digest: bytes) -> bool:
+        """Have all ranks the same digest?"""
+        import torch.distributed as dist
+
+        own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).clone().to(self._mesh.device_type)
+        first = own.clone()
+        dist.broadcast(first, 0)
+        same = torch.tensor([int(torch.equal(own, first))], device=own.device)
+        dist.all_reduce(same, dist.ReduceOp.MIN)
+        return bool(same.item())
+
+
+def _placement(layout: Layout) -> Any:
+    from torch.distributed.tensor import Partial as Partly
+    from torch.distributed.tensor import Replicate as Whole
+    from torch.distributed.tensor import Shard as Part
+
+    match layout:
+        case Replicate():
+            return Whole()
+        case Shard():
+            return Part(layout.dim)
+        case Partial():
+            return Partly(_OPS[layout.joined])
+
+
+def mesh_of(model: nn.Module) -> Mesh | None:
+    """The ranks that transformers spread a model's layers over; ``None`` for a model that one rank has whole."""
+    pipeline = pipeline_of(model)
+    if pipeline is None and not has_distributed(model):
+        return None
+    found: Any = getattr(model, "_device_mesh", None)
+    names: tuple[str, ...] = getattr(found, "mesh_dim_names", None) or ()
+    if found is None or "tp" not in names:
+        raise LayoutError(
+            "the model's parameters are spread over ranks, and not by transformers' own tensor parallelism",
+            instead="AutoModelForCausalLM.from_pretrained(name, distributed_config=DistributedConfig(tp_size=...))",
+        )
+    return Mesh(found["tp"], pipeline)
+
+
+def has_distributed(model: nn.Module) -> bool:
+    """Is a parameter of the model spread over ranks?"""
+    # A model that holds DTensors has imported their module; importing it here would cost a second.
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return module is not None and any(isinstance(tensor, module.DTensor) for tensor in model.parameters())
+
+
+def own_part_of(model: nn.Module, path: str) -> torch.Tensor:
+    """What this rank has of a parameter or buffer."""
+    owner, _, name = path.rpartition(".")
+    tensor: Any = getattr(model.get_submodule(owner), name)
+    module: Any = sys.modules.get("torch.distributed.tensor")
+    return tensor.to_local() if module is not None and isinstance(tensor, module.DTensor) else tensor
+
+
+def skeleton(model: nn.Module) -> nn.Module:
+    """A model of the same configuration as the ranks have together, without numbers."""
+    hf: Any = model
+    with torch.device("meta"):
+        whole = type(hf)._from_config(copy.deepcopy(hf.config), dtype=hf.dtype)
+    return whole.train(hf.training)

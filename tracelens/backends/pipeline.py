@@ -1,0 +1,117 @@
+"""The stages of a pipeline, seen from one rank: what travels between them, and how a pass is driven through them.
+
+transformers cuts the layers into stages and leaves placeholders for the layers of others. Its own forward makes every
+stage wait for the next tensor, whatever happens, and sends the logits to all. Here each stage runs its own part of the
+pass and hands the stream on; stages that nothing needs are not entered, so nobody waits for one that has stopped early.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+
+class Pipeline:
+    """One rank's stage. Tensors travel between ranks that have the same part of their stages."""
+
+    def __init__(self, model: nn.Module, device_mesh: Any) -> None:
+        import torch.distributed as dist
+
+        hf: Any = model
+        self._model = hf
+        own: Any = hf._pp_stage
+        self.stage: int = own.pp_rank
+        self.stages: int = own.pp_size
+        n_layers: int = hf.config.num_hidden_layers
+        ranges = [own.layer_range_for_rank(stage, n_layers) for stage in range(self.stages)]
+        self.layers = tuple(
+            next(stage for stage, (first, end) in enumerate(ranges) if first <= layer < end)
+            for layer in range(n_layers)
+        )
+        ranks = device_mesh.mesh.flatten(1)  # by stage
+        column = int((ranks[self.stage] == dist.get_rank()).nonzero()[0, 0])
+        self._peers: list[int] = ranks[:, column].tolist()
+        # Apart from the stream's own group: what a plan sends may overtake the stream, and be overtaken.
+        self._group = cast(dist.ProcessGroup, dist.new_group())
+        self._underway: list[Any] = []
+
+    @property
+    def is_last(self) -> bool:
+        return self.stage == self.stages - 1
+
+    # --- what a plan sends ---------------------------------------------------------------------------------------
+
+    def send(self, tensor: torch.Tensor, stage: int) -> None:
+        """Sends a tensor to a stage; the pass goes on at once."""
+        import torch.distributed as dist
+
+        data = _bytes(tensor.detach().contiguous())
+        self._underway.append((dist.isend(data, self._peers[stage], group=self._group), data))
+
+    def receive(
+        self, shape: tuple[int, ...], dtype: torch.dtype, stage: int, device: torch.device
+    ) -> torch.Tensor:
+        """The next tensor that a stage sends here."""
+        import torch.distributed as dist
+
+        found = torch.empty(shape, dtype=dtype, device=device)
+        data = _bytes(found)
+        dist.recv(data, self._peers[stage], group=self._group)
+        return found
+
+    def settle(self) -> None:
+        """Returns when everything that was sent has left."""
+        while self._underway:
+            self._underway.pop(0)[0].wait()
+
+    # --- the pass ------------------------------------------------------------------------------------------------
+
+    def forward(self, inputs: Mapping[str, Any], last: int) -> None:
+        """This stage's part of a pass that goes on to stage ``last``."""
+        if self.stage > last:
+            return
+        hf = self._model
+        own: Any = hf._pp_stage
+        given = dict(inputs)
+        if self.stage:
+            ids = given.pop("input_ids")
+            shape = (*ids.shape, hf.config.hidden_size)
+            given["inputs_embeds"] = own.communicate(
+                "recv_forward", device=ids.device, dtype=hf.dtype, shape=shape
+            )
+        if self.is_last:
+            with _own_forward(hf):
+                hf(**given)
+            return
+        found = getattr(hf, hf.base_model_prefix)(**given)
+        if self.stage < last:
+            hidden = found.last_hidden_state
+            own.communicate("send_forward", device=hidden.device, dtype=hidden.dtype, tensor=hidden)
+
+
+@contextmanager
+def _own_forward(hf: Any) -> Iterator[None]:
+    """The model's forward without the pipeline that transformers put around it, under the hooks of the model itself."""
+    before = vars(hf)["forward"]
+    hf.forward = before.__wrapped__
+    try:
+        yield
+    finally:
+        hf.forward = before
+
+
+def _bytes(tensor: torch.Tensor) -> torch.Tensor:
+    """The same memory as plain bytes, which every backend can send."""
+    return cast(
+        torch.Tensor, tensor.view(-1).view(torch.uint8) if tensor.ndim else tensor.view(1).view(torch.uint8)
+    )
+
+
+def pipeline_of(model: nn.Module) -> Pipeline | None:
+    """The stages that transformers cut a model into, if it did."""
+    own: Any = getattr(model, "_pp_stage", None)
+    return None if own is None or own.pp_size == 1 else Pipeline(model, cast(Any, model)._device_mesh)

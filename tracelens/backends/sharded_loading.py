@@ -1,0 +1,58 @@
+"""Loads this rank's part of a model, by transformers' own tensor, pipeline and expert parallelism."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+
+
+def load_part(source: str, *, tp: int, pp: int, ep: int, dtype: Any, options: Mapping[str, Any]) -> nn.Module:
+    """What this rank has of the model; every rank of the process group calls it. Only that part is read."""
+    from transformers import AutoModelForCausalLM
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    sizes: dict[str, Any] = {"tp_size": tp, "pp_size": pp}
+    if ep > 1:
+        sizes["ep_size"] = ep
+    with _stages_and_ranks_together() if pp > 1 and tp > 1 else _as_it_is():
+        model = AutoModelForCausalLM.from_pretrained(
+            source, distributed_config=DistributedConfig(**sizes), dtype=dtype, **options
+        )
+    return model.eval()
+
+
+@contextmanager
+def _as_it_is() -> Iterator[None]:
+    yield
+
+
+@contextmanager
+def _stages_and_ranks_together() -> Iterator[None]:
+    """Keeps transformers from spreading, within a stage, the layers of the others.
+
+    In 5.23 the plan for a stage's ranks still names the layers that the cut into stages has replaced by placeholders,
+    and loading ends in a ``KeyError``.
+    """
+    from importlib import import_module
+
+    from transformers.distributed.pipeline_parallel import PipelineIdentityLayer
+
+    mixin: Any = import_module("transformers.distributed.mixin")
+
+    before: Any = mixin.apply_tensor_parallelism
+
+    def of_this_stage(model: nn.Module, mesh: Any, plan: Mapping[str, str]) -> Any:
+        there = {
+            name for name, module in model.named_modules() if not isinstance(module, PipelineIdentityLayer)
+        }
+        there |= {name for name, _ in model.named_parameters()}
+        return before(model, mesh, {name: style for name, style in plan.items() if name in there})
+
+    mixin.apply_tensor_parallelism = of_this_stage
+    try:
+        yield
+    finally:
+        mixin.apply_tensor_parallelism = before

@@ -1,0 +1,180 @@
+"""The hooks at the sides of modules: they find a site's tensor, run its steps, and hand on what these give."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import get_ident
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import nn
+
+from tracelens.backends.base import Side, Tap
+from tracelens.backends.body import Body
+from tracelens.backends.execute import State
+from tracelens.backends.hooks import Seat
+from tracelens.backends.inside_hooks import InsideHook
+from tracelens.backends.transfer import moved
+from tracelens.errors import SiteMismatchError, TracelensError
+from tracelens.ir.sites import Site
+
+if TYPE_CHECKING:
+    from tracelens.backends.local import Run
+
+
+class ForwardStopped(Exception):
+    """Leaves a forward pass after the last site that is needed; it never reaches the user."""
+
+
+class Blamed(Exception):
+    """An error in a step, with the step's number: the recording that is running knows its line."""
+
+    def __init__(self, error: Exception, number: int) -> None:
+        super().__init__(str(error))
+        self.error = error
+        self.number = number
+
+
+@dataclass(frozen=True, slots=True)
+class HookCode:
+    """All that is done at one hook point."""
+
+    module: nn.Module
+    path: str
+    tap: Tap
+    site: Site
+    body: Body
+    writes: bool
+    stops: bool
+    device: torch.device | None
+    """Where the module computes, if it is not the only device: what it is given may still be on another."""
+    moves: bool
+    """Does a hook of accelerate on the module itself move what it is given?"""
+
+    def blamed(self, error: TracelensError) -> Exception:
+        """The error with the number of the first step, where it came before any."""
+        return Blamed(error, self.body.numbers[0])
+
+    def steps(self, state: State, tensor: Any) -> Any:
+        """The tensor after the steps; after the last step of the program the pass is left."""
+        found = done(self.body, state, tensor)
+        if self.stops:
+            raise ForwardStopped
+        return found
+
+
+def done(body: Body, state: State, tensor: Any) -> Any:
+    """The tensor after a body's steps; an error is given the step's number."""
+    try:
+        return body.run(state, tensor)
+    except TracelensError as error:
+        raise Blamed(error, body.number(error)) from None
+    except Exception as error:
+        raise Blamed(error, body.number(error)) from error
+
+
+class SideHook:
+    """The base of the two kinds of hooks: finds the tensor, runs the steps, gives the tensor back.
+
+    One object for each hook point of a program. Hooks see every call of their module: the run that sits in the model's
+    seat says whether it is its own.
+    """
+
+    __slots__ = ("code", "device", "fired", "seat", "writes")
+
+    def __init__(self, code: HookCode, seat: Seat) -> None:
+        self.code = code
+        self.device = code.device
+        self.seat = seat
+        self.writes = code.writes
+        self.fired = 0
+
+    def register(self) -> None:
+        """Puts the hook on its module."""
+        raise TypeError("SideHook is abstract")
+
+    def passed(self, run: Run, tensor: Any) -> Any:
+        """The tensor after the steps."""
+        if self.fired == run.forward_number or not isinstance(tensor, torch.Tensor):
+            raise self.unfit(run, tensor)
+        self.fired = run.forward_number
+        return self.code.steps(run.state, tensor)
+
+    def brought(self, given: Any) -> Any:
+        """The tensor where the module computes: accelerate moves what a module is given only after the hooks."""
+        if self.device is None or not isinstance(given, torch.Tensor) or given.device == self.device:
+            return given
+        return moved(given, self.device)
+
+    def unfit(self, run: Run, tensor: Any) -> SiteMismatchError:
+        """The error for a module that is not used as the family's table says."""
+        code = self.code
+        if self.fired == run.forward_number:
+            return SiteMismatchError(
+                f"module {code.path!r} was called twice in one forward pass, so its sites are not unique"
+            )
+        return SiteMismatchError(
+            f"module {code.path!r} has no tensor at its {code.tap.side.value}, where {code.site} was expected; "
+            f"it has a {type(tensor).__name__}"
+        )
+
+
+class _Before(SideHook):
+    __slots__ = ()
+
+    def register(self) -> None:
+        self.seat.before(self.code.module, self)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        run = self.seat.run
+        if run is None or get_ident() != run.thread:
+            return None
+        name = self.code.tap.key
+        by_name = name if isinstance(name, str) and name in kwargs else None
+        given: Any = kwargs[by_name] if by_name is not None else args[0] if args else None
+        here = self.brought(given)
+        found = self.passed(run, here)
+        if not self.writes:
+            if here is given or not self.code.moves:
+                return None
+            # As the model would have it a moment later; handed on, so that it is not moved there twice.
+            found = here
+        if by_name is not None:
+            return args, {**kwargs, by_name: found}
+        return (found, *args[1:]), kwargs
+
+
+class _After(SideHook):
+    __slots__ = ()
+
+    def register(self) -> None:
+        self.seat.after(self.code.module, self)
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        run = self.seat.run
+        if run is None or get_ident() != run.thread:
+            return None
+        key = self.code.tap.key
+        if key is None and isinstance(output, torch.Tensor):
+            tensor = self.passed(run, self.brought(output))
+            return tensor if self.writes else None
+        if isinstance(key, str):
+            tensor = self.passed(run, self.brought(getattr(output, key, None)))
+            if self.writes:
+                cast("dict[str, Any]", output)[key] = tensor
+            return None
+        if isinstance(output, tuple):
+            position = key or 0
+            parts = cast("tuple[Any, ...]", output)
+            tensor = self.passed(run, self.brought(parts[position]))
+            return (*parts[:position], tensor, *parts[position + 1 :]) if self.writes else None
+        tensor = self.passed(run, self.brought(output))
+        return tensor if self.writes else None
+
+
+HOOKS: dict[Side, Callable[[HookCode, Seat], SideHook | InsideHook]] = {
+    Side.IN: _Before,
+    Side.OUT: _After,
+    Side.INSIDE: InsideHook,
+}

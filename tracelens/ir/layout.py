@@ -1,0 +1,63 @@
+"""How a value lies on the ranks of one place: whole on each, in parts along an axis, or as parts that add up.
+
+The words are PyTorch's (``torch.distributed.tensor``): a rank that owns part ``r`` of ``n`` along an axis holds what
+``torch.chunk`` gives it. A graph knows nothing of this; only plans do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import Enum
+
+
+class Joined(Enum):
+    """What the ranks' partial results are joined by to make the value."""
+
+    SUM = "sum"
+    MEAN = "mean"
+    MAX = "max"
+    MIN = "min"
+    NORM = "norm"
+    """The root of the sum of squares."""
+
+
+@dataclass(frozen=True, slots=True)
+class Replicate:
+    """Every rank holds the whole value."""
+
+    def __str__(self) -> str:
+        return "whole"
+
+
+@dataclass(frozen=True, slots=True)
+class Shard:
+    """Every rank holds its own stretch of axis ``dim``, counted from the front."""
+
+    dim: int
+
+    def __str__(self) -> str:
+        return f"parts of axis {self.dim}"
+
+
+@dataclass(frozen=True, slots=True)
+class Partial:
+    """Every rank holds a tensor of the value's full shape; joined, they are the value."""
+
+    joined: Joined = Joined.SUM
+
+    def __str__(self) -> str:
+        return f"partial results ({self.joined.value})"
+
+
+Layout = Replicate | Shard | Partial
+WHOLE_EVERYWHERE = Replicate()
+
+
+def owned(size: int, ranks: int, rank: int) -> tuple[int, int]:
+    """Where a rank's stretch of an axis starts, and where it ends.
+
+    >>> [owned(10, 4, rank) for rank in range(4)]
+    [(0, 3), (3, 6), (6, 9), (9, 10)]
+    """
+    each = -(-size // ranks)
+    return min(rank * each, size), min((rank + 1) * each, size)

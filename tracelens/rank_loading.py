@@ -1,0 +1,110 @@
+"""Models that are spread over ranks when they are loaded: on ranks of this process's own, or under torchrun."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tracelens.backends.layouts import require_divisible
+from tracelens.backends.sharded_loading import load_part
+from tracelens.errors import Blaming, OptionError
+from tracelens.location import here
+from tracelens.model import Model
+from tracelens.pretrained import SOURCES, embedded_model
+from tracelens.ranked import Parts
+from tracelens.remote import placement_from
+
+if TYPE_CHECKING:
+    from tracelens.backends.ranks.pool import Ranks
+
+Sizes = Mapping[str, int]
+
+
+def checked_sizes(tp: int, pp: int, ep: int, ranks: Ranks | None, *, apart: bool) -> dict[str, int]:
+    """The numbers of ranks that were asked for, if they make sense together."""
+    with Blaming(here()):
+        for name, size in (("tp", tp), ("pp", pp), ("ep", ep)):
+            if type(size) is not int or size < 1:
+                raise OptionError(f"{name}={size!r} is no number of ranks", instead=f"{name}=2, say")
+        if apart:
+            raise OptionError(
+                "tp=, pp= and ep= load the parts of a model on ranks, so that device_map= and weights=False have no "
+                "place beside them",
+                instead="tl.load(name, tp=2), or tl.load(name, device_map=...)",
+            )
+        if ep > 1 and ep != tp:
+            raise OptionError(
+                f"experts are spread over the ranks that share a layer: ep={ep} needs tp={ep}, not {tp}",
+                instead=f"tl.load(name, tp={ep}, ep={ep})",
+            )
+        if ranks is not None and ranks.world != tp * pp:
+            raise OptionError(
+                f"tp={tp} and pp={pp} take {tp * pp} ranks, and there are {ranks.world}",
+                instead=f"Ranks({tp * pp}), or no ranks= at all",
+            )
+    return {"tp": tp, "pp": pp, "ep": ep}
+
+
+def load_over_ranks(
+    name: str | Path,
+    sizes: Sizes,
+    dtype: Any,
+    ranks: Ranks | None,
+    timeout: float | None,
+    options: Mapping[str, Any],
+) -> Model:
+    """The model, spread over ranks. What the configuration rules out is refused before anything is launched."""
+    from transformers import AutoConfig
+
+    source = str(embedded_model(str(name))) if str(name) in SOURCES else str(name)
+    config = AutoConfig.from_pretrained(source)
+    require_fit(config, sizes)
+    tokenizer = tokenizer_of(source)
+    if ranks is None and under_torchrun():
+        return Model(load_part(source, **sizes, dtype=dtype, options=options), tokenizer)
+    from transformers import AutoModelForCausalLM
+
+    from tracelens.backends.ranks.pool import Ranks
+
+    with Blaming(here()):
+        parts = Parts(
+            ranks if ranks is not None else Ranks(sizes["tp"] * sizes["pp"], timeout=timeout),
+            owns=ranks is None,
+        )
+        about = parts.load(source, sizes, str(dtype).removeprefix("torch."), options)
+    with torch.device("meta"):
+        whole = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, about["dtype"])).eval()
+    if str(name) in SOURCES:
+        whole.config.name_or_path = str(name)  # not the folder in the cache, whose name has a version of ours
+    return Model(whole, tokenizer, parts, placement_from(about["placement"]))
+
+
+def require_fit(config: Any, sizes: Sizes) -> None:
+    """Refuses numbers of ranks and stages that a model cannot be shared by, and names some that it can."""
+    with Blaming(here()):
+        if sizes["tp"] > 1:
+            require_divisible(config, sizes["tp"])
+        if sizes["pp"] > config.num_hidden_layers:
+            raise OptionError(
+                f"pp={sizes['pp']} stages cannot share {config.num_hidden_layers} layers",
+                instead=f"at most pp={config.num_hidden_layers}",
+            )
+
+
+def under_torchrun() -> bool:
+    """Is this process one of several that run the same script?"""
+    return torch.distributed.is_initialized() or "TORCHELASTIC_RUN_ID" in os.environ
+
+
+def tokenizer_of(source: str) -> Any:
+    """The tokenizer that lies beside a model, if there is one."""
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError):
+        return None  # a folder with weights alone: prompts are token ids then

@@ -1,0 +1,158 @@
+"""Models whose parts lie on ranks that this process owns: blocks are recorded and planned here, and run there."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
+from time import perf_counter
+from typing import Any, NoReturn
+
+import torch
+
+from tracelens.backends.anatomy import ModelAnatomy
+from tracelens.backends.ranks.owner import Reply, Request
+from tracelens.backends.ranks.pool import Ranks
+from tracelens.compiled import OPERATION, Compiled, Ran, relocate
+from tracelens.compiling import Compiler, check_fits
+from tracelens.constants import Captured
+from tracelens.errors import PipelineError, RankFailedError, TracelensError, UntrustedApplyError
+from tracelens.ir.graph import Graph
+from tracelens.ir.ops import Apply
+from tracelens.leaving import write_files
+from tracelens.location import Location
+from tracelens.plan import Plan
+from tracelens.program import Program
+from tracelens.prompted import Prompt
+from tracelens.remote import digest, packed, prompt_header, prompt_tensors, results_from
+from tracelens.report import RunReport
+
+_ids = itertools.count(1)
+
+
+class RankedCompiler(Compiler):
+    """Plans blocks here and has them run by ranks, each of which makes its own program of the same plan."""
+
+    def __init__(self, anatomy: ModelAnatomy, ranks: Ranks, model: str) -> None:
+        super().__init__(anatomy)
+        self._ranks = ranks
+        self._model = model
+
+    def _prepared(self, programs: tuple[Program, ...], plan: Plan) -> None:
+        return None
+
+    def run(self, graph: Graph, compiled: Compiled, prompt: Prompt, *, measure: bool = False) -> Ran:
+        """One forward pass on the ranks; gives what was saved, which has come back."""
+        started = perf_counter()
+        replies = self._asked("run", graph, compiled, prompt, {})
+        found: dict[str, Callable[[], Any]] = {
+            name: partial(_same, value)
+            for name, value in results_from(replies[0].header, replies[0].tensors).items()
+        }
+        if any(save.to is not None for save in compiled.saves):
+            write_files(compiled.saves, found)
+        planned = partial(compiled.held, graph, prompt.sizes)
+        return Ran(found, RunReport(perf_counter() - started, (), planned, {}))
+
+    def generate(
+        self, graph: Graph, compiled: Compiled, prompt: Prompt, options: Mapping[str, Any]
+    ) -> list[list[int]]:
+        """New tokens, with the block's writes in every forward pass."""
+        if len(compiled.plan.placement.places) > 1:
+            raise PipelineError(
+                "text cannot be generated through the stages of a pipeline so far",
+                instead="tensor parallelism alone: tl.load(name, tp=...)",
+            )
+        seed = int(torch.randint(2**62, ()).item())
+        replies = self._asked("generate", graph, compiled, prompt, {"options": dict(options), "seed": seed})
+        return replies[0].header["tokens"]
+
+    def _asked(
+        self, name: str, graph: Graph, compiled: Compiled, prompt: Prompt, more: Mapping[str, Any]
+    ) -> list[Reply]:
+        _refuse_python(graph)
+        check_fits(graph, compiled, prompt)
+        for constant in graph.constants:
+            if isinstance(constant, Captured):
+                constant.check(None)
+        # Lines stay here: an error names its operation.
+        numbered = tuple(Location(OPERATION, number + 1) for number in range(len(graph.ops)))
+        document, constants = packed(replace(graph, locations=numbered))
+        selectors = tuple(selector for _, selector in compiled.selectors)
+        header = {
+            "model": self._model,
+            "graph": document,
+            "digest": digest(compiled.plan),
+            **prompt_header(prompt, selectors),
+            **more,
+        }
+        tensors = {**prompt_tensors(prompt), "constants": constants}
+        try:
+            return self._ranks.ask(name, header, tensors, model=self._model)
+        except RankFailedError as failed:
+            _blame(failed, graph)
+
+
+def _same(value: Any) -> Any:
+    return value
+
+
+def _blame(failed: RankFailedError, graph: Graph) -> NoReturn:
+    """The named error that a rank raised, at the user's own line; any other one as it came."""
+    if failed.original is None:
+        raise failed
+    raise relocate(failed.original, graph) from failed
+
+
+def _refuse_python(graph: Graph) -> None:
+    for number, op in enumerate(graph.ops):
+        if isinstance(op, Apply):
+            raise graph.blame(
+                UntrustedApplyError(
+                    "tl.apply runs Python of yours, which the ranks are not sent: they get graphs, which are data",
+                    instead="torch functions on values; or the script under torchrun, where every rank has it",
+                ),
+                number,
+            )
+
+
+class Parts:
+    """A model's parts on ranks: let go of at the end, with the ranks themselves if they were started for it."""
+
+    def __init__(self, ranks: Ranks, *, owns: bool) -> None:
+        self.ranks = ranks
+        self.model = f"model-{next(_ids)}"
+        self._end = weakref.finalize(self, _let_go, ranks, self.model, owns)
+        self.bytes: tuple[int, ...] = ()
+        """Of weights, on each rank."""
+
+    def load(
+        self, source: str, sizes: Mapping[str, int], dtype: str, options: Mapping[str, Any]
+    ) -> Mapping[str, Any]:
+        """Has every rank load its part; gives what the first one said of the whole."""
+        header = {"model": self.model, "source": source, **sizes, "dtype": dtype, "options": dict(options)}
+        try:
+            replies = self.ranks.load(self.model, Request("load", header))
+        except RankFailedError as failed:
+            self.close()
+            if failed.original is not None:
+                raise failed.original from failed
+            raise
+        self.bytes = tuple(int(reply.header["bytes"]) for reply in replies)
+        return replies[0].header
+
+    def close(self) -> None:
+        """Lets go of the parts. Again: does nothing."""
+        self._end()
+
+
+def _let_go(ranks: Ranks, model: str, owns: bool) -> None:
+    if owns:
+        ranks.close()
+        return
+    ranks.forget(model)
+    with suppress(TracelensError):
+        ranks.ask("drop", {"model": model})

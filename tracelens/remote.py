@@ -1,0 +1,141 @@
+"""What goes between the process that holds a block and the ranks that run it: graphs, prompts, placements, as data."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+
+from tracelens.batch import Batch
+from tracelens.constants import from_payload
+from tracelens.ir.graph import Graph
+from tracelens.ir.layout import Layout, Replicate, Shard
+from tracelens.ir.ops import Save, TokenSelector
+from tracelens.ir.text import text
+from tracelens.ir.wire import constants_bytes, from_json, to_json
+from tracelens.placement import Place, Placement
+from tracelens.plan import Plan
+from tracelens.prompted import Prompt
+from tracelens.selection import Selection
+
+
+def digest(plan: Plan) -> str:
+    """What two plans have in common if and only if they do the same. Where results are written is the owner's."""
+    return hashlib.sha256(text(_unwritten(plan.graph)).encode()).hexdigest()
+
+
+def _unwritten(graph: Graph) -> Graph:
+    return replace(graph, ops=tuple(replace(op, to=None) if isinstance(op, Save) else op for op in graph.ops))
+
+
+# --- graphs ----------------------------------------------------------------------------------------------------------
+
+
+def packed(graph: Graph) -> tuple[str, torch.Tensor]:
+    """A recorded graph and its constants. Python functions of the user's stay here: there is no way to send them."""
+    data = constants_bytes(graph)
+    return to_json(_unwritten(graph)), torch.frombuffer(bytearray(data), dtype=torch.uint8)
+
+
+def unpacked(document: str, constants: torch.Tensor) -> Graph:
+    """The graph that :func:`packed` was given."""
+    graph = from_json(document, constants.numpy().tobytes())
+    own = [from_payload(constant.payload(), constant.type, constant.name) for constant in graph.constants]
+    return replace(graph, constants=tuple(own))
+
+
+# --- prompts ---------------------------------------------------------------------------------------------------------
+
+
+def prompt_header(prompt: Prompt, selectors: tuple[TokenSelector, ...]) -> dict[str, Any]:
+    """What of a prompt is no tensor: lengths, and where token selectors point, in the order of the graph."""
+    chosen = [prompt.select(selector) for selector in selectors]
+    return {
+        "lengths": list(prompt.batch.lengths),
+        "chosen": [[[list(row) for row in one.columns], one.drops] for one in chosen],
+    }
+
+
+def prompt_tensors(prompt: Prompt) -> dict[str, torch.Tensor]:
+    batch = prompt.batch
+    return {"input_ids": batch.input_ids, "mask": batch.mask, "position_ids": batch.position_ids}
+
+
+def prompt_from(
+    header: Mapping[str, Any],
+    tensors: Mapping[str, torch.Tensor],
+    selectors: tuple[TokenSelector, ...],
+    owner: object,
+) -> Prompt:
+    """The prompt on a rank, which needs no tokenizer: where selectors point came with it."""
+    batch = Batch(tensors["input_ids"], tensors["mask"], tensors["position_ids"], tuple(header["lengths"]))
+    prompt = Prompt(batch, None, owner)
+    for selector, (columns, drops) in zip(selectors, header["chosen"], strict=True):
+        prompt.point(selector, Selection(tuple(tuple(row) for row in columns), drops))
+    return prompt
+
+
+# --- placements ------------------------------------------------------------------------------------------------------
+
+
+def placement_data(placement: Placement) -> dict[str, Any]:
+    """A placement as JSON's types."""
+    return {
+        "places": [[place.index, place.device, place.ranks] for place in placement.places],
+        "layers": list(placement.layers),
+        "ends": dict(placement.ends),
+        "modules": dict(placement.modules),
+        "layouts": {name: _axis(layout) for name, layout in placement.layouts.items()},
+        "parameters": {path: _axis(layout) for path, layout in placement.parameters.items()},
+    }
+
+
+def placement_from(data: Mapping[str, Any]) -> Placement:
+    """The placement that :func:`placement_data` was given."""
+    return Placement(
+        tuple(Place(*place) for place in data["places"]),
+        tuple(data["layers"]),
+        data["ends"],
+        data["modules"],
+        layouts={name: _layout(axis) for name, axis in data["layouts"].items()},
+        parameters={path: _layout(axis) for path, axis in data["parameters"].items()},
+    )
+
+
+def _axis(layout: Layout) -> int | None:
+    return layout.dim if isinstance(layout, Shard) else None
+
+
+def _layout(axis: int | None) -> Layout:
+    return Replicate() if axis is None else Shard(axis)
+
+
+# --- results ---------------------------------------------------------------------------------------------------------
+
+
+def results_data(results: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Saved tensors by name; those of ragged prompts are one for each row."""
+    rows: dict[str, int | None] = {}
+    tensors: dict[str, torch.Tensor] = {}
+    for number, (name, value) in enumerate(results.items()):
+        if isinstance(value, torch.Tensor):
+            rows[name] = None
+            tensors[str(number)] = value
+        else:
+            parts = cast("list[torch.Tensor]", value)
+            rows[name] = len(parts)
+            tensors |= {f"{number}.{row}": part for row, part in enumerate(parts)}
+    return {"rows": rows}, tensors
+
+
+def results_from(header: Mapping[str, Any], tensors: Mapping[str, torch.Tensor]) -> dict[str, Any]:
+    """What :func:`results_data` was given."""
+    found: dict[str, Any] = {}
+    for number, (name, rows) in enumerate(header["rows"].items()):
+        found[name] = (
+            tensors[str(number)] if rows is None else [tensors[f"{number}.{row}"] for row in range(rows)]
+        )
+    return found

@@ -1,0 +1,281 @@
+"""Gives every value of a placed graph its layout on the ranks of its place, and puts in what this needs.
+
+A site lies as its module leaves it; so does a parameter. From there on everything is done in parts where that gives the
+same numbers (:mod:`tracelens.sharding_rules`): nothing is gathered before it has been indexed and reduced. What needs
+whole values is given whole ones, once for all that need them. A tensor in parts is saved in parts, and put together
+when the forward pass is over.
+
+Below a gradient's start everything is whole: autograd then gives every rank the derivative with respect to the whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from tracelens.ir.graph import Graph
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Joined, Layout, Partial, Replicate, Shard
+from tracelens.ir.ops import (
+    WHOLE,
+    Apply,
+    Call,
+    Const,
+    Grad,
+    Index,
+    IndexItem,
+    IndexPut,
+    Op,
+    Param,
+    Read,
+    Redistribute,
+    Ref,
+    Save,
+    Slice,
+    TokenAt,
+    TokenSelector,
+    Transfer,
+    Write,
+    operands,
+    results,
+)
+from tracelens.ir.passes.rebuild import rebuild, substitute
+from tracelens.ir.types import DType, TensorType
+from tracelens.own_part import OwnPart
+from tracelens.placement import Placement
+from tracelens.placing import Placed
+from tracelens.sharding_rules import Choice, on_parts
+
+
+@dataclass(frozen=True, slots=True)
+class Laid:
+    """A placed graph with redistributions, and the layout of every value."""
+
+    placed: Placed
+    layouts: Mapping[int, Layout]
+
+
+def lay_out(placed: Placed, placement: Placement) -> Laid:
+    """``placed`` on places that may consist of several ranks."""
+    if all(place.ranks == 1 for place in placement.places):
+        return Laid(placed, dict.fromkeys(placed.graph.types, WHOLE_EVERYWHERE))
+    return _LayingOut(placed, placement).laid()
+
+
+class _LayingOut:
+    def __init__(self, placed: Placed, placement: Placement) -> None:
+        self.graph = placed.graph
+        self.placed = placed
+        self.placement = placement
+        self.layouts: dict[int, Layout] = {}
+        self.home = dict(placed.home)
+        self.kept: list[tuple[int, Op]] = []
+        self.at: list[int] = []
+        self.new = placed.graph.next_value
+        self.known: dict[tuple[int, Layout], int] = {}
+        """The number of a value in another layout than its own."""
+        self.differentiable = _from_gradients(placed.graph)
+
+    def laid(self) -> Laid:
+        for number, op in enumerate(self.graph.ops):
+            choice = self._choice(op)
+            using = {
+                value: self._as(number, value, choice.needs[value])
+                for value in operands(op)
+                if value in choice.needs
+            }
+            self.kept.append((number, substitute(op, using)))
+            self.at.append(self.placed.at[number])
+            for (value, _), layout in zip(results(op), choice.gives, strict=True):
+                self.layouts[value] = layout
+        graph = rebuild(self.graph, self.kept)
+        return Laid(Placed(graph, tuple(self.at), self.home), self.layouts)
+
+    def _as(self, number: int, value: int, wanted: Layout) -> int:
+        """The number of ``value`` in a layout; it is redistributed for the operation ``number`` if need be."""
+        own = self.layouts[value]
+        if own == wanted:
+            return value
+        known = self.known.get((value, wanted))
+        if known is not None:
+            return known
+        if not isinstance(own, Replicate) and not isinstance(wanted, Replicate):
+            value = self._as(number, value, WHOLE_EVERYWHERE)
+            own = WHOLE_EVERYWHERE
+        out = self.known[value, wanted] = self.new
+        self.new += 1
+        self.layouts[out], self.home[out] = wanted, self.home[value]
+        self.kept.append((number, Redistribute(out, self.graph.types[value], value, own, wanted)))
+        self.at.append(self.home[value])
+        return out
+
+    # --- the layouts of one operation ------------------------------------------------------------------------
+
+    def _choice(self, op: Op) -> Choice:
+        whole = Choice(dict.fromkeys(operands(op), WHOLE_EVERYWHERE), (WHOLE_EVERYWHERE,) * len(results(op)))
+        match op:
+            case Const() | Apply():
+                return whole
+            case Param():
+                return Choice({}, (self.placement.parameters.get(op.path, WHOLE_EVERYWHERE),))
+            case Read():
+                return Choice({}, (self.placement.layout_of(op.site),))
+            case Write():
+                return self._written(op)
+            case Save() | Transfer():
+                joined = {value: self._joined(value) for value in operands(op)}
+                return Choice(joined, tuple(joined[value] for value in operands(op)) if results(op) else ())
+            case Grad():
+                # Each with respect to what the rank itself has of the value.
+                own = {value: self._joined(value) for value in op.wrt}
+                return Choice({op.loss: WHOLE_EVERYWHERE, **own}, tuple(own[value] for value in op.wrt))
+            case _ if any(value in self.differentiable for value in operands(op)) and not _is_leaf(op):
+                return whole
+            case Index():
+                return self._indexed(op) or whole
+            case IndexPut():
+                return self._put(op) or whole
+            case Call():
+                layouts = {value: self._joined(value) for value in operands(op)}
+                return on_parts(op, layouts, self.graph.types, self._ranks(op)) or whole
+            case Redistribute():
+                raise AssertionError("a graph is laid out once")
+
+    def _joined(self, value: int) -> Layout:
+        """A value's layout once partial results have been joined."""
+        own = self.layouts[value]
+        return WHOLE_EVERYWHERE if isinstance(own, Partial) else own
+
+    def _ranks(self, op: Op) -> int:
+        return self.placement.places[self.home[operands(op)[0]]].ranks
+
+    def _written(self, op: Write) -> Choice:
+        if not isinstance(op.value, Ref):
+            return Choice({}, ())
+        site = self.placement.layout_of(op.site)
+        type_ = self.graph.types[op.value.id]
+        if isinstance(site, Shard):
+            # The value is broadcast to the site: it may lack the axis, or be one wide there.
+            own = site.dim - (len(op.site.kind.shape) - type_.ndim)
+            site = Shard(own) if own >= 0 and type_.shape[own] != 1 else WHOLE_EVERYWHERE
+        return Choice({op.value.id: site}, ())
+
+    # --- indices ---------------------------------------------------------------------------------------------
+
+    def _indexed(self, op: Index) -> Choice | None:
+        layout = self._joined(op.base)
+        if not isinstance(layout, Shard):
+            return None
+        found = axis_index(op.index, self.graph.types[op.base], layout.dim, self.graph.types)
+        if found is None:
+            return None
+        item, axis = found.item, found.there
+        needs = {**dict.fromkeys(operands(op), WHOLE_EVERYWHERE), op.base: layout}
+        if item == WHOLE:
+            return Choice(needs, (Shard(axis),))
+        # Every rank puts what it owns of the selection into zeros.
+        return Choice(needs, (Partial(Joined.SUM),)) if op.type.dtype is not DType.BOOL else None
+
+    def _put(self, op: IndexPut) -> Choice | None:
+        layout = self._joined(op.base)
+        if not isinstance(layout, Shard):
+            return None
+        types = self.graph.types
+        found = axis_index(op.index, types[op.base], layout.dim, types)
+        if found is None:
+            return None
+        item, axis = found.item, found.there
+        needs: dict[int, Layout] = {**dict.fromkeys(operands(op), WHOLE_EVERYWHERE), op.base: layout}
+        if isinstance(op.value, Ref) and item == WHOLE:
+            type_ = types[op.value.id]
+            own = axis - (_indexed_ndim(op.index, types[op.base], types) - type_.ndim)
+            if own >= 0 and type_.shape[own] != 1:
+                needs[op.value.id] = Shard(own)
+        return Choice(needs, (layout,))
+
+
+@dataclass(frozen=True, slots=True)
+class AxisIndex:
+    """What stands in an index for one axis: the entry and its number, and where the axis is in the result."""
+
+    item: IndexItem
+    entry: int
+    there: int
+
+
+def _indexed_ndim(index: tuple[IndexItem, ...], base: TensorType, types: Mapping[int, TensorType]) -> int:
+    """How many axes ``base[index]`` has."""
+    ndim = base.ndim
+    for item in index:
+        if item is None:
+            ndim += 1
+        elif isinstance(item, int | TokenAt):
+            ndim -= 1
+        elif isinstance(item, Ref):
+            ndim += types[item.id].ndim - 1
+    return ndim
+
+
+def axis_index(
+    index: tuple[IndexItem, ...], base: TensorType, axis: int, types: Mapping[int, TensorType]
+) -> AxisIndex | None:
+    """What an index does to an axis; ``None`` for what only whole values can do.
+
+    One tensor of numbers may stand in it, and takes the place of its axis; with several, or beside numbers, torch moves
+    axes around.
+    """
+    tensors = [item for item in index if isinstance(item, Ref)]
+    if len(tensors) > 1 or (tensors and any(isinstance(item, int) for item in index)):
+        return None
+    if any(types[item.id].dtype is DType.BOOL for item in tensors):
+        return None
+    at = 0  # the axis of the base that comes next
+    there = 0  # and that of the result
+    for entry, item in enumerate((*index, *([WHOLE] * base.ndim))):
+        if item is None:
+            there += 1
+            continue
+        if at == axis:
+            single = not isinstance(item, Ref) or types[item.id].ndim == 1
+            return AxisIndex(item, entry, there) if single and not isinstance(item, TokenSelector) else None
+        at += 1
+        if isinstance(item, Slice):
+            there += 1
+        elif isinstance(item, Ref):
+            there += types[item.id].ndim
+        elif isinstance(item, TokenSelector) and not isinstance(item, TokenAt):
+            there += 1
+    raise AssertionError("an index has an entry for every axis")
+
+
+def own_part(
+    op: Index | IndexPut,
+    layouts: Mapping[int, Layout],
+    types: Mapping[int, TensorType],
+    ranks: int,
+    rank: int,
+) -> OwnPart | None:
+    """What a rank does by itself of an index into the axis that its operand is in parts along, if it is one."""
+    layout = layouts.get(op.base)
+    if not isinstance(layout, Shard):
+        return None
+    found = axis_index(op.index, types[op.base], layout.dim, types)
+    if found is None or found.item == WHOLE:
+        return None
+    size = types[op.base].shape[layout.dim]
+    assert isinstance(size, int)
+    return OwnPart(layout.dim, found.there, found.entry, size, ranks, rank)
+
+
+def _is_leaf(op: Op) -> bool:
+    return isinstance(op, Call) and op.function == "tracelens.leaf"
+
+
+def _from_gradients(graph: Graph) -> frozenset[int]:
+    """The values that autograd may follow: in a graph with gradients, whatever is made of a site."""
+    if not any(isinstance(op, Grad) for op in graph.ops):
+        return frozenset()
+    followed: set[int] = set()
+    for op in graph.ops:
+        if isinstance(op, Read) or any(value in followed for value in operands(op)):
+            followed.update(value for value, _ in results(op))
+    return frozenset(followed)
