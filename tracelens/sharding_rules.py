@@ -48,7 +48,9 @@ class Given:
         return arg.id, layout.dim
 
     def choice(self, needs: Mapping[int, Layout], *gives: Layout) -> Choice:
-        """``gives`` for each result; one is for all of them."""
+        """``gives`` for each result; one is for all of them. Without anything in parts there is nothing to choose."""
+        if not any(isinstance(layout, Shard) for layout in needs.values()):
+            raise Defer  # an axis one element wide is whole where it is broadcast
         found = gives if len(gives) == len(self.op.outs) else gives * len(self.op.outs)
         return Choice({**dict.fromkeys(operands(self.op), WHOLE_EVERYWHERE), **needs}, found)
 
@@ -96,6 +98,15 @@ def _pointwise(given: Given) -> Choice:
         if own >= 0 and type_.shape[own] != 1:
             needs[value] = Shard(own)
     return given.choice(needs, Shard(axis))
+
+
+def _as_another(given: Given) -> Choice:
+    """``to`` and ``type_as``: of another operand only the dtype matters, however it lies."""
+    own = {value: given.layout(value) for value in operands(given.op)}
+    first = given.op.args[0]
+    if not isinstance(first, Ref):
+        raise Defer
+    return given.choice(own, own[first.id])
 
 
 # --- along axes --------------------------------------------------------------------------------------------------
@@ -198,11 +209,11 @@ _KEEPING: dict[str, tuple[str, int | None]] = {
     "torch.sort": ("input dim descending stable", -1),
     "torch.argsort": ("input dim descending stable", -1),
     "torch.topk": ("input k dim largest sorted", -1),
-    "torch.flip": ("input dim", None),
+    "torch.flip": ("input dims", None),
     "torch.nn.functional.normalize": ("input p dim eps", 1),
     "torch.nn.functional.glu": ("input dim", -1),
     "torch.diff": ("input n dim", -1),
-    "torch.roll": ("input shifts dim", None),
+    "torch.roll": ("input shifts dims", None),
     "torch.narrow": ("input dim start length", None),
     "torch.split": ("input split_size_or_sections dim", 0),
     "torch.split_with_sizes": ("input split_sizes dim", 0),
@@ -219,9 +230,9 @@ _DROPPING: dict[str, tuple[str, int | None]] = {
 def _along(given: Given) -> Choice:
     name = given.op.function
     signature, default = _KEEPING.get(name) or _DROPPING[name]
-    bound = given.bind(signature.replace("dims", "dim"))
+    bound = given.bind(signature)
     value, axis = given.alone(bound.get("input"))
-    dim = bound.get("dim", default)
+    dim = bound.get("dim", bound.get("dims", default))
     if dim is None:
         raise Defer
     axes = _axes(dim, given.types[value].ndim)
@@ -402,6 +413,7 @@ _RULES: dict[str, Callable[[Given], Choice]] = {
     **dict.fromkeys(("torch.cat", "torch.stack"), _joining),
     **dict.fromkeys(("torch.nn.functional.layer_norm", "torch.nn.functional.rms_norm"), _normalised),
     **dict.fromkeys(_FIXED, _fixed),
+    **dict.fromkeys(("torch.Tensor.to", "torch.Tensor.type_as"), _as_another),
     "torch.permute": _permuted,
     "torch.transpose": _transposed,
     "torch.t": _transposed,

@@ -42,6 +42,8 @@ ATTENTION = ("tests/conformance/test_attention.py",)
 HEADS = ("tests/test_heads.py",)
 KEYS = ("tests/conformance/test_keys.py",)
 RANKS = ("tests/test_ranks.py",)
+RULES = ("tests/test_sharding_rules.py",)
+OWN_PART = ("tests/test_own_part.py",)
 RANK_FAILURES = ("tests/test_rank_failures.py",)
 RANK_MESSAGES = ("tests/test_rank_messages.py",)
 
@@ -1046,5 +1048,61 @@ MUTANTS = (
         "            if keep is Keep.DEVICE:",
         "            if False:",
         ("tests/test_keeping.py",),
+    ),
+    Mutant(
+        "parts: a scan along the axis in parts is done by each rank alone",
+        "sharding_rules.py",
+        "    if axis in axes:\n        raise Defer\n    dropped =",
+        "    dropped =",
+        RULES,
+    ),
+    Mutant(
+        "parts: axes that have gone leave the others where they were",
+        "sharding_rules.py",
+        "return axis - sum(other < axis for other in gone)",
+        "return axis",
+        RULES,
+    ),
+    Mutant(
+        "parts: means of stretches of two lengths are averaged",
+        "sharding_rules.py",
+        "if joined is Joined.MEAN and size % given.ranks:",
+        "if False:",
+        RULES,
+    ),
+    Mutant(
+        "parts: what every rank has whole counts as parts",
+        "sharding_rules.py",
+        "        if not any(isinstance(layout, Shard) for layout in needs.values()):",
+        "        if False:",
+        RULES,
+    ),
+    Mutant(
+        "parts: an inner axis is flattened",
+        "sharding_rules.py",
+        "if start < axis <= end:",
+        "if False:",
+        RULES,
+    ),
+    Mutant(
+        "parts: a negative number in a tensor counts from the end of the stretch",
+        "own_part.py",
+        "        wanted = torch.where(item < 0, item + self.size, item) - low\n        shape = [1]",
+        "        wanted = torch.where(item < 0, item + high - low, item) - low\n        shape = [1]",
+        OWN_PART,
+    ),
+    Mutant(
+        "parts: a step starts anew on every rank",
+        "own_part.py",
+        "first = max(0, -(-(low - chosen.start) // step))",
+        "first = max(0, (low - chosen.start) // step)",
+        OWN_PART,
+    ),
+    Mutant(
+        "parts: every rank writes the first of the values",
+        "own_part.py",
+        "value.narrow(own, first, count)",
+        "value.narrow(own, 0, count)",
+        OWN_PART,
     ),
 )
