@@ -21,12 +21,13 @@ TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sharded test check mutants gpu clean same-python
+.PHONY: help demo demo-sharded test matrix check mutants gpu clean same-python
 
 help:
 	@echo "make demo          show what tracelens does, on a small model that is fetched once"
 	@echo "make demo-sharded  the same with the model split over several devices"
 	@echo "make test          run the tests"
+	@echo "make matrix        compare models on ranks with one process: all cells, and the table of the documentation"
 	@echo "make check         format, lint and types"
 	@echo "make mutants       break the code on purpose and see that the tests notice"
 	@echo "make gpu           run the tests that need a CUDA device"
@@ -41,6 +42,11 @@ demo-sharded: $(TEST)
 
 test: $(TEST)
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+# One process, since it writes one file; the ranks are processes of their own.
+matrix: $(TEST)
+	TRACELENS_WRITE_MATRIX=1 $(BIN)/python -m pytest -m "not gpu" tests/parallel/test_matrix.py $(PYTEST_ARGS)
+	$(BIN)/python -m docs.refresh
 
 check: $(DEV)
 	$(BIN)/ruff format --check .

@@ -9,11 +9,12 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from docs import pages, pictures, site_tables
+from docs import pages, parallel_table, pictures, site_tables
 
 GENERATED: dict[str, Callable[[], str]] = {
     "vocabulary": site_tables.vocabulary,
     "families": site_tables.families,
+    "matrix": parallel_table.matrix,
 }
 _SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 

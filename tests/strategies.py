@@ -94,6 +94,8 @@ class _Builder:
     # Gradients round differently where sums are taken in another order, so what is made of them is kept linear, and
     # nothing is cast to a dtype in which rounding would show.
     gradients: bool = False
+    # Where sums are taken in another order too, but by ranks: nothing is cast to such a dtype.
+    narrow: bool = True
     # A few sites only, so that reads and writes meet at the same ones.
     sites: tuple[Site, ...] = READABLE
 
@@ -205,7 +207,7 @@ class _Builder:
                 matrix = self.const(_numbers(width, 5))
                 self.call("torch.matmul", ref, Ref(matrix))
             case 11:
-                halves = () if self.gradients else (DType.BFLOAT16, DType.FLOAT16)
+                halves = () if self.gradients or not self.narrow else (DType.BFLOAT16, DType.FLOAT16)
                 self.call("torch.Tensor.to", ref, self.one(DType.FLOAT64, *halves))
             case 12 if kind.shape[:2] == (B, P):
                 self.call("tracelens.masked_mean", ref, Ref(self.read(Site("token_mask"))))
@@ -386,14 +388,16 @@ def graphs(
     steps: tuple[int, int] = (3, 16),
     pinned: bool = False,
     gradients: bool = False,
+    narrow: bool = True,
 ) -> Graph:
     """Graphs that verify, over the sites of a tiny model of the Llama kind, with at least one save.
 
     ``sizes``: those of the prompt that the graph is recorded for (else its sizes stay symbols); ``aligned=False``: no
     operation mixes positions, so that rows may differ in length; ``pinned``: some operation fits these sizes only;
-    ``gradients``: with gradients among the operations, and no float narrower than float32.
+    ``gradients``: with gradients among the operations, and no float narrower than float32; ``narrow=False``: no such
+    float either, and no gradients.
     """
-    builder = _Builder(draw, sizes, aligned, gradients=gradients)
+    builder = _Builder(draw, sizes, aligned, gradients=gradients, narrow=narrow)
     chosen = draw(st.lists(st.sampled_from(WRITABLE), min_size=1, max_size=4, unique=True))
     builder.sites = (*chosen, *chosen, *chosen, Site("token_mask"))
     first = builder.read(chosen[0])

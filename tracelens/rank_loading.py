@@ -11,7 +11,7 @@ import torch
 
 from tracelens.backends.layouts import require_divisible
 from tracelens.backends.sharded_loading import load_part
-from tracelens.errors import Blaming, OptionError
+from tracelens.errors import Blaming, LayoutError, OptionError
 from tracelens.location import here
 from tracelens.model import Model
 from tracelens.pretrained import SOURCES, embedded_model
@@ -87,7 +87,17 @@ def require_fit(config: Any, sizes: Sizes) -> None:
     """Refuses numbers of ranks and stages that a model cannot be shared by, and names some that it can."""
     with Blaming(here()):
         if sizes["tp"] > 1:
+            if not getattr(config, "base_model_tp_plan", None):
+                raise LayoutError(
+                    f"transformers has no plan by which ranks share a layer of {config.model_type}",
+                    instead='tl.load(name, device_map="auto"), which spreads the layers over devices',
+                )
             require_divisible(config, sizes["tp"])
+        if sizes["pp"] > 1 and not getattr(config, "base_model_pp_plan", None):
+            raise LayoutError(
+                f"transformers has no plan by which {config.model_type} is cut into stages",
+                instead='tl.load(name, device_map="auto"), which spreads the layers over devices',
+            )
         if sizes["pp"] > config.num_hidden_layers:
             raise OptionError(
                 f"pp={sizes['pp']} stages cannot share {config.num_hidden_layers} layers",

@@ -1,0 +1,234 @@
+"""Every site read and every site written, of models on ranks: the same as in one process.
+
+The diagonal of the matrix runs always, all of it by ``make matrix``, which also writes the table of the documentation.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import pytest
+from torch import Tensor
+
+import tracelens as tl
+from tests.conformance.test_reads import read
+from tests.parallel import measured
+from tests.parallel.cells import CELLS, DIAGONAL, SHAPES, SMOLLM2, Cell, Shape
+from tests.parallel.writes import EDITS, Edit, seen_later
+from tests.support.batches import EVEN, RAGGED, random_rows
+from tests.support.hand_forward import hand_sites
+from tests.support.ranks import PoolOf
+from tests.support.spread_models import Both, both, relative_error, stored
+from tracelens.errors import LayoutError
+from tracelens.ir.layout import Joined, Partial, Replicate, Shard
+from tracelens.ir.ops import Redistribute, Save
+from tracelens.ir.sites import Effect, Site
+
+TOLERANCE = 1e-5
+ROWS = random_rows(EVEN)
+
+
+def cells(names: Iterable[str], always: Iterable[str] = DIAGONAL) -> pytest.MarkDecorator:
+    return pytest.mark.parametrize(
+        "cell",
+        [
+            pytest.param(
+                CELLS[name],
+                marks=[
+                    *([] if name in always else [pytest.mark.matrix]),
+                    *([pytest.mark.smollm2] if CELLS[name].family == SMOLLM2 else []),
+                ],
+            )
+            for name in names
+        ],
+        ids=str,
+        indirect=True,
+    )
+
+
+SUPPORTED = [name for name, cell in CELLS.items() if cell.refused is None]
+REFUSED = [name for name, cell in CELLS.items() if cell.refused is not None]
+every_cell = cells(SUPPORTED)
+
+
+@pytest.fixture(scope="module")
+def cell(request: pytest.FixtureRequest) -> Cell:
+    return request.param
+
+
+@pytest.fixture(scope="module")
+def models(cell: Cell, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf) -> Iterator[Both]:
+    shape = SHAPES[cell.shape]
+    if cell.family == SMOLLM2:
+        one = tl.load(SMOLLM2)
+        spread = tl.load(SMOLLM2, tp=shape.tp, pp=shape.pp, ranks=ranks_of(shape.world))
+        found = Both(spread, one, one.hf)
+    else:
+        folder = tmp_path_factory.mktemp("model")
+        found = both(cell.family, folder, ranks_of, tp=shape.tp, pp=shape.pp, settings=cell.settings)
+    yield found
+    found.close()
+
+
+def middle(models: Both) -> int:
+    return models.one.n_layers // 2
+
+
+def sites_of(models: Both) -> list[Site]:
+    """All sites of the first layer, the one in the middle and the last, and those before and after the layers."""
+    layers = (None, 0, middle(models), models.one.n_layers - 1)
+    return [
+        site for site in hand_sites(models.hf)[1:] if site.layer in layers
+    ]  # the first is an input: the mask
+
+
+def writable(models: Both) -> list[Site]:
+    return [site for site in sites_of(models) if site.kind.effect is not Effect.NONE]
+
+
+@every_cell
+def test_every_site_is_read(cell: Cell, models: Both) -> None:
+    worst, sites = 0.0, sites_of(models)
+    for rows in (ROWS, random_rows(RAGGED)):
+        expected, actual = (all_read(model, sites, rows) for model in (models.one, models.spread))
+        for site in sites:
+            for one, other in zip(parts(actual[site]), parts(expected[site]), strict=True):
+                error = relative_error(one, other)
+                assert error <= TOLERANCE, (str(site), error)
+                worst = max(worst, error)
+    measured.note(cell, read=len(sites), read_error=worst)
+
+
+def all_read(model: tl.Model, sites: list[Site], rows: list[list[int]]) -> dict[Site, Tensor | list[Tensor]]:
+    with model.trace(rows):
+        saved = {site: read(model, site).save() for site in sites}
+    return {site: handle.value for site, handle in saved.items()}
+
+
+def parts(value: Tensor | list[Tensor]) -> list[Tensor]:
+    """One tensor for each prompt where they differ in length."""
+    return [value] if isinstance(value, Tensor) else value
+
+
+@every_cell
+def test_every_site_is_written(cell: Cell, models: Both) -> None:
+    """Each site by one kind of edit, another one in each layer."""
+    edits = list(EDITS.values())
+    chosen = [(site, edits[number % len(edits)]) for number, site in enumerate(writable(models))]
+    error = written(models, chosen)
+    measured.note(cell, written=len(chosen), write_error=error)
+
+
+@cells(SUPPORTED, always=("llama on tp2",))
+def test_every_site_takes_every_edit(cell: Cell, models: Both) -> None:
+    sites = [site for site in writable(models) if site.layer in (None, middle(models))]
+    error = written(models, [(site, edit) for site in sites for edit in EDITS.values()])
+    measured.note(cell, edits=len(sites) * len(EDITS), edit_error=error)
+
+
+def written(models: Both, edits: Iterable[tuple[Site, Edit]]) -> float:
+    """Does edits one by one in both models; gives the largest error of what follows from them."""
+    clean = all_read(models.one, sites_of(models), ROWS)
+    worst = 0.0
+    for site, edit in edits:
+        before = clean[site]
+        assert isinstance(before, Tensor)
+        later = seen_later(models.one, site)
+        found: list[tuple[Tensor, ...]] = []
+        for model in (models.one, models.spread):
+            with model.trace(ROWS):
+                edit.run(model, site, before.shape)
+                saved = [value.save() for value in (read(model, site), read(model, later), model.logits)]
+            found.append(tuple(handle.value for handle in saved))
+        expected, actual = found
+        # An edit that does not show would show nothing either if it were done wrongly.
+        assert relative_error(expected[2], clean[Site("logits")]) > 100 * TOLERANCE, (str(site), edit.name)
+        for what, one, other in zip(("after", str(later), "logits"), actual, expected, strict=True):
+            error = relative_error(one, other)
+            assert error <= TOLERANCE, (str(site), edit.name, what, error)
+            worst = max(worst, error)
+    return worst
+
+
+@every_cell
+def test_the_model_really_lies_on_its_ranks(cell: Cell, models: Both) -> None:
+    parts_there = models.spread._parts
+    assert parts_there is not None
+    assert parts_there.bytes == expected_bytes(models, SHAPES[cell.shape])
+    whole = sum(parameter.nbytes for parameter in models.hf.parameters())
+    measured.note(cell, bytes=list(parts_there.bytes), whole=whole)
+
+
+def expected_bytes(models: Both, shape: Shape) -> tuple[int, ...]:
+    """What each rank ought to have of the weights, by the names of the parameters alone."""
+    # A tied head and the embedding are one parameter where they are in one stage.
+    twice = shape.pp > 1
+    return tuple(
+        sum(
+            share(name, parameter, rank, shape.tp)
+            for name, parameter in models.hf.named_parameters(remove_duplicate=not twice)
+            if stage == stage_of(name, models.one.n_layers, shape.pp)
+        )
+        for stage in range(shape.pp)
+        for rank in range(shape.tp)
+    )
+
+
+def stage_of(name: str, layers: int, stages: int) -> int:
+    if ".layers." in name:
+        layer = int(name.split(".layers.")[1].split(".")[0])
+        return next(stage for stage in range(stages) if layer < (stage + 1) * layers // stages)
+    return 0 if name.startswith("model.embed_tokens") else stages - 1
+
+
+def share(name: str, parameter: Tensor, rank: int, ranks: int) -> int:
+    """A rank's bytes: heads, neurons and the vocabulary are shared; norms, and biases of sums, are on every rank."""
+    module, kind = name.split(".")[-2:]
+    if module in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"):
+        axis = 0
+    elif module in ("o_proj", "down_proj") and kind == "weight":
+        axis = 1
+    else:
+        return parameter.nbytes
+    size = parameter.shape[axis]
+    each = math.ceil(size / ranks)
+    own = min(size, (rank + 1) * each) - min(size, rank * each)
+    return parameter.nbytes // size * own
+
+
+@every_cell
+def test_what_ranks_share_is_planned_in_parts(cell: Cell, models: Both) -> None:
+    """Each rank sums its own neurons, and one number of each token is added up between them; heads leave in parts."""
+    shape = SHAPES[cell.shape]
+    with models.spread.record() as r:
+        layer = models.spread.layers[middle(models)]
+        layer.mlp_act.sum(-1).save("sum")
+        layer.z.save("z")
+    plan = r.plan().plan
+    assert [place.ranks for place in plan.placement.places] == [shape.tp] * shape.pp
+    moved = [(op.source, op.target, op.type.ndim) for op in plan.graph.ops if isinstance(op, Redistribute)]
+    assert moved == ([(Partial(Joined.SUM), Replicate(), 2)] if shape.tp > 1 else [])
+    saved = {op.name: plan.layouts[op.values[0]] for op in plan.graph.ops if isinstance(op, Save)}
+    assert saved == {"sum": Replicate(), "z": Shard(2) if shape.tp > 1 else Replicate()}
+
+
+@pytest.mark.parametrize("cell", [pytest.param(CELLS[name], id=name) for name in REFUSED])
+def test_a_cell_that_is_not_supported_is_refused_by_name(cell: Cell, tmp_path: Path) -> None:
+    """Before anything is launched."""
+    shape = SHAPES[cell.shape]
+    assert cell.refused is not None
+    if cell.family != SMOLLM2:
+        stored(cell.family, tmp_path, cell.settings)
+    source = SMOLLM2 if cell.family == SMOLLM2 else tmp_path
+    with pytest.raises(LayoutError) as caught:
+        tl.load(source, tp=shape.tp, pp=shape.pp).close()
+    assert cell.refused in caught.value.problem
+    assert caught.value.at is not None
+    assert caught.value.at.filename == __file__
+
+
+def test_the_diagonal_is_of_the_matrix() -> None:
+    assert set(DIAGONAL) <= set(SUPPORTED)
+    assert {CELLS[name].shape for name in DIAGONAL} >= {"tp2", "tp4", "pp2", "pp2 x tp2"}

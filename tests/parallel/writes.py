@@ -1,0 +1,109 @@
+"""What is written at a site of the matrix: new numbers for every part that ranks may have a share of."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import tracelens as tl
+from tests.conformance.test_reads import looks, read
+from tracelens.ir.sites import Scope, Site
+
+_IN_PARTS = ("H", "K", "M", "V")
+
+
+def axis_in_parts(site: Site) -> int:
+    """The axis that ranks may share: heads, neurons, the vocabulary; of others the last one."""
+    return next(
+        (axis for axis, dim in enumerate(site.kind.shape) if dim in _IN_PARTS), len(site.kind.shape) - 1
+    )
+
+
+def numbers(shape: Sequence[int], seed: int) -> Tensor:
+    return 0.5 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def _across(site: Site, size: int) -> tuple[Any, ...]:
+    """An index of the middle of the axis in parts, from one rank's share into those of others."""
+    before = (slice(None),) * axis_in_parts(site)
+    return (*before, slice(size // 4, size - size // 4 + (size == 2)))
+
+
+def _assign(model: tl.Model, site: Site, new: object) -> None:
+    setattr(model if site.layer is None else model.layers[site.layer], site.name, new)
+
+
+def _add(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
+    _assign(model, site, read(model, site) + numbers(shape, 1))
+
+
+def _replace(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
+    _assign(model, site, numbers(shape, 2))
+
+
+def _vector(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
+    _assign(model, site, numbers(shape[-1:], 3))
+
+
+def _part(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
+    handle = read(model, site)
+    index = _across(site, shape[axis_in_parts(site)])
+    handle[index] = numbers(torch.empty(shape)[index].shape, 4)
+
+
+def _part_added(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
+    handle = read(model, site)
+    index = _across(site, shape[axis_in_parts(site)])
+    handle[index] += numbers(torch.empty(shape)[index].shape, 5)
+
+
+def _one(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
+    """The last of what the last rank has, at the last position of each prompt."""
+    handle = read(model, site)
+    axis = axis_in_parts(site)
+    index: list[Any] = [slice(None)] * len(shape)
+    index[axis] = shape[axis] - 1
+    index[2 if looks(site) else 1] = -1
+    handle[tuple(index)] = 3.0
+
+
+def _scaled(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
+    """By what is computed from the site itself, over the axis that may be in parts."""
+    value = read(model, site)
+    if looks(site):
+        value = tl.where(value < -1e30, 0.0, value)
+    _assign(model, site, value - 0.5 * value.mean(axis_in_parts(site), keepdim=True))
+
+
+@dataclass(frozen=True)
+class Edit:
+    name: str
+    run: Callable[[tl.Model, Site, Sequence[int]], None]
+
+
+EDITS = {
+    edit.name: edit
+    for edit in (
+        Edit("add", _add),
+        Edit("replace", _replace),
+        Edit("vector", _vector),
+        Edit("part", _part),
+        Edit("part added", _part_added),
+        Edit("one", _one),
+        Edit("centred", _scaled),
+    )
+}
+
+
+def seen_later(model: tl.Model, site: Site) -> Site:
+    """A site after this one that an edit shows in, as far along as there is one, and in parts where that can be."""
+    last = model.n_layers - 1
+    if site.kind.scope is Scope.AFTER:
+        return Site("logits") if site.name == "logits" else Site("lm_head")
+    if site.layer == last:
+        return Site("final_norm")
+    return Site("mlp_act", last)

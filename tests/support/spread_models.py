@@ -1,0 +1,61 @@
+"""Models in two ways: on ranks of the tests' pools, and in one process."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+import tracelens as tl
+from tests.support.families import EVERY
+from tests.support.ranks import PoolOf
+
+
+@dataclass(frozen=True)
+class Both:
+    """One model on ranks, and the same in this process, which is what is right."""
+
+    spread: tl.Model
+    one: tl.Model
+    hf: PreTrainedModel
+
+    def close(self) -> None:
+        """Has the ranks let go of their parts; the ranks stay."""
+        self.spread.close()
+
+
+def both(
+    family: str,
+    folder: Path,
+    ranks_of: PoolOf,
+    *,
+    tp: int = 1,
+    pp: int = 1,
+    settings: Mapping[str, Any] | None = None,
+) -> Both:
+    """A tiny model, stored in ``folder`` and loaded from there by ``tp * pp`` ranks, and in one process."""
+    hf = stored(family, folder, settings)
+    return Both(tl.load(folder, tp=tp, pp=pp, ranks=ranks_of(tp * pp)), tl.wrap(hf), hf)
+
+
+def stored(family: str, folder: Path, settings: Mapping[str, Any] | None = None) -> PreTrainedModel:
+    """A tiny model, which now lies in ``folder`` too."""
+    hf = EVERY[family].build(**(settings or {}))
+    hf.save_pretrained(folder)
+    return hf
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """The largest difference over the largest number; infinite where shapes, dtypes or places of a mask differ."""
+    if actual.shape != expected.shape or actual.dtype != expected.dtype:
+        return float("inf")
+    # A mask puts the lowest number there is, and that would hide all others.
+    floor = expected.abs() > 1e30
+    if not actual[floor].equal(expected[floor]):
+        return float("inf")
+    difference = (actual - expected)[~floor].abs().max() / expected[~floor].abs().max()
+    return difference.item() if difference == difference else float("inf")
