@@ -20,7 +20,7 @@ def main(about: Mapping[str, Any]) -> None:
 
 def bare(served: Served, request: Message) -> Message:
     """One forward pass of this rank's part of a model, in a pipeline as a trace drives it."""
-    anatomy = served.models[request.header["model"]].anatomy
+    anatomy = served.models[request.header["model"]].model.anatomy
     mesh, hf = anatomy.mesh, anatomy.model
     inputs = {**request.tensors, "use_cache": False}
     with torch.no_grad():

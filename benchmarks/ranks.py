@@ -34,8 +34,8 @@ MODELS = {"tiny": Tiny(), "smollm2": SmolLM2()}
 PAGE = """\
 # What a block costs on ranks
 
-Blocks on models that are spread over ranks (`tl.load(name, tp=...)`, `pp=...`), beside the bare forward pass of the same
-ranks, which is asked for in the same way. It is made by `python -m benchmarks.ranks`.
+Blocks on models that are spread over ranks (`tl.load(name, tp=...)`, `pp=...`), beside the bare forward pass of the
+same ranks, which is asked for in the same way. It is made by `python -m benchmarks.ranks`.
 
 * A number is the **ratio** to the bare pass: of medians over {rounds} rounds in which everything is timed once, in an
   order shuffled anew, with the interval that holds 95% of its bootstrap resamples.

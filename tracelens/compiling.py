@@ -306,6 +306,16 @@ def owning(graph: Graph) -> Graph:
     return replace(graph, constants=tuple(constants))
 
 
+def check_constants(graph: Graph) -> None:
+    """Raises :class:`~tracelens.errors.ConstantChangedError` for a tensor that was changed since it was captured."""
+    for index, constant in enumerate(graph.constants):
+        if isinstance(constant, Captured):
+            try:
+                constant.check(None)
+            except TracelensError as error:
+                raise graph.blame(error, _capturing(graph, index)) from None
+
+
 def _capturing(graph: Graph, index: int) -> int:
     """The operation that captured constant number ``index``."""
     return next(number for number, op in enumerate(graph.ops) if isinstance(op, Const) and op.index == index)

@@ -6,7 +6,6 @@ import itertools
 import weakref
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from time import perf_counter
 from typing import Any, NoReturn
@@ -16,21 +15,20 @@ import torch
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.ranks.owner import Reply, Request
 from tracelens.backends.ranks.pool import Ranks
-from tracelens.compiled import OPERATION, Compiled, Ran, relocate
-from tracelens.compiling import Compiler, check_fits
-from tracelens.constants import Captured
+from tracelens.compiled import Compiled, Ran, relocate
+from tracelens.compiling import Compiler, check_constants, check_fits
 from tracelens.errors import PipelineError, RankFailedError, TracelensError, UntrustedApplyError
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Apply
 from tracelens.leaving import write_files
-from tracelens.location import Location
 from tracelens.plan import Plan
 from tracelens.program import Program
 from tracelens.prompted import Prompt
-from tracelens.remote import digest, packed, prompt_header, prompt_tensors, results_from
+from tracelens.remote import constants_data, digest, document, prompt_header, prompt_tensors, results_from
 from tracelens.report import RunReport
 
 _ids = itertools.count(1)
+_KEPT = 256
 
 
 class RankedCompiler(Compiler):
@@ -40,6 +38,7 @@ class RankedCompiler(Compiler):
         super().__init__(anatomy)
         self._ranks = ranks
         self._model = model
+        self._documents: dict[int, _Document] = {}
 
     def _prepared(self, programs: tuple[Program, ...], plan: Plan) -> None:
         return None
@@ -75,25 +74,50 @@ class RankedCompiler(Compiler):
     ) -> list[Reply]:
         _refuse_python(graph)
         check_fits(graph, compiled, prompt)
-        for constant in graph.constants:
-            if isinstance(constant, Captured):
-                constant.check(None)
-        # Lines stay here: an error names its operation.
-        numbered = tuple(Location(OPERATION, number + 1) for number in range(len(graph.ops)))
-        document, constants = packed(replace(graph, locations=numbered))
-        selectors = tuple(selector for _, selector in compiled.selectors)
-        header = {
+        check_constants(graph)
+        sent = self._document(compiled)
+        names, constants = constants_data(graph)
+        header: dict[str, Any] = {
             "model": self._model,
-            "graph": document,
-            "digest": digest(compiled.plan),
-            **prompt_header(prompt, selectors),
+            "graph": sent.digest,
+            "plan": sent.plan,
+            "constants": names,
+            **prompt_header(prompt, tuple(selector for _, selector in compiled.selectors)),
             **more,
         }
-        tensors = {**prompt_tensors(prompt), "constants": constants}
+        if not sent.known:
+            header["document"] = sent.document
+        tensors = {**prompt_tensors(prompt), **constants}
         try:
-            return self._ranks.ask(name, header, tensors, model=self._model)
+            replies = self._ranks.ask(name, header, tensors, model=self._model)
+            if replies[0].header.get("unknown"):  # they were started anew since, or have forgotten it
+                header["document"] = sent.document
+                replies = self._ranks.ask(name, header, tensors, model=self._model)
         except RankFailedError as failed:
             _blame(failed, graph)
+        sent.known = True
+        return replies
+
+    def _document(self, compiled: Compiled) -> _Document:
+        """What the ranks are told of a graph: once in full, and then by its digest."""
+        known = self._documents.get(id(compiled))
+        if known is None or known.compiled is not compiled:
+            if len(self._documents) >= _KEPT:
+                self._documents.clear()
+            known = self._documents[id(compiled)] = _Document(compiled)
+        return known
+
+
+class _Document:
+    """A compiled graph as the ranks know it."""
+
+    def __init__(self, compiled: Compiled) -> None:
+        self.compiled = compiled
+        self.document = document(compiled.recorded)
+        self.digest = digest(self.document)
+        self.plan = digest(document(compiled.plan.graph))
+        self.known = False
+        """Have the ranks been told?"""
 
 
 def _same(value: Any) -> Any:

@@ -3,48 +3,76 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
 
+from tracelens.backends.transfer import on_cpu
 from tracelens.batch import Batch
-from tracelens.constants import from_payload
+from tracelens.compiled import OPERATION
+from tracelens.constants import Captured, capture, from_payload
+from tracelens.errors import ForbiddenFunctionError
+from tracelens.ir.functions import FUNCTIONS
 from tracelens.ir.graph import Graph
 from tracelens.ir.layout import Layout, Replicate, Shard
-from tracelens.ir.ops import Save, TokenSelector
+from tracelens.ir.ops import Call, Save, TokenSelector
+from tracelens.ir.parse import parse
 from tracelens.ir.text import text
-from tracelens.ir.wire import constants_bytes, from_json, to_json
+from tracelens.location import Location
 from tracelens.placement import Place, Placement
-from tracelens.plan import Plan
 from tracelens.prompted import Prompt
 from tracelens.selection import Selection
-
-
-def digest(plan: Plan) -> str:
-    """What two plans have in common if and only if they do the same. Where results are written is the owner's."""
-    return hashlib.sha256(text(_unwritten(plan.graph)).encode()).hexdigest()
-
-
-def _unwritten(graph: Graph) -> Graph:
-    return replace(graph, ops=tuple(replace(op, to=None) if isinstance(op, Save) else op for op in graph.ops))
-
 
 # --- graphs ----------------------------------------------------------------------------------------------------------
 
 
-def packed(graph: Graph) -> tuple[str, torch.Tensor]:
-    """A recorded graph and its constants. Python functions of the user's stay here: there is no way to send them."""
-    data = constants_bytes(graph)
-    return to_json(_unwritten(graph)), torch.frombuffer(bytearray(data), dtype=torch.uint8)
+def document(graph: Graph) -> str:
+    """What a graph does, without its constants and lines. Where results are written is the owner's affair."""
+    return text(
+        replace(graph, ops=tuple(replace(op, to=None) if isinstance(op, Save) else op for op in graph.ops))
+    )
 
 
-def unpacked(document: str, constants: torch.Tensor) -> Graph:
-    """The graph that :func:`packed` was given."""
-    graph = from_json(document, constants.numpy().tobytes())
-    own = [from_payload(constant.payload(), constant.type, constant.name) for constant in graph.constants]
-    return replace(graph, constants=tuple(own))
+def digest(document: str) -> str:
+    """Two documents have the same digest if and only if they are the same."""
+    return hashlib.sha256(document.encode()).hexdigest()
+
+
+def graph_from(document: str) -> Graph:
+    """The graph of a :func:`document`, whose lines are the numbers of its operations.
+
+    Raises :class:`~tracelens.errors.ForbiddenFunctionError` for a function outside the allow-list.
+    """
+    graph = parse(document)
+    for op in graph.ops:
+        if isinstance(op, Call) and op.function not in FUNCTIONS:
+            raise ForbiddenFunctionError(f"{op.function!r} is not on the allow-list; it was not run")
+    return replace(
+        graph, locations=tuple(Location(OPERATION, number + 1) for number in range(len(graph.ops)))
+    )
+
+
+def constants_data(graph: Graph) -> tuple[list[str | None], dict[str, torch.Tensor]]:
+    """The names and the tensors of a graph's constants."""
+    names: list[str | None] = []
+    tensors: dict[str, torch.Tensor] = {}
+    for number, constant in enumerate(graph.constants):
+        names.append(constant.name)
+        if isinstance(constant, Captured):
+            tensors[f"constant.{number}"] = on_cpu(constant.tensor.detach())
+        else:
+            tensors[f"constant.{number}"] = from_payload(
+                constant.payload(), constant.type, constant.name
+            ).tensor
+    return names, tensors
+
+
+def with_constants(graph: Graph, names: Sequence[str | None], tensors: Mapping[str, torch.Tensor]) -> Graph:
+    """A graph with the constants that :func:`constants_data` was given."""
+    found = tuple(capture(tensors[f"constant.{number}"], name) for number, name in enumerate(names))
+    return replace(graph, constants=found)
 
 
 # --- prompts ---------------------------------------------------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -9,13 +10,53 @@ import torch
 from tracelens.backends.places import placement
 from tracelens.backends.ranks.channel import Message
 from tracelens.backends.sharded_loading import load_part
+from tracelens.compiled import Compiled
 from tracelens.errors import PlansDifferError
 from tracelens.generating import generate as generated
+from tracelens.ir.graph import Graph
 from tracelens.model import Model
-from tracelens.remote import digest, placement_data, prompt_from, results_data, unpacked
+from tracelens.prompted import Prompt
+from tracelens.remote import (
+    digest,
+    document,
+    graph_from,
+    placement_data,
+    prompt_from,
+    results_data,
+    with_constants,
+)
 
 if TYPE_CHECKING:
     from tracelens.backends.ranks.served import Served
+
+
+_KEPT = 256
+
+
+class Loaded:
+    """A model on a rank, with the graphs that it was told of: each is sent and read once."""
+
+    def __init__(self, model: Model) -> None:
+        self.model = model
+        self._graphs: OrderedDict[str, Graph] = OrderedDict()
+        self._plans: dict[int, tuple[Compiled, str]] = {}
+
+    def graph(self, name: str, sent: str | None) -> Graph | None:
+        """The graph of a digest; ``sent``: its document, where that came with the request."""
+        if sent is not None:
+            self._graphs[name] = graph_from(sent)
+            while len(self._graphs) > _KEPT:
+                self._graphs.popitem(last=False)
+        return self._graphs.get(name)
+
+    def plan(self, compiled: Compiled) -> str:
+        """The digest of a plan."""
+        known = self._plans.get(id(compiled))
+        if known is None or known[0] is not compiled:
+            if len(self._plans) >= _KEPT:
+                self._plans.clear()
+            known = self._plans[id(compiled)] = (compiled, digest(document(compiled.plan.graph)))
+        return known[1]
 
 
 def load(served: Served, request: Message) -> Message:
@@ -31,7 +72,7 @@ def load(served: Served, request: Message) -> Message:
     )
     model = Model(part)
     model._compiler.owned = True
-    served.models[header["model"]] = model
+    served.models[header["model"]] = Loaded(model)
     return Message(
         {
             "placement": placement_data(placement(model.anatomy)),
@@ -51,7 +92,10 @@ def _nbytes(tensor: Any) -> int:
 
 def run(served: Served, request: Message) -> Message:
     """One forward pass; the first rank answers with what was saved."""
-    model, graph, compiled, prompt = _asked(served, request, generating=False)
+    asked = _asked(served, request, generating=False)
+    if asked is None:
+        return Message({"unknown": True})
+    model, graph, compiled, prompt = asked
     ran = model._compiler.run(graph, compiled, prompt)
     mesh = model.anatomy.mesh
     if mesh is not None and not mesh.has_results:
@@ -62,24 +106,33 @@ def run(served: Served, request: Message) -> Message:
 
 def generate(served: Served, request: Message) -> Message:
     """New tokens, drawn alike on all ranks."""
-    model, graph, compiled, prompt = _asked(served, request, generating=True)
+    asked = _asked(served, request, generating=True)
+    if asked is None:
+        return Message({"unknown": True})
+    model, graph, compiled, prompt = asked
     torch.manual_seed(request.header["seed"])
     tokens = generated(model, model._compiler, graph, compiled, prompt, request.header["options"])
     return Message({"tokens": tokens})
 
 
-def _asked(served: Served, request: Message, *, generating: bool) -> tuple[Model, Any, Any, Any]:
-    header, tensors = request.header, dict(request.tensors)
-    model: Model = served.models[header["model"]]
-    graph = unpacked(header["graph"], tensors.pop("constants"))
-    compiled = model._compiler.compile(graph, generating=generating)
-    if digest(compiled.plan) != header["digest"]:
+def _asked(
+    served: Served, request: Message, *, generating: bool
+) -> tuple[Model, Graph, Compiled, Prompt] | None:
+    """What a request is about; ``None`` if it names a graph that this rank does not know (any more)."""
+    header, tensors = request.header, request.tensors
+    loaded: Loaded = served.models[header["model"]]
+    graph = loaded.graph(header["graph"], header.get("document"))
+    if graph is None:
+        return None
+    graph = with_constants(graph, header["constants"], tensors)
+    compiled = loaded.model._compiler.compile(graph, generating=generating)
+    if loaded.plan(compiled) != header["plan"]:
         raise PlansDifferError(
             f"rank {served.rank} has made another plan than the process that recorded the block",
             instead="one version of tracelens, torch and transformers everywhere",
         )
     selectors = tuple(selector for _, selector in compiled.selectors)
-    return model, graph, compiled, prompt_from(header, tensors, selectors, model.anatomy)
+    return loaded.model, graph, compiled, prompt_from(header, tensors, selectors, loaded.model.anatomy)
 
 
 def drop(served: Served, request: Message) -> Message:
