@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from tracelens.backends.mesh import Mesh
+from tracelens.backends.ranks.failures import described, failure
+from tracelens.compiled import Compiled, relocate
 from tracelens.errors import OptionError, PipelineError, PlansDifferError, TracelensError
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Grad, Keep, Save
 from tracelens.ir.text import text
 from tracelens.prompted import Prompt
-
-if TYPE_CHECKING:
-    from tracelens.compiled import Compiled
 
 
 def require_agreement(mesh: Mesh, compiled: Compiled, graph: Graph, prompt: Prompt) -> None:
@@ -36,6 +35,22 @@ def differing(parts: Sequence[str]) -> PlansDifferError:
         f"the ranks differ in their {' and '.join(parts)}, so that they would wait for each other for ever",
         instead="the same script on every rank: the same prompt, and random tensors from one seed",
     )
+
+
+def require_success(mesh: Mesh, error: TracelensError | None, graph: Graph) -> None:
+    """Raises on every rank what went wrong on one; each has taken part to the end. ``error``: this rank's own.
+
+    The ranks that did nothing wrong raise the error of the first that did, with its number and traceback.
+    """
+    first = mesh.first_failed(error is not None)
+    if first is None:
+        return
+    own = json.dumps(described(error)).encode() if error is not None else b""
+    about = json.loads(mesh.told(own, first))
+    if error is not None:
+        raise error
+    failed = failure(first, mesh.world, "the run", about)
+    raise (failed if failed.original is None else relocate(failed.original, graph)) from failed
 
 
 def refuse_on_ranks(graph: Graph, *, stages: int) -> None:

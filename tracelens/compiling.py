@@ -12,14 +12,17 @@ from typing import Any, cast
 
 import torch
 
-from tracelens.agreeing import refuse_on_ranks, require_agreement
+from tracelens.agreeing import refuse_on_ranks, require_agreement, require_success
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.autograd_mode import outside_inference
 from tracelens.backends.departing import Departures, Peaks
 from tracelens.backends.differentiate import require_differentiable, usable
+from tracelens.backends.enduring import remember
 from tracelens.backends.execute import Journey, State
 from tracelens.backends.local import LocalCode, Run, prepare
+from tracelens.backends.mesh import Mesh
 from tracelens.backends.places import placement
+from tracelens.backends.ranks.instep import InStepError
 from tracelens.backends.ready import running_device
 from tracelens.backends.replacing import at_home
 from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on, moved
@@ -184,21 +187,30 @@ class Compiler:
         tensors: dict[tuple[int, int], torch.Tensor] = {}
         traffic: list[Journey] = []
         mesh = self.anatomy.mesh
+        lacking: Exception | None = None
         for index, place in compiled.used:
             if mesh is not None and place != mesh.stage:
                 continue
             constant = cast(Captured, graph.constants[index])
             try:
                 constant.check(None)
-            except TracelensError as error:
-                raise graph.blame(error, _capturing(graph, index)) from None
-            where = compiled.code.devices.places[place]
-            tensors[index, place] = self.constants.place(constant, where, traffic)
+                where = compiled.code.devices.places[place]
+                tensors[index, place] = self.constants.place(constant, where, traffic)
+            except Exception as error:
+                if isinstance(error, TracelensError):
+                    error = graph.blame(error, _capturing(graph, index))
+                if mesh is None:
+                    raise error from error.__cause__
+                lacking = error
+                break
         pads = prompt.batch.pads if prompt.ragged else None
         code, weight = compiled.code, self.anatomy.weight
         departures = Departures(compiled.plan.graph.types, prompt.sizes) if code.devices.departing else None
         state = State(code.count, tensors, graph.functions, weight, prompt.select, pads, departures)
         state.traffic += traffic
+        if lacking is not None:
+            state.sizes = prompt.sizes
+            remember(state, lacking)
         return state
 
     def run(self, graph: Graph, compiled: Compiled, prompt: Prompt, *, measure: bool = False) -> Ran:
@@ -256,16 +268,34 @@ class Compiler:
             members: Mapping[str, Members] = state.saved
             mesh = self.anatomy.mesh
             if mesh is not None:
-                members = collect(compiled.saves, compiled.plan, members, prompt.sizes, mesh)
+                members = collect(compiled.saves, compiled.plan, state, compiled.code.devices, mesh)
+                self.report(graph, run, mesh)
                 if not mesh.has_results:
                     return {
                         save.name: partial(elsewhere, save.name) for save in compiled.saves
                     }, state.traffic
             held = state.foreign, state.departures, state.stacks
-            saved = leave(compiled.saves, compiled.plan.graph, members, prompt, *held)
+            try:
+                saved = leave(compiled.saves, compiled.plan.graph, members, prompt, *held)
+            except Exception as error:
+                if self.anatomy.mesh is None or not self.owned:
+                    raise
+                # The others have nothing more to do.
+                raise InStepError from relocate(error, graph) if isinstance(error, TracelensError) else error
             return saved, state.traffic
         except TracelensError as error:
             raise relocate(error, graph) from error.__cause__
+
+    def report(self, graph: Graph, run: Run, mesh: Mesh) -> None:
+        """Raises what went wrong in a run that all ranks have taken part in to the end."""
+        error = run.error
+        if error is not None:
+            error = relocate(error, graph)
+        if not self.owned:
+            require_success(mesh, error, graph)
+        elif (failure := run.state.failure) is not None:
+            # Of a failure elsewhere the owner hears from that rank.
+            raise InStepError(failure.when) from error
 
 
 def _mask(prompt: Prompt, device: torch.device) -> torch.Tensor | None:

@@ -374,10 +374,11 @@ class RankFailedError(TracelensError):
     """A rank raised while it did what it was asked to do.
 
     ``rank``: which one (the first, if several did). ``kind``: the class of what it raised. ``remote_traceback``: its
-    traceback, as text. ``original``: the error itself, if it is one of these.
+    traceback, as text. ``original``: the error itself, if it is one of these. ``alone``: did others do without it?
     """
 
     rank: int | None = None
+    alone: bool = True
     kind: str = ""
     remote_traceback: str = ""
     original: TracelensError | None = None

@@ -66,6 +66,8 @@ def generate(
     try:
         refuse_forgotten(anatomy, compiled.plan.graph, prompt.sizes["P"], options)
         output = run.execute(forward, each_forward=sizes)
+        if anatomy.mesh is not None:
+            compiler.report(graph, run, anatomy.mesh)
     except TracelensError as error:
         raise relocate(error, graph) from error.__cause__
     new = output[:, inputs["input_ids"].shape[1] :].tolist()

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from types import MappingProxyType
 from typing import Any, NoReturn
 
 import torch
 
+from tracelens.backends.body import Devices
 from tracelens.backends.departing import Departures, require_unchanged
+from tracelens.backends.enduring import remember
+from tracelens.backends.execute import State
 from tracelens.backends.mesh import Mesh
 from tracelens.backends.transfer import land, on_cpu
 from tracelens.errors import ElsewhereError, SavedFileError, SiteMismatchError, TracelensError
-from tracelens.ir.dims import Sizes
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import torch_dtype
 from tracelens.ir.layout import Shard
@@ -74,33 +76,53 @@ def leave(
 
 
 def collect(
-    saves: Sequence[Save], plan: Plan, saved: Mapping[str, Members], sizes: Sizes, mesh: Mesh
+    saves: Sequence[Save], plan: Plan, state: State, devices: Devices, mesh: Mesh
 ) -> dict[str, Members]:
-    """What the ranks of all places saved, put together on the first of them; every rank calls it after its pass."""
+    """What the ranks of all places saved, put together on the first of them; every rank calls it after its pass.
+
+    A rank that has failed gives zeros, so that nobody waits for it.
+    """
     pipeline = mesh.pipeline
     found: dict[str, Members] = {}
     for save in saves:
         members: list[tuple[torch.Tensor, int]] = []
         for part, value in enumerate(save.values):
             home, layout, type_ = plan.home[value], plan.layouts[value], plan.graph.types[value]
+            own = devices.local(type_ if save.dtype is None else replace(type_, dtype=save.dtype), layout)
             whole: torch.Tensor | None = None
             if home == mesh.stage:
-                whole, seen = saved[save.name][part]
-                require_unchanged(save, whole, seen)
+                whole = _member(save, part, plan, state)
+                if whole is None:
+                    whole = mesh.zeros(own, state.sizes)
                 if isinstance(layout, Shard):
-                    whole = mesh.collected(whole.detach(), type_.sizes(sizes), layout.dim)
+                    whole = mesh.collected(whole.detach(), type_.sizes(state.sizes), layout.dim)
             if home != 0 and pipeline is not None and mesh.leads:
                 if whole is not None:
                     pipeline.send(whole, 0)
                 elif mesh.has_results:
                     dtype = torch_dtype(save.dtype or type_.dtype)
-                    whole = pipeline.receive(type_.sizes(sizes), dtype, home, mesh.device)
+                    whole = pipeline.receive(type_.sizes(state.sizes), dtype, home, mesh.device)
             if whole is not None:
                 members.append((whole, whole._version))
         found[save.name] = members
     if pipeline is not None:
         pipeline.settle()
     return found
+
+
+def _member(save: Save, part: int, plan: Plan, state: State) -> torch.Tensor | None:
+    """What this rank saved, as it was then; ``None`` if something has gone wrong, now or before."""
+    if state.failure is not None:
+        return None
+    member = next(iter(state.saved.get(save.name, ())[part : part + 1]), None)
+    try:
+        if member is None:
+            raise _unreached(save)
+        require_unchanged(save, *member)
+    except TracelensError as error:
+        remember(state, error, plan.graph.ops.index(save))
+        return None
+    return member[0]
 
 
 def elsewhere(name: str) -> NoReturn:
@@ -120,13 +142,17 @@ def _members(
     missing = stack is None and save.name not in saved
     members = () if stack is not None or missing else saved[save.name]
     if missing or (stack is not None and stack[1]) or None in members:
-        raise SiteMismatchError(
-            f"the forward pass ended and had not come to all that is saved as {save.name!r}",
-            instead="a site of a module that the model calls in every forward pass",
-        )
+        raise _unreached(save)
     for member, seen in members:
         require_unchanged(save, member, seen)
     return members
+
+
+def _unreached(save: Save) -> SiteMismatchError:
+    return SiteMismatchError(
+        f"the forward pass ended and had not come to all that is saved as {save.name!r}",
+        instead="a site of a module that the model calls in every forward pass",
+    )
 
 
 def _together(save: Save, members: Members) -> torch.Tensor:

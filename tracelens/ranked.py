@@ -128,7 +128,10 @@ def _blame(failed: RankFailedError, graph: Graph) -> NoReturn:
     """The named error that a rank raised, at the user's own line; any other one as it came."""
     if failed.original is None:
         raise failed
-    raise relocate(failed.original, graph) from failed
+    error = relocate(failed.original, graph)
+    if failed.rank is not None and failed.alone:
+        error.add_note(f"It went wrong on rank {failed.rank}, and not on all of them.")
+    raise error from failed
 
 
 def _refuse_python(graph: Graph) -> None:

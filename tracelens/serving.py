@@ -9,6 +9,7 @@ import torch
 
 from tracelens.backends.places import placement
 from tracelens.backends.ranks.channel import Message
+from tracelens.backends.ranks.instep import InStepError
 from tracelens.backends.sharded_loading import load_part
 from tracelens.compiled import Compiled
 from tracelens.errors import PlansDifferError
@@ -100,7 +101,10 @@ def run(served: Served, request: Message) -> Message:
     mesh = model.anatomy.mesh
     if mesh is not None and not mesh.has_results:
         return Message()
-    header, tensors = results_data({name: get() for name, get in ran.tensors.items()})
+    try:
+        header, tensors = results_data({name: get() for name, get in ran.tensors.items()})
+    except Exception as error:
+        raise InStepError from error
     return Message({**header, "seconds": ran.report.seconds}, tensors)
 
 

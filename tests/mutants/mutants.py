@@ -46,6 +46,7 @@ RULES = ("tests/test_sharding_rules.py",)
 OWN_PART = ("tests/test_own_part.py",)
 RANK_FAILURES = ("tests/test_rank_failures.py",)
 RANK_MESSAGES = ("tests/test_rank_messages.py",)
+RANK_FAULTS = ("tests/test_rank_faults.py", "-k", "leaves_all or gradient_is or tokens_are or script")
 
 MUTANTS = (
     Mutant(
@@ -1104,5 +1105,40 @@ MUTANTS = (
         "value.narrow(own, first, count)",
         "value.narrow(own, 0, count)",
         OWN_PART,
+    ),
+    Mutant(
+        "a rank that failed does not take part in what is left of the hook point",
+        "backends/enduring.py",
+        "if part.line > done:",
+        "if False:",
+        RANK_FAULTS,
+    ),
+    Mutant(
+        "a rank that failed takes part a second time in what it had done",
+        "backends/enduring.py",
+        "done = self.body.line(error)",
+        "done = 0",
+        RANK_FAULTS,
+    ),
+    Mutant(
+        "a rank takes gradients without one that failed",
+        "backends/mesh.py",
+        "if self.first_failed(False) is not None:",
+        "if self.first_failed(False) == -1:",
+        RANK_FAULTS,
+    ),
+    Mutant(
+        "a rank that failed goes on generating",
+        "backends/local.py",
+        "mesh.first_failed(self.state.failure is not None) is not None",
+        "self.state.failure is not None",
+        RANK_FAULTS,
+    ),
+    Mutant(
+        "an error that a rank has endured costs a start",
+        "backends/ranks/worker.py",
+        '"ok": False, "apart": False',
+        '"ok": False, "apart": True',
+        RANK_FAULTS,
     ),
 )

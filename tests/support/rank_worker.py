@@ -10,11 +10,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+import tracelens as tl
+from tracelens.backends import body
 from tracelens.backends.ranks import worker
 from tracelens.backends.ranks.channel import Message
+from tracelens.backends.ranks.instep import InStepError
 from tracelens.backends.ranks.requests import HANDLERS
-from tracelens.backends.ranks.served import InStepError, Served
-from tracelens.errors import ShapeError
+from tracelens.backends.ranks.served import Served
+from tracelens.errors import ShapeError, TracelensError
 from tracelens.location import Location
 
 _connection = -1
@@ -26,7 +29,8 @@ def main(about: Mapping[str, Any]) -> None:
     _connection = about["fd"]
     if about["rank"] == int(os.environ.get("TRACELENS_TEST_FAILING_RANK", "-1")):
         raise RuntimeError("this rank does not even start")
-    more = {function.__name__: function for function in (misbehave, keep, kept)}
+    body.resolve = breakable
+    more = {function.__name__: function for function in (misbehave, keep, kept, arm, as_script)}
     worker.main(about, {**HANDLERS, **more})
 
 
@@ -51,6 +55,73 @@ def keep(served: Served, request: Message) -> Message:
 def kept(served: Served, request: Message) -> Message:
     """What was kept under an id."""
     return Message({}, {"weight": served.models[request.header["id"]]})
+
+
+# --- steps that go wrong ---
+
+BREAKABLE = "torch.sinh"
+"""The function that goes wrong in a step, when it was armed."""
+_fault: str | None = None
+_resolve = body.resolve
+
+
+def breakable(name: str) -> Any:
+    """What hooks call for a function of this name."""
+    function = _resolve(name)
+    if name != BREAKABLE:
+        return function
+
+    def stepping(*args: Any, **kwargs: Any) -> Any:
+        if _fault is not None:
+            _FAULTS[_fault]()
+        return function(*args, **kwargs)
+
+    return stepping
+
+
+def arm(served: Served, request: Message) -> Message:
+    """From now on a step goes wrong on rank ``rank``, in the way ``how``; nowhere if that is ``None``."""
+    global _fault
+    _fault = request.header["how"] if request.header["rank"] in (served.rank, "all") else None
+    return Message()
+
+
+def _out_of_memory() -> None:
+    raise torch.OutOfMemoryError("no memory is left for this step")
+
+
+def _sleep_long() -> None:
+    time.sleep(60)
+
+
+def _sleep_short() -> None:
+    time.sleep(2)
+
+
+_FAULTS = {"memory": _out_of_memory, "sleep": _sleep_long, "short sleep": _sleep_short}
+
+
+def as_script(served: Served, request: Message) -> Message:
+    """What a script does that all ranks run: a trace on the model of a folder; tells how it ended."""
+    header = request.header
+    with torch.inference_mode(False):
+        model = served.models.get("script") or tl.load(header["source"], tp=header["tp"], pp=header["pp"])
+    served.models["script"] = model
+    try:
+        with model.trace([[5, 6, 7]]):
+            total = model.layers[0].mlp_act.sinh().sum(-1).save()
+            gradient = None
+            if header["gradient"]:
+                point = model.layers[0].resid_pre
+                gradient = tl.grad(model.layers[1].mlp_out.sinh().sum(), point).save()
+    except TracelensError as error:
+        cause = error.__cause__
+        about = {"error": type(error).__name__, "text": str(error), "cause": type(cause).__name__}
+        return Message({**about, "rank": getattr(cause, "rank", None)})
+    if served.rank:
+        return Message({"error": None})
+    assert gradient is None or gradient.value.abs().sum() > 0
+    return Message({"error": None}, {"total": total.value})
 
 
 def _raise() -> Message:

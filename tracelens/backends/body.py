@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import lru_cache
+from dataclasses import dataclass, field, replace
+from functools import lru_cache, partial
 from pathlib import Path
 from types import CodeType, FunctionType
 from typing import Any
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from tracelens.backends.differentiate import Gradients
+from tracelens.backends.enduring import Enduring, Part
 from tracelens.backends.execute import (
     State,
     applied,
@@ -78,11 +79,16 @@ class Body:
 
     def number(self, error: BaseException) -> int:
         """The number, in the planned graph, of the operation in which ``error`` was raised."""
-        code = self.run.__code__ if isinstance(self.run, FunctionType) else None
+        return self.numbers[self.line(error) - 1]
+
+    def line(self, error: BaseException) -> int:
+        """The line of the source in which ``error`` was raised."""
+        run = self.run.body.run if isinstance(self.run, Enduring) else self.run
+        code = run.__code__ if isinstance(run, FunctionType) else None
         trace = error.__traceback__
         while trace is not None and trace.tb_frame.f_code is not code:
             trace = trace.tb_next
-        return self.numbers[trace.tb_lineno - 1] if trace is not None else self.numbers[-1]
+        return trace.tb_lineno if trace is not None else len(self.numbers)
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,8 +162,8 @@ def body(
     else:
         writer.line("return tensor")
     source = "\n".join(writer.lines) + "\n"
-    run = FunctionType(_compiled(source), writer.names)
-    return Body(run, source, tuple(writer.numbers))
+    found = Body(FunctionType(_compiled(source), writer.names), source, tuple(writer.numbers))
+    return found if devices.mesh is None else replace(found, run=Enduring(found, writer.parts))
 
 
 class _Writer:
@@ -188,11 +194,17 @@ class _Writer:
         made = {value for step in steps for value, _ in results(step.op)}
         # Values that do not outlive this hook stay in its own variables.
         self._here = made & {value for step in steps for value in step.frees}
+        self.parts: list[Part] = []
+        """What other ranks wait for."""
         self.line("values = state.values")
 
     def line(self, text: str) -> None:
         self.lines.append("    " + text)
         self.numbers.append(self.number)
+
+    def _part(self, take: Callable[[State], object]) -> None:
+        """Says that others wait for the line that comes next, and how a rank that has failed takes part in it."""
+        self.parts.append(Part(len(self.lines) + 1, take))
 
     def name(self, thing: Any) -> str:
         """The name under which the function finds ``thing``."""
@@ -289,9 +301,12 @@ class _Writer:
                 self._several(op.outs, f"{self.name(applied(op, given_types))}(state, ({given}))")
             case Grad():
                 wrt = "".join(self.ref(value) + ", " for value in op.wrt)
-                self._several(
-                    op.outs, f"{self.name(self.gradients[self.number])}({self.ref(op.loss)}, ({wrt}))"
-                )
+                gradients = self.gradients[self.number]
+                if mesh := self.devices.mesh:
+                    # Autograd communicates on its own; nobody goes in without all others.
+                    gradients = partial(mesh.together, gradients)
+                    self._part(mesh.apart)
+                self._several(op.outs, f"{self.name(gradients)}({self.ref(op.loss)}, ({wrt}))")
 
     def _save(self, op: Save, part: int) -> None:
         value = op.values[part]
@@ -319,21 +334,31 @@ class _Writer:
         mesh = self.devices.mesh
         assert mesh is not None
         assert mesh.pipeline is not None
-        if side is Side.SEND:
-            self.line(f"{self.name(mesh.pipeline.send)}({self.ref(op.value)}, {op.target})")
-            return
+        pipeline = mesh.pipeline
         own = self.devices.local(op.type, self.devices.layouts.get(op.out, WHOLE_EVERYWHERE))
-        what = f"{self.name(own.sizes)}(state.sizes), {self.name(torch_dtype(own.dtype))}"
-        device = self.name(self.devices.places[op.target])
-        self._new(op.out, f"{self.name(mesh.pipeline.receive)}({what}, {op.source}, {device})")
+        if side is Side.SEND:
+            self._part(lambda state: pipeline.send(mesh.zeros(own, state.sizes), op.target))
+            self.line(f"{self.name(pipeline.send)}({self.ref(op.value)}, {op.target})")
+            return
+        there = self.devices.places[op.target]
+        dtype = torch_dtype(own.dtype)
+        self._part(lambda state: pipeline.receive(own.sizes(state.sizes), dtype, op.source, there))
+        what = f"{self.name(own.sizes)}(state.sizes), {self.name(dtype)}"
+        self._new(op.out, f"{self.name(pipeline.receive)}({what}, {op.source}, {self.name(there)})")
 
     def _redistribute(self, op: Redistribute) -> None:
-        assert self.devices.mesh is not None
+        mesh = self.devices.mesh
+        assert mesh is not None
+        own = self.devices.local(op.type, op.source)
+
+        def take(state: State) -> None:
+            whole = op.type.sizes(state.sizes)
+            mesh.redistributed(mesh.zeros(own, state.sizes), whole, op.source, op.target)
+
+        self._part(take)
         sizes = f"{self.name(op.type.sizes)}(state.sizes)"
         layouts = f"{self.name(op.source)}, {self.name(op.target)}"
-        self._new(
-            op.out, f"{self.name(self.devices.mesh.redistributed)}({self.ref(op.value)}, {sizes}, {layouts})"
-        )
+        self._new(op.out, f"{self.name(mesh.redistributed)}({self.ref(op.value)}, {sizes}, {layouts})")
 
     def _read(self, op: Read) -> None:
         own = self.devices.local(op.type, self.devices.layouts.get(op.out, WHOLE_EVERYWHERE))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from tracelens.backends.departing import Departures
+from tracelens.backends.enduring import Failure
 from tracelens.backends.transfer import moved
 from tracelens.errors import (
     ApplyResultError,
@@ -41,6 +42,7 @@ class State:
         "_foreign",
         "constants",
         "departures",
+        "failure",
         "functions",
         "pads",
         "parameter",
@@ -81,6 +83,7 @@ class State:
         self.stacks: dict[str, tuple[torch.Tensor, set[int]]] = {}
         # What went from device to device: source, target, why, bytes.
         self.traffic: list[Journey] = []
+        self.failure: Failure | None = None
 
     def depart(self, device: torch.device, parts: Sequence[tuple[Save, int]]) -> None:
         """Sends what was saved on a device, which has nothing to add."""

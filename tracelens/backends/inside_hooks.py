@@ -45,9 +45,10 @@ class InsideHook:
     def __call__(self, tensor: torch.Tensor) -> torch.Tensor:
         run: Run = self.seat.run
         if self.fired == run.forward_number:
-            raise SiteMismatchError(
+            error = SiteMismatchError(
                 f"module {self.code.path!r} computed attention twice in one forward pass, so its sites are not unique"
             )
+            return self.code.failed(run.state, tensor, error, again=True)
         self.fired = run.forward_number
         return self.code.steps(run.state, tensor)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from threading import get_ident
 from typing import Any, cast
 
@@ -15,9 +16,11 @@ from tracelens.backends.autograd_mode import plain_mode, with_autograd
 from tracelens.backends.base import Side, Tap
 from tracelens.backends.body import Body, Devices, body
 from tracelens.backends.differentiate import gradients_of
+from tracelens.backends.enduring import remember
 from tracelens.backends.execute import State
 from tracelens.backends.hooks import Seat, seat_of
 from tracelens.backends.inside_hooks import InsideHook, join
+from tracelens.backends.mesh import Mesh
 from tracelens.backends.module_hooks import ModuleHook
 from tracelens.backends.replacing import replacement
 from tracelens.backends.side_hooks import HOOKS, Blamed, ForwardStopped, HookCode, SideHook, done
@@ -263,6 +266,9 @@ class Run:
                     seat.before(self.model, starting)
                 for hook in self.code.hooks:
                     hook.register()
+                mesh = self.code.devices.mesh
+                if each_forward is not None and mesh is not None:
+                    seat.after(self.model, partial(self._vote, mesh))
                 if not self.code.differentiates:
                     with plain_mode():
                         result = forward()
@@ -281,11 +287,19 @@ class Run:
                 seat.run = None
                 seat.clear()
 
+    def _vote(self, mesh: Mesh, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Between two passes: a rank that has failed would choose other tokens than the others, and end at another."""
+        if get_ident() == self.thread and mesh.first_failed(self.state.failure is not None) is not None:
+            remember(self.state, None)
+            raise ForwardStopped
+
     def _require_reached(self) -> None:
         """A pass must have come by every site that is named by a module's path before it ended."""
         for hook in self.code.hooks:
             if isinstance(hook, ModuleHook | StandIn) and (what := hook.missed(self)):
-                raise missed(what)
+                if self.code.devices.mesh is None:
+                    raise missed(what)
+                remember(self.state, missed(what))
 
     def finish(self) -> None:
         """Does what is left when the pass is over."""
@@ -306,7 +320,20 @@ class Run:
                 raise self._explained(blamed) from blamed.__cause__
 
     def _explained(self, blamed: Blamed) -> TracelensError:
-        error = blamed.error
+        return self._named(blamed.error, blamed.number)
+
+    def _named(self, error: Exception, number: int | None) -> TracelensError:
         if not isinstance(error, TracelensError):
             error = OpFailedError(f"{type(error).__name__} while the model ran: {error}")
-        return self.code.graph.blame(error, blamed.number)
+        return error if number is None else self.code.graph.blame(error, number)
+
+    @property
+    def error(self) -> TracelensError | None:
+        """What went wrong on this rank, which took part to the end nonetheless."""
+        failure = self.state.failure
+        if failure is None or failure.error is None:
+            return None
+        error = self._named(failure.error, failure.number)
+        if error is not failure.error:
+            error.__cause__ = failure.error
+        return error

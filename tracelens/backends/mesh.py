@@ -9,14 +9,20 @@ from __future__ import annotations
 
 import copy
 import sys
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import nn
 
+from tracelens.backends.differentiate import Gradients
+from tracelens.backends.enduring import FailedElsewhereError
 from tracelens.backends.pipeline import Pipeline, pipeline_of
 from tracelens.errors import LayoutError
+from tracelens.ir.dims import Sizes
+from tracelens.ir.infer import torch_dtype
 from tracelens.ir.layout import Joined, Layout, Partial, Replicate, Shard, owned
+from tracelens.ir.types import TensorType
 
 _OPS = {Joined.SUM: "sum", Joined.MEAN: "avg", Joined.MAX: "max", Joined.MIN: "min"}
 
@@ -93,6 +99,56 @@ class Mesh:
         parts = [torch.empty_like(tensor) for _ in range(self.ranks)] if self.leads else None
         dist.gather(tensor, parts, group=group, group_dst=0)
         return None if parts is None else torch.cat(parts, dim=dim).narrow(dim, 0, size)
+
+    def zeros(self, type_: TensorType, sizes: Sizes) -> torch.Tensor:
+        """What a rank that has failed gives in the place of a value."""
+        return torch.zeros(type_.sizes(sizes), dtype=torch_dtype(type_.dtype), device=self.device)
+
+    # --- votes ---------------------------------------------------------------------------------------------------
+
+    @property
+    def _all(self) -> Any:
+        """The group of all ranks of the model."""
+        return self._mesh.get_group() if self.pipeline is None else self.pipeline.group
+
+    @property
+    def world(self) -> int:
+        """How many ranks the model has, of all stages."""
+        return int(self._all.size())
+
+    def first_failed(self, failed: bool) -> int | None:
+        """The first rank of the model that failed, if one did; every rank of it says whether it did."""
+        import torch.distributed as dist
+
+        group = self._all
+        none = self.world
+        first = torch.tensor([dist.get_rank(group) if failed else none], device=self._mesh.device_type)
+        dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
+        found = int(first.item())
+        return None if found == none else found
+
+    def told(self, data: bytes, source: int) -> bytes:
+        """What rank ``source`` of the model has to tell all others."""
+        import torch.distributed as dist
+
+        size = torch.tensor([len(data)], device=self._mesh.device_type)
+        dist.broadcast(size, group=self._all, group_src=source)
+        buffer = bytearray(data) if len(data) == int(size.item()) else bytearray(int(size.item()))
+        text = torch.frombuffer(buffer, dtype=torch.uint8).clone().to(self._mesh.device_type)
+        dist.broadcast(text, group=self._all, group_src=source)
+        return bytes(text.tolist())
+
+    def together(
+        self, gradients: Gradients, loss: torch.Tensor, wrt: Sequence[torch.Tensor]
+    ) -> Sequence[torch.Tensor]:
+        """Takes gradients, if all ranks have come so far: autograd communicates, and no one can do so in its place."""
+        if self.first_failed(False) is not None:
+            raise FailedElsewhereError
+        return gradients(loss, wrt)
+
+    def apart(self, state: object) -> None:
+        """Lets the others know that they are not to take gradients."""
+        self.first_failed(True)
 
     def agreed(self, digest: bytes) -> bool:
         """Have all ranks the same digest?"""

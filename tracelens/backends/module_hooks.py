@@ -93,10 +93,11 @@ class ModuleHook:
         if run is None:
             return None
         if number == self.calls:
-            raise SiteMismatchError(
+            error = SiteMismatchError(
                 f"module {self.site.path!r} was called more often than the {self.calls} time(s) that were learned for "
                 f"it, so {self.site} is not unique"
             )
+            self.code.failed(run.state, None, error, again=True)
         return run if number == self.call else None
 
     def _passed(self, run: Run, given: Any) -> Any:
@@ -108,10 +109,11 @@ class ModuleHook:
         except (KeyError, IndexError, TypeError):
             tensor = None
         if not isinstance(tensor, torch.Tensor):
-            raise SiteMismatchError(
+            error = SiteMismatchError(
                 f"there is no tensor at {self.site} in this run, but a {type(tensor).__name__}",
                 instead="a tensor that the module is given in every run",
             )
+            return self.code.failed(run.state, None, error)
         self.fired = run.forward_number
         device = self.code.device
         here = tensor if device is None else moved(tensor, device)

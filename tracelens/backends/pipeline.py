@@ -36,7 +36,7 @@ class Pipeline:
         column = int((ranks[self.stage] == dist.get_rank()).nonzero()[0, 0])
         self._peers: list[int] = ranks[:, column].tolist()
         # Apart from the stream's own group: what a plan sends may overtake the stream, and be overtaken.
-        self._group = cast(dist.ProcessGroup, dist.new_group())
+        self.group = cast(dist.ProcessGroup, dist.new_group())
         self._underway: list[Any] = []
 
     @property
@@ -50,7 +50,7 @@ class Pipeline:
         import torch.distributed as dist
 
         data = _bytes(tensor.detach().contiguous())
-        self._underway.append((dist.isend(data, self._peers[stage], group=self._group), data))
+        self._underway.append((dist.isend(data, self._peers[stage], group=self.group), data))
 
     def receive(
         self, shape: tuple[int, ...], dtype: torch.dtype, stage: int, device: torch.device
@@ -60,7 +60,7 @@ class Pipeline:
 
         found = torch.empty(shape, dtype=dtype, device=device)
         data = _bytes(found)
-        dist.recv(data, self._peers[stage], group=self._group)
+        dist.recv(data, self._peers[stage], group=self.group)
         return found
 
     def settle(self) -> None:

@@ -12,6 +12,7 @@ from torch import nn
 
 from tracelens.backends.base import Side, Tap
 from tracelens.backends.body import Body
+from tracelens.backends.enduring import endured
 from tracelens.backends.execute import State
 from tracelens.backends.hooks import Seat
 from tracelens.backends.inside_hooks import InsideHook
@@ -63,6 +64,14 @@ class HookCode:
             raise ForwardStopped
         return found
 
+    def failed(self, state: State, tensor: Any, error: Exception, *, again: bool = False) -> Any:
+        """What comes of an error of the hook itself: it is raised, or the rank takes part in what others wait for."""
+        if not endured(self.body.run, state, error, again=again):
+            raise error
+        if self.stops:
+            raise ForwardStopped
+        return tensor
+
 
 def done(body: Body, state: State, tensor: Any) -> Any:
     """The tensor after a body's steps; an error is given the step's number."""
@@ -97,7 +106,9 @@ class SideHook:
     def passed(self, run: Run, tensor: Any) -> Any:
         """The tensor after the steps."""
         if self.fired == run.forward_number or not isinstance(tensor, torch.Tensor):
-            raise self.unfit(run, tensor)
+            again, error = self.fired == run.forward_number, self.unfit(run, tensor)
+            self.fired = run.forward_number
+            return self.code.failed(run.state, tensor, error, again=again)
         self.fired = run.forward_number
         return self.code.steps(run.state, tensor)
 

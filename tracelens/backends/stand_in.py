@@ -57,7 +57,10 @@ class StandIn:
             # What a write makes of a value depends on the site's dtype, shape and device alone.
             sizes, dtype = new.type.sizes(run.state.sizes), torch_dtype(new.type.dtype)
             site = torch.empty(sizes, dtype=dtype, device=self.device)
-            return filled(new.returns, new.key, code.steps(run.state, site))
+            found = code.steps(run.state, site)
+            if found is site:  # a rank on which a step went wrong goes on, with something
+                found = torch.zeros_like(site)
+            return filled(new.returns, new.key, found)
 
         return forward
 

@@ -286,7 +286,9 @@ class Owner:
                 "all ranks were ended, since they no longer stood at the same step; the next use starts them"
             )
             self._stop()
-        return failure(first, self.world, doing, errors[first], *notes)
+        error = failure(first, self.world, doing, errors[first], *notes)
+        error.alone = not same or len(errors) < self.world
+        return error
 
     def _late(self, doing: str, waiting: Sequence[RankProcess]) -> Exception:
         """Nothing more came within the time limit."""

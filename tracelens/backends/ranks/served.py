@@ -36,16 +36,6 @@ Handlers: TypeAlias = Mapping[str, "str | Handler"]
 """By name: a handler, or where it stands, ``"tracelens.module:function"``."""
 
 
-class InStepError(Exception):
-    """Raised ``from`` an error after which this rank stands where the others do.
-
-    A handler that fails between two communications leaves the others waiting in the second, or a message on its way
-    that the next request would take for its own, so after a failure the ranks are started anew, unless nothing was
-    communicated at all. A handler that took part in all that was planned, and reports at the end what went wrong on
-    the way, says so with this.
-    """
-
-
 def _groups() -> list[tuple[str, dist.ProcessGroup]]:
     # By way of the names, as torch.distributed has no list of the groups.
     names = dist.distributed_c10d._world.pg_names

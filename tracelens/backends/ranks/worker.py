@@ -19,8 +19,9 @@ from typing import Any, NoReturn
 
 from tracelens.backends.ranks.channel import Channel, Message, encoded
 from tracelens.backends.ranks.failures import described
+from tracelens.backends.ranks.instep import InStepError
 from tracelens.backends.ranks.requests import HANDLERS, handler
-from tracelens.backends.ranks.served import Handlers, InStepError, Served
+from tracelens.backends.ranks.served import Handlers, Served
 
 _LONGEST_WAIT = timedelta(minutes=30)
 """Of a rank for the others, in a collective: one may still read its part of the model from a slow disk."""
@@ -65,19 +66,21 @@ def _answer(served: Served, request: Message, handlers: Handlers) -> list[bytes 
         asked = Message(request.header["header"], request.tensors)
         answer = handler(request.header["request"], handlers)(served, asked)
         return encoded(Message({"serial": serial, "ok": True, "header": answer.header}, answer.tensors))
+    except InStepError as error:
+        if error.__cause__ is None:
+            return encoded(Message({"serial": serial, "ok": True, "header": {}}))
+        late = _late(error.__cause__, error.when)
+        return encoded(Message({"serial": serial, "ok": False, "apart": False, "error": late}))
     except BaseException as error:  # whatever it was, the owner is told
-        cause = error.__cause__ if isinstance(error, InStepError) else None
         now = served.communication()
-        apart = cause is None and (now != before or None in now.values())
-        return encoded(
-            Message({"serial": serial, "ok": False, "apart": apart, "error": _late(cause or error)})
-        )
+        apart = now != before or None in now.values()
+        return encoded(Message({"serial": serial, "ok": False, "apart": apart, "error": _late(error)}))
 
 
-def _late(error: BaseException) -> dict[str, Any]:
+def _late(error: BaseException, when: float | None = None) -> dict[str, Any]:
     """The error as data, with the moment at which it was caught: several ranks may fail, and one was the first."""
     # Linux has one such clock for all processes.
-    return {**described(error), "when": time.monotonic()}
+    return {**described(error), "when": time.monotonic() if when is None else when}
 
 
 def _joined(about: Mapping[str, Any]) -> Served:
