@@ -68,6 +68,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("pushing", 3),
     ("own_part", 3),
     ("sharding", 3),
+    ("collectives", 3),
     ("sharding_rules", 3),
     ("checking", 3),
     ("simulate", 3),

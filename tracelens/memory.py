@@ -5,6 +5,7 @@ are made to when they are freed, what has arrived from other places, constants, 
 values, and what was saved. A site's own tensor is the model's, and counts only once the model would have let go of it.
 Views count with the tensor that they are a part of. What one operation needs for a moment, within itself, is not
 counted, but for the weights that accelerate loads when a module of the model is applied; what autograd keeps is not.
+Of a place that several ranks have together it is what the first of them holds, which has most.
 """
 
 from __future__ import annotations
@@ -13,10 +14,12 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tracelens.collectives import local_type
 from tracelens.errors import ExtraMemoryError, OptionError
 from tracelens.ir.dims import Sizes
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Shard
 from tracelens.ir.ops import (
     Apply,
     Call,
@@ -90,6 +93,7 @@ def extra_memory(
     walk = _Walk(plan, sizes, lent)
     for block in merged(programs):
         walk.block(block)
+    walk.gathered()
     return tuple(
         ExtraMemory(
             place,
@@ -137,6 +141,8 @@ def bytes_of(size: int | str) -> int:
 class _Walk:
     def __init__(self, plan: Plan, sizes: Sizes, lent: Mapping[int, Sequence[Lent]]) -> None:
         self.graph = plan.graph
+        self.places = plan.placement.places
+        self.layouts = plan.layouts
         self.devices = [place.device for place in plan.placement.places]
         self.home = plan.home
         self.brought = plan.placement.brought
@@ -232,7 +238,7 @@ class _Walk:
 
     def _copied(self, op: Save, value: int, number: int, members: int = 1) -> None:
         type_ = self.graph.types[value]
-        size = members * type_.nbytes(self.sizes)
+        size = members * self._nbytes(value)
         if op.dtype is not None:
             size = size // type_.dtype.itemsize * op.dtype.itemsize
         self.copies -= 1
@@ -254,8 +260,26 @@ class _Walk:
 
     def _hold(self, place: int, root: int, value: int) -> None:
         number = self.graph.producer[value]
-        size = self.graph.types[value].nbytes(self.sizes)
+        size = self._nbytes(value)
         self._add(place, root, Holding(number, op_text(self.graph.ops[number]), size))
+
+    def _nbytes(self, value: int) -> int:
+        """What one rank holds of a value: of those in parts its own, the longest one."""
+        layout = self.layouts.get(value, WHOLE_EVERYWHERE)
+        ranks = self.places[self.home[value]].ranks
+        return local_type(self.graph.types[value], layout, ranks).nbytes(self.sizes)
+
+    def gathered(self) -> None:
+        """When the pass is over: beside its own parts of what was saved, the first rank has the whole of it."""
+        for save in self.graph.saves:
+            for value in save.values:
+                if isinstance(self.layouts.get(value), Shard):
+                    size = self.graph.types[value].nbytes(self.sizes)
+                    if save.dtype is not None:
+                        size = size // self.graph.types[value].dtype.itemsize * save.dtype.itemsize
+                    self.copies -= 1
+                    holding = Holding(self.graph.ops.index(save), op_text(save), size)
+                    self._add(self.home[value], self.copies, holding)
 
     def _add(self, place: int, root: int, holding: Holding) -> None:
         held = self.held.setdefault(place, {})

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 
+from tracelens import collectives
 from tracelens.ir.dims import Sizes
 from tracelens.ir.gradients import LEAF, differentiated
 from tracelens.ir.graph import Graph
@@ -205,6 +206,7 @@ class Plan:
             )
         lines += self._backward()
         lines += self._transfers(sizes)
+        lines += collectives.lines(self, sizes)
         lines += self._loads(sizes)
         for name, type_ in self.saved_types().items():
             if sizes is None:
@@ -217,15 +219,19 @@ class Plan:
             leaving = bytes_text(self.bytes_saved(sizes))
             back = sum(op.type.nbytes(sizes) * self.returning.get(op.out, 0) for op in self.transfers)
             gradients = f"; of gradients, back: {bytes_text(back)}" if back else ""
+            among = ""
+            if any(place.ranks > 1 for place in self.placement.places):
+                crossing = sum(one.nbytes(sizes) for one in collectives.collectives(self))
+                among = f"; between the ranks of a place: {bytes_text(crossing)}"
             lines.append(
-                f"  bytes that leave the run: {leaving}; between places: {bytes_text(between)}{gradients}"
+                f"  bytes that leave the run: {leaving}; between places: {bytes_text(between)}{gradients}{among}"
             )
         return "\n".join(lines)
 
     def _owned(self, index: int) -> str:
         owned = [layer for layer, place in enumerate(self.placement.layers) if place == index]
         ends = [name for name, place in self.placement.ends.items() if place == index]
-        parts = [f"layers {_ranges(owned)}"] if owned else []
+        parts = [f"layers {collectives.ranges(owned)}"] if owned else []
         return f": {', '.join(parts + ends)}" if parts or ends else ""
 
     def _loads(self, sizes: Sizes | None) -> list[str]:
@@ -403,17 +409,6 @@ def _carried(graph: Graph, carry: Carry, layer: int, *, type_of: TypeOf, to_the_
         locations = (*locations[:cut], *[locations[cause]] * len(extra), *locations[cut:])
     pins = tuple(replace(pin, op=pin.op + len(extra)) if pin.op >= cut else pin for pin in graph.pins)
     return replace(graph, ops=(*graph.ops[:cut], *extra, *later), locations=locations, pins=pins)
-
-
-def _ranges(layers: list[int]) -> str:
-    """``0 to 3, 8``."""
-    runs: list[list[int]] = []
-    for layer in layers:
-        if runs and runs[-1][-1] == layer - 1:
-            runs[-1].append(layer)
-        else:
-            runs.append([layer])
-    return ", ".join(f"{run[0]} to {run[-1]}" for run in runs)
 
 
 def _counted(sites: tuple[int, ...]) -> str:

@@ -15,6 +15,7 @@ import torch
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.ranks.owner import Reply, Request
 from tracelens.backends.ranks.pool import Ranks
+from tracelens.collectives import journeys
 from tracelens.compiled import Compiled, Ran, relocate
 from tracelens.compiling import Compiler, check_constants, check_fits
 from tracelens.errors import PipelineError, RankFailedError, TracelensError, UntrustedApplyError
@@ -54,7 +55,8 @@ class RankedCompiler(Compiler):
         if any(save.to is not None for save in compiled.saves):
             write_files(compiled.saves, found)
         planned = partial(compiled.held, graph, prompt.sizes)
-        return Ran(found, RunReport(perf_counter() - started, (), planned, {}))
+        travelled = journeys(compiled.plan, prompt.sizes)
+        return Ran(found, RunReport(perf_counter() - started, travelled, planned, {}))
 
     def generate(
         self, graph: Graph, compiled: Compiled, prompt: Prompt, options: Mapping[str, Any]

@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import tracelens as tl
+from tracelens import serving
 from tracelens.backends import body
 from tracelens.backends.ranks import worker
 from tracelens.backends.ranks.channel import Message
@@ -30,7 +32,7 @@ def main(about: Mapping[str, Any]) -> None:
     if about["rank"] == int(os.environ.get("TRACELENS_TEST_FAILING_RANK", "-1")):
         raise RuntimeError("this rank does not even start")
     body.resolve = breakable
-    more = {function.__name__: function for function in (misbehave, keep, kept, arm, as_script)}
+    more = {function.__name__: function for function in (misbehave, keep, kept, arm, as_script, run, communicated)}
     worker.main(about, {**HANDLERS, **more})
 
 
@@ -122,6 +124,44 @@ def as_script(served: Served, request: Message) -> Message:
         return Message({"error": None})
     assert gradient is None or gradient.value.abs().sum() > 0
     return Message({"error": None}, {"total": total.value})
+
+
+_NO_COLLECTIVES = ("wait_tensor", "_wrap_tensor_autograd")
+
+
+class Communicating(TorchDispatchMode):
+    """Notes every collective with the bytes that this rank gives to it, whoever asks for it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: list[tuple[str, int]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        namespace, _, name = func.name().partition("::")
+        if "c10d" in namespace and not name.startswith(_NO_COLLECTIVES):
+            # The tensors that are filled stand first where they are given.
+            own = args[1] if name.startswith(("gather_", "_allgather", "allgather_")) else args[0]
+            self.seen.append((name.strip("_").partition(".")[0], _bytes_of(own)))
+        return func(*args, **kwargs or {})
+
+
+def _bytes_of(arg: Any) -> int:
+    return arg.nbytes if isinstance(arg, torch.Tensor) else sum(map(_bytes_of, arg))
+
+
+_communicating = Communicating()
+
+
+def run(served: Served, request: Message) -> Message:
+    """As the real one, under watch."""
+    _communicating.seen.clear()
+    with _communicating:
+        return serving.run(served, request)
+
+
+def communicated(served: Served, request: Message) -> Message:
+    """The collectives of the last run."""
+    return Message({"seen": _communicating.seen})
 
 
 def _raise() -> Message:

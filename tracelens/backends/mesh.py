@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -24,7 +24,12 @@ from tracelens.ir.infer import torch_dtype
 from tracelens.ir.layout import Joined, Layout, Partial, Replicate, Shard, owned
 from tracelens.ir.types import TensorType
 
-_OPS = {Joined.SUM: "sum", Joined.MEAN: "avg", Joined.MAX: "max", Joined.MIN: "min"}
+_OPS = {Joined.SUM: "sum", Joined.MEAN: "avg"}
+_SEEN: Mapping[Joined, Callable[[torch.Tensor], torch.Tensor]] = {
+    # What collectives of numbers would do alone: they lose a nan, and know no booleans.
+    Joined.MAX: lambda parts: parts.amax(0),
+    Joined.MIN: lambda parts: parts.amin(0),
+}
 
 
 class Mesh:
@@ -68,6 +73,9 @@ class Mesh:
         if isinstance(source, Partial) and source.joined is Joined.NORM:
             squares = self.redistributed(tensor.square(), shape, Partial(Joined.SUM), target)
             return squares.sqrt()
+        if isinstance(source, Partial) and source.joined in _SEEN:
+            every = self.redistributed(tensor.unsqueeze(0), (self.ranks, *shape), Shard(0), target)
+            return _SEEN[source.joined](every)
         if isinstance(target, Partial):
             return tensor if self.leads else torch.zeros_like(tensor)
         from torch.distributed.tensor import DTensor
