@@ -10,11 +10,12 @@ import pytest
 import torch
 
 import tracelens as tl
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, NEURONS, VOCABULARY
 from tests.support.ranks import fragile
 from tracelens.backends.ranks.pool import Ranks
 from tracelens.collectives import SUMMED, Collective, collectives
-from tracelens.ir.layout import Partial
+from tracelens.ir.layout import Joined, Partial, Shard
+from tracelens.ir.types import DType, TensorType, bytes_text
 from tracelens.model import Model
 
 PROMPT = [5, 6, 7, 8, 9]
@@ -105,4 +106,67 @@ def test_the_ranks_do_what_is_planned(
     assert moved == by_kind
     crossing = sum(one.nbytes(sizes) for one in planned)
     total = next(line for line in t.explain().splitlines() if "between the ranks of a place" in line)
-    assert total.endswith(f"between the ranks of a place: {tl.ir.types.bytes_text(crossing)}")
+    assert total.endswith(f"between the ranks of a place: {bytes_text(crossing)}")
+
+
+@pytest.mark.parametrize("neuron", [3, 77])
+def test_the_largest_of_all_ranks_knows_nan_and_booleans(model: Model, neuron: int) -> None:
+    """A collective for the largest number would lose a nan, and knows no booleans."""
+    with model.trace(PROMPT):
+        act = model.layers[1].mlp_act
+        largest = tl.where(act == act[..., neuron : neuron + 1], float("nan"), act).amax((1, 2)).save()
+        smallest = tl.where(act == act[..., neuron : neuron + 1], float("nan"), act).amin((1, 2)).save()
+        some = (act > act[..., neuron : neuron + 1]).amax((1, 2)).save()
+        whole = act.save()
+    assert largest.value.isnan().all()
+    assert smallest.value.isnan().all()
+    one = whole.value[..., neuron : neuron + 1]
+    assert torch.equal(some.value, (whole.value > one).amax((1, 2)))
+
+
+def test_a_plan_names_gathers_sums_and_what_lies_in_parts(model: Model) -> None:
+    with model.trace(PROMPT) as t:
+        act = model.layers[1].mlp_act
+        act.cumsum(-1)[..., -1].save("scan")
+        act.sum(-1).save("sum")
+        act.save("act")
+    lines = t.explain().splitlines()
+    n = len(PROMPT)
+    assert "  mlp_act of layer 1 lies in parts of axis 2 on 2 ranks" in lines
+    assert (
+        f"  gathers %0 f32[B,P,80] from 2 ranks after layers.1.mlp_act, {_shown(n * NEURONS * F32)} between ranks"
+        in lines
+    )
+    (summed,) = (line for line in lines if line.startswith("  sums %"))
+    assert summed.endswith(
+        f" f32[B,P] over 2 ranks after layers.1.mlp_act, {_shown(2 * n * F32)} between ranks"
+    )
+    last = "  gathers 'act' on the first of 2 ranks when the pass is over"
+    assert f"{last}, {_shown(n * NEURONS // 2 * F32)} between ranks" in lines
+
+
+def _shown(size: int) -> str:
+    return bytes_text(size)
+
+
+def test_parts_that_do_not_divide_evenly_are_filled_up() -> None:
+    type_ = TensorType(DType.FLOAT32, (VOCABULARY, 2))
+    one = Collective(0, 2, 0, type_, Shard(0))
+    assert one.nbytes({}) == 2 * 49 * 2 * F32
+    assert Collective(0, 4, 0, type_, Shard(0), saved="u").nbytes({}) == 3 * 25 * 2 * F32
+    assert Collective(0, 4, 0, type_, Partial(Joined.SUM)).nbytes({}) == 2 * 3 * type_.nbytes({})
+    assert Collective(0, 4, 0, type_, Partial(Joined.MAX)).nbytes({}) == 4 * 3 * type_.nbytes({})
+
+
+def test_memory_is_that_of_one_rank(model: Model) -> None:
+    """Half of the neurons are held; at the end the first rank has what is saved as a whole, too."""
+    n = len(PROMPT)
+    whole = n * NEURONS * F32
+    with model.trace(PROMPT) as t:
+        (model.layers[1].mlp_act * 2).sum(-1).save()
+    (held,) = t.report.held
+    assert held.bytes < whole
+    with model.trace(PROMPT) as t:
+        (model.layers[1].mlp_act * 2).save()
+    (held,) = t.report.held
+    assert held.bytes == whole // 2 + whole

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout
+from tracelens.errors import LayoutError
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, Shard
 from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import Scope, Site
 
@@ -21,6 +22,25 @@ class Place:
     def __str__(self) -> str:
         over = f" on {self.ranks} ranks" if self.ranks > 1 else ""
         return f"place {self.index} ({self.device}{over})"
+
+
+@dataclass(frozen=True, slots=True)
+class InParts:
+    """A tensor of ``ndim`` axes, of which ``dim`` is in parts."""
+
+    dim: int
+    ndim: int
+
+
+@dataclass(frozen=True, slots=True)
+class Probed:
+    """What a forward pass has shown of the tensors at modules, by the names of their sites; all others are whole.
+
+    ``unclear``: those that nobody knows how to put together, with the reason.
+    """
+
+    parts: Mapping[str, InParts]
+    unclear: Mapping[str, str]
 
 
 @dataclass(frozen=True)
@@ -43,6 +63,8 @@ class Placement:
     """How named sites lie on the ranks of their place, by name; those that are not named are whole on each."""
     parameters: Mapping[str, Layout] = field(default_factory=dict[str, Layout])
     """The same for parameters and buffers, by path."""
+    probed: Probed | None = None
+    """How tensors at modules lie, where that has been looked at."""
 
     @classmethod
     def single(cls, device: str, n_layers: int) -> Placement:
@@ -66,11 +88,34 @@ class Placement:
 
     def layout_of(self, site: Site) -> Layout:
         """How a site lies on the ranks of its place."""
-        return (
-            WHOLE_EVERYWHERE
-            if isinstance(site, ModuleSite)
-            else self.layouts.get(site.name, WHOLE_EVERYWHERE)
+        if not isinstance(site, ModuleSite):
+            return self.layouts.get(site.name, WHOLE_EVERYWHERE)
+        found = None if self.probed is None else self.probed.parts.get(site.name)
+        return WHOLE_EVERYWHERE if found is None else Shard(found.dim)
+
+    def ndim_of(self, site: Site) -> int:
+        """How many axes a site has that is in parts."""
+        if not isinstance(site, ModuleSite):
+            return len(site.kind.shape)
+        assert self.probed is not None
+        return self.probed.parts[site.name].ndim
+
+    def require_known(self, site: ModuleSite) -> None:
+        """Raises :class:`~tracelens.errors.LayoutError` for a module's tensor of which nobody knows how it lies."""
+        if all(place.ranks == 1 for place in self.places):
+            return
+        problem = (
+            "has not been looked at on all ranks"
+            if self.probed is None
+            else self.probed.unclear.get(site.name)
         )
+        if problem is not None:
+            raise LayoutError(
+                f"{site.name} {problem}, so that it cannot be read or written as a whole",
+                instead="model.sites() lists the named sites, which are known on ranks"
+                if self.probed is not None
+                else "tl.load(name, tp=...), which looks when it loads the model",
+            )
 
     def of_path(self, path: str) -> int:
         """The place of a module, a parameter or a buffer, by its path."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tracelens.backends.layouts import require_divisible
+from tracelens.backends.places import look_at
 from tracelens.backends.sharded_loading import load_part
 from tracelens.errors import Blaming, LayoutError, OptionError
 from tracelens.location import here
@@ -65,7 +66,10 @@ def load_over_ranks(
     require_fit(config, sizes)
     tokenizer = tokenizer_of(source)
     if ranks is None and under_torchrun():
-        return Model(load_part(source, **sizes, dtype=dtype, options=options), tokenizer)
+        model = Model(load_part(source, **sizes, dtype=dtype, options=options), tokenizer)
+        with Blaming(here()):
+            look_at(model.anatomy)
+        return model
     from transformers import AutoModelForCausalLM
 
     from tracelens.backends.ranks.pool import Ranks

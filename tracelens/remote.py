@@ -21,7 +21,7 @@ from tracelens.ir.ops import Call, Save, TokenSelector
 from tracelens.ir.parse import parse
 from tracelens.ir.text import text
 from tracelens.location import Location
-from tracelens.placement import Place, Placement
+from tracelens.placement import InParts, Place, Placement, Probed
 from tracelens.prompted import Prompt
 from tracelens.selection import Selection
 
@@ -118,6 +118,12 @@ def placement_data(placement: Placement) -> dict[str, Any]:
         "modules": dict(placement.modules),
         "layouts": {name: _axis(layout) for name, layout in placement.layouts.items()},
         "parameters": {path: _axis(layout) for path, layout in placement.parameters.items()},
+        "probed": None
+        if (probed := placement.probed) is None
+        else {
+            "parts": {name: [one.dim, one.ndim] for name, one in probed.parts.items()},
+            "unclear": dict(probed.unclear),
+        },
     }
 
 
@@ -130,6 +136,9 @@ def placement_from(data: Mapping[str, Any]) -> Placement:
         data["modules"],
         layouts={name: _layout(axis) for name, axis in data["layouts"].items()},
         parameters={path: _layout(axis) for path, axis in data["parameters"].items()},
+        probed=None
+        if (probed := data["probed"]) is None
+        else Probed({name: InParts(*one) for name, one in probed["parts"].items()}, probed["unclear"]),
     )
 
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tracelens.backends.places import placement
+from tracelens.backends.places import look_at, placement
 from tracelens.backends.ranks.channel import Message
 from tracelens.backends.ranks.instep import InStepError
 from tracelens.backends.sharded_loading import load_part
@@ -72,6 +72,7 @@ def load(served: Served, request: Message) -> Message:
         options=header["options"],
     )
     model = Model(part)
+    look_at(model.anatomy)
     model._compiler.owned = True
     served.models[header["model"]] = Loaded(model)
     return Message(

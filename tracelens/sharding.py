@@ -155,7 +155,7 @@ class _LayingOut:
         type_ = self.graph.types[op.value.id]
         if isinstance(site, Shard):
             # The value is broadcast to the site: it may lack the axis, or be one wide there.
-            own = site.dim - (len(op.site.kind.shape) - type_.ndim)
+            own = site.dim - (self.placement.ndim_of(op.site) - type_.ndim)
             site = Shard(own) if own >= 0 and type_.shape[own] != 1 else WHOLE_EVERYWHERE
         return Choice({op.value.id: site}, ())
 

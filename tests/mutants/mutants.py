@@ -43,6 +43,8 @@ HEADS = ("tests/test_heads.py",)
 KEYS = ("tests/conformance/test_keys.py",)
 RANKS = ("tests/test_ranks.py",)
 RULES = ("tests/test_sharding_rules.py",)
+COLLECTIVES = ("tests/test_collectives.py",)
+PROBING = ("tests/test_probing.py",)
 OWN_PART = ("tests/test_own_part.py",)
 RANK_FAILURES = ("tests/test_rank_failures.py",)
 RANK_MESSAGES = ("tests/test_rank_messages.py",)
@@ -1140,5 +1142,68 @@ MUTANTS = (
         '"ok": False, "apart": False',
         '"ok": False, "apart": True',
         RANK_FAULTS,
+    ),
+    Mutant(
+        "ranks: a gather is counted once, not by every rank",
+        "collectives.py",
+        "return others * part if self.saved is not None else self.ranks * others * part",
+        "return others * part",
+        COLLECTIVES,
+    ),
+    Mutant(
+        "ranks: what is gathered after the pass is not counted",
+        "collectives.py",
+        "            if isinstance(layout := plan.layouts.get(value), Shard):",
+        "            if False and isinstance(layout := plan.layouts.get(value), Shard):",
+        COLLECTIVES,
+    ),
+    Mutant(
+        "ranks: parts are held as wholes",
+        "memory.py",
+        "return local_type(self.graph.types[value], layout, ranks).nbytes(self.sizes)",
+        "return self.graph.types[value].nbytes(self.sizes)",
+        COLLECTIVES,
+    ),
+    Mutant(
+        "ranks: the largest of all loses a nan",
+        "backends/mesh.py",
+        "    Joined.MAX: lambda parts: parts.amax(0),",
+        "    Joined.MAX: lambda parts: parts.nan_to_num(-1e9).amax(0),",
+        COLLECTIVES,
+    ),
+    Mutant(
+        "modules on ranks: what has the whole shape counts as whole, whatever the numbers",
+        "backends/probing.py",
+        "        if len({one[1] for one in seen}) == 1:",
+        "        if True:",
+        PROBING,
+    ),
+    Mutant(
+        "modules on ranks: the first of several shorter axes is taken",
+        "backends/probing.py",
+        "if len(shorter) == 1 and local",
+        "if shorter and local",
+        PROBING,
+    ),
+    Mutant(
+        "modules on ranks: named sites are not held to what was seen",
+        "backends/probing.py",
+        "            if problem is not None:\n                raise",
+        "            if False:\n                raise",
+        PROBING,
+    ),
+    Mutant(
+        "modules on ranks: what is not clear is used all the same",
+        "placement.py",
+        "        if problem is not None:\n            raise LayoutError(",
+        "        if False:\n            raise LayoutError(",
+        PROBING,
+    ),
+    Mutant(
+        "modules on ranks: a value written to a module is whole on every rank",
+        "sharding.py",
+        "own = site.dim - (self.placement.ndim_of(op.site) - type_.ndim)",
+        "own = site.dim - (len(op.site.kind.shape) - type_.ndim)",
+        PROBING,
     ),
 )

@@ -32,7 +32,9 @@ def main(about: Mapping[str, Any]) -> None:
     if about["rank"] == int(os.environ.get("TRACELENS_TEST_FAILING_RANK", "-1")):
         raise RuntimeError("this rank does not even start")
     body.resolve = breakable
-    more = {function.__name__: function for function in (misbehave, keep, kept, arm, as_script, run, communicated)}
+    more = {
+        function.__name__: function for function in (misbehave, keep, kept, arm, as_script, run, communicated)
+    }
     worker.main(about, {**HANDLERS, **more})
 
 

@@ -15,6 +15,7 @@ from tracelens.backends.base import Family, Side, Tap
 from tracelens.backends.layouts import parameter_layouts, require_divisible, site_layouts
 from tracelens.backends.mesh import Mesh, mesh_of, own_part_of, skeleton
 from tracelens.backends.module_sides import ModuleSides, language_model_passes
+from tracelens.backends.places import placement
 from tracelens.backends.replacing import needed_in_generation, replacement
 from tracelens.backends.spread import Keeper, Spread, spread_of, state_of
 from tracelens.backends.transfer import loaded
@@ -30,7 +31,7 @@ from tracelens.ir.layout import Layout
 from tracelens.ir.module_sites import INPUT, OUTPUT, Key, ModuleSite
 from tracelens.ir.sites import KIND, KINDS, Scope, Site, near
 from tracelens.ir.types import DType, TensorType
-from tracelens.placement import Placement
+from tracelens.placement import Placement, Probed
 
 
 def family_of(config: Any) -> Family:
@@ -70,6 +71,8 @@ class ModelAnatomy:
     """The ranks that have the model together with this process."""
     elsewhere: Placement | None = None
     """Where ranks that this process owns have the model's parts; here it is a model without numbers."""
+    probed: Probed | None = None
+    """How tensors at modules lie on the ranks of this process, where that has been looked at."""
     _skeleton: nn.Module | None = None
 
     @property
@@ -154,7 +157,10 @@ class ModelAnatomy:
 
     def type_of(self, site: Site) -> TensorType:
         if isinstance(site, ModuleSite):
-            return self.sides.type_of(site)
+            found = self.sides.type_of(site)
+            if self.mesh is not None or self.elsewhere is not None:
+                placement(self).require_known(site)
+            return found
         reason = self.absence(site)
         if reason is not None:
             raise AbsentSiteError(

@@ -47,7 +47,7 @@ def site_layouts(anatomy: ModelAnatomy, styles: Mapping[str, str]) -> dict[str, 
         if tap is None or kind.name in _AS_PROJECTED:
             continue
         path = anatomy.module_path(tap, 0 if kind.scope is Scope.LAYER else None)
-        style = _style(styles, path)
+        style = style_of(styles, path)
         if style is None:
             continue
         if style not in STYLES:
@@ -66,7 +66,8 @@ def site_layouts(anatomy: ModelAnatomy, styles: Mapping[str, str]) -> dict[str, 
     return found
 
 
-def _style(styles: Mapping[str, str], path: str) -> str | None:
+def style_of(styles: Mapping[str, str], path: str) -> str | None:
+    """How transformers spreads a module, if it does."""
     return styles.get(re.sub(r"\.\d+\.", ".*.", path)) or styles.get(path)
 
 
@@ -93,7 +94,7 @@ def parameter_layouts(
     found: dict[str, Layout] = {}
     for path, _ in whole.named_parameters(remove_duplicate=False):
         module, _, name = path.rpartition(".")
-        matrix, bias = _SPLIT.get(_style(styles, module) or "", (None, None))
+        matrix, bias = _SPLIT.get(style_of(styles, module) or "", (None, None))
         axis = bias if name == "bias" else matrix
         if axis is not None:
             found[path] = Shard(axis)

@@ -48,6 +48,17 @@ def placement(anatomy: ModelAnatomy) -> Placement:
     return Placement(places, layers, ends, modules, apart, spread.brought)
 
 
+def look_at(anatomy: ModelAnatomy) -> None:
+    """Sees in a forward pass how a model lies on the ranks that share its layers, all of which call this together.
+
+    Raises :class:`~tracelens.errors.LayoutError` on every rank where a named site lies otherwise than is thought.
+    """
+    from tracelens.backends.probing import probe
+
+    if anatomy.mesh is not None and anatomy.mesh.ranks > 1:
+        anatomy.probed = probe(anatomy, placement(anatomy))
+
+
 def _of_ranks(anatomy: ModelAnatomy, mesh: Mesh) -> Placement:
     """One place for each stage of a pipeline, or one for all."""
     device = str(anatomy.spread.inputs)
@@ -68,4 +79,5 @@ def _of_ranks(anatomy: ModelAnatomy, mesh: Mesh) -> Placement:
         modules,
         layouts=anatomy.site_layouts,
         parameters=anatomy.parameter_layouts,
+        probed=anatomy.probed,
     )

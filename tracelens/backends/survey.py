@@ -131,7 +131,7 @@ def survey(
     first: dict[int, str] = {}
     for path, module in model.named_modules(remove_duplicate=False):
         own_path[path] = first.setdefault(id(module), path)
-    watcher = _Watcher({id(module): path for path, module in model.named_modules()})
+    watcher = Watcher({id(module): path for path, module in model.named_modules()})
     watch(model.modules(), watcher.before, watcher.after)
     runs: list[list[_Event]] = []
     for run in passes:
@@ -174,7 +174,7 @@ def survey(
     return Survey(_calls(runs, _places(runs[0], hook_points), names, held, unknown), own_path)
 
 
-class _Watcher:
+class Watcher:
     """Writes down what passes the modules."""
 
     def __init__(self, paths: Mapping[int, str]) -> None:
