@@ -1,0 +1,84 @@
+"""What a user's script under torchrun does, on all ranks: ``python -m torch.distributed.run ... FOLDER OUT --tp 2``.
+
+Each rank writes down what it has seen in a file of its own.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import tracelens as tl
+from tracelens.errors import TracelensError
+
+arguments = argparse.ArgumentParser()
+arguments.add_argument("folder", type=Path)
+arguments.add_argument("out", type=Path)
+arguments.add_argument("--tp", type=int, default=1)
+arguments.add_argument("--pp", type=int, default=1)
+asked = arguments.parse_args()
+
+model = tl.load(asked.folder, tp=asked.tp, pp=asked.pp)
+rank = torch.distributed.get_rank()
+own = [p.to_local() if hasattr(p, "to_local") else p for p in model.hf.parameters()]
+seen: dict[str, object] = {"rank": rank, "bytes": sum(tensor.nbytes for tensor in own)}
+
+
+def refusal(read) -> dict[str, str]:
+    """What an error says, or that there was none."""
+    try:
+        read()
+    except TracelensError as error:
+        return {
+            "error": type(error).__name__,
+            "problem": error.problem,
+            "file": str(error.at and error.at.filename),
+        }
+    return {"error": ""}
+
+
+with model.trace([[5, 6, 7, 8], [9, 10, 11, 12]]) as t:
+    model.layers[1].mlp_act[..., :70] = 0
+    model.layers[2].head(3).z = 0
+    model.layers[2].resid_post += model.layers[0].resid_post
+    q = model.layers[1].q.save("q")
+    logits = model.logits.save("logits")
+
+seen["value"] = refusal(lambda: logits.value)
+seen["by name"] = refusal(lambda: t["q"])
+if rank == 0:
+    torch.save({"logits": logits.value, "q": q.value}, asked.out / "results.pt")
+
+
+def other_prompts() -> None:
+    with model.trace([[5, 6, 7 + rank]]):
+        model.layers[1].resid_post.save()
+
+
+def other_blocks() -> None:
+    with model.trace([[5, 6, 7]]):
+        model.layers[1 + rank].resid_post.save()
+
+
+def other_tensors() -> None:
+    with model.trace([[5, 6, 7]]):
+        model.layers[1].resid_post += torch.full((48,), float(rank))
+        model.logits.save()
+
+
+seen["prompts"] = refusal(other_prompts)
+seen["blocks"] = refusal(other_blocks)
+seen["tensors"] = refusal(other_tensors)
+
+# After all of this the ranks still stand at the same step.
+with model.trace([[5, 6, 7, 8], [9, 10, 11, 12]]):
+    again = model.layers[1].q.save()
+if rank == 0:
+    seen["again"] = bool(torch.isfinite(again.value).all())
+
+(asked.out / f"rank{rank}.json").write_text(json.dumps(seen))
+torch.distributed.barrier()
+torch.distributed.destroy_process_group()
