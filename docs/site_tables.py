@@ -92,6 +92,8 @@ def _hook_point(family: Family, kind: Kind, tap: Tap) -> str:
 def _part(view: HeadsView | None) -> str:
     if view is None:
         return ""
+    if view.heads_first:
+        return "heads and positions swapped, "
     parts = len(view.parts)
     return "per head, " + (f"part {view.index + 1} of {parts} of the " if parts > 1 else "")
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tracelens as tl
-from tests.support.families import EVERY, FAMILIES, LAYERS
+from tests.support.families import EVERY, FAMILIES, LAYERS, MOST
 from tests.support.plain import untouched
 from tests.support.pretend import Pretend, device_map, pretend
 from tracelens.backends.places import placement
@@ -167,7 +167,7 @@ def test_every_site_reads_and_writes_the_same_bits(
                 _equal(found[1][1], found[0][1], (kind.name, layer))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 @pytest.mark.parametrize("spread", ["five", "back and forth", "offloaded"])
 def test_reading_a_site_leaves_the_rest_of_the_pass_as_it_is(
     pretend: Pretend, family: str, spread: str, tmp_path: Path

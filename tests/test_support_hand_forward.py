@@ -83,9 +83,10 @@ def test_rows_of_a_padded_batch_equal_the_rows_alone(family: str) -> None:
 
 
 def test_sliding_windows_cut() -> None:
-    for sliding, whole in (("mistral_sliding", "mistral"), ("qwen2_sliding", "qwen2")):
+    for sliding in ("mistral_sliding", "qwen2_sliding", "gemma3"):
         batch = BATCHES["single"]
-        cut, full = hand_forward(built(sliding), *batch), hand_forward(built(whole), *batch)
+        whole = EVERY[sliding].build(attn="eager", sliding_window=64)
+        cut, full = hand_forward(built(sliding), *batch), hand_forward(whole, *batch)
         close(cut[:, :4], full[:, :4])
         assert (cut - full)[:, 4:].abs().amax(-1).min() > 1e-3
 
@@ -152,15 +153,21 @@ def test_identities(family: str, batch: Batch) -> None:
             assert torch.equal(at[Site("resid_post", layer)], at[Site("resid_pre", layer + 1)])
         here = {site.name: tensor for site, tensor in at.items() if site.layer == layer}
         assert torch.equal(here["attn_in"], here["attn_norm"])
-        assert torch.equal(here["attn_add"], here["attn_out"])
+        assert torch.equal(here["attn_add"], here.get("attn_post_norm", here["attn_out"]))
         assert torch.equal(here["resid_mid"], here["resid_pre"] + here["attn_add"])
         assert torch.equal(here["mlp_in"], here["mlp_norm"])
-        assert torch.equal(here["mlp_add"], here["mlp_out"])
+        assert torch.equal(here["mlp_add"], here.get("mlp_post_norm", here["mlp_out"]))
+        if family.startswith("gemma"):
+            for name in ("attn", "mlp"):
+                assert (here[f"{name}_add"] - here[f"{name}_out"]).abs().max() > 0.1
         assert torch.equal(here["resid_post"], here["resid_mid"] + here["mlp_add"])
     assert torch.equal(at[Site("token_mask")], batch.mask)
     with torch.no_grad():
         assert torch.equal(model.get_output_embeddings()(at[Site("final_norm")]), at[Site("lm_head")])
-    assert torch.equal(at[Site("logits")], at[Site("lm_head")])
+    if (cap := getattr(model.config, "final_logit_softcapping", None)) is None:
+        assert torch.equal(at[Site("logits")], at[Site("lm_head")])
+    else:
+        assert at[Site("lm_head")].abs().max() > cap > at[Site("logits")].abs().max()
 
 
 @every_family
@@ -237,7 +244,7 @@ def test_branch_writes_leave_the_stream_and_stream_writes_do_not(family: str) ->
             name for name, tensor in zeroed(site).items() if not torch.equal(tensor, clean[Site(name, 1)])
         }
 
-    mlp = {"mlp_norm", "mlp_in", "mlp_pre", "mlp_up", "mlp_act", "mlp_out", "mlp_add"} & {
+    mlp = {"mlp_norm", "mlp_in", "mlp_pre", "mlp_up", "mlp_act", "mlp_out", "mlp_post_norm", "mlp_add"} & {
         site.name for site in clean
     }
     assert changed(Site("mlp_norm", 1)) == mlp | {"resid_post"}
@@ -292,6 +299,9 @@ def test_token_mask_cannot_be_written() -> None:
     ("family", "overrides"),
     [
         ("llama", {"hidden_act": "gelu"}),
+        ("gemma3", {"hidden_activation": "silu"}),
+        ("gemma3", {"use_bidirectional_attention": True}),
+        ("gemma3", {"attn_logit_softcapping": 30.0}),
         ("gpt2", {"activation_function": "relu"}),
         ("gpt2", {"reorder_and_upcast_attn": True}),
         ("llama", {"rope_parameters": {"rope_type": "linear", "rope_theta": 1e4, "factor": 2.0}}),
@@ -336,6 +346,7 @@ def test_parts_that_make_the_families_differ_are_there() -> None:
     assert built("gpt2").transformer.h[0].mlp.dropout.p == 0.1
     assert built("mistral").config.sliding_window is None
     assert built("mistral_sliding").config.sliding_window == 4
+    assert built("gemma3").config.layer_types == ["full_attention", "sliding_attention", "full_attention"]
     assert built("qwen2_sliding").config.layer_types == ["full_attention", *["sliding_attention"] * 2]
 
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from transformers import PreTrainedModel
 
-from tests.support.families import EVERY, FAMILIES, LAYERS
+from tests.support.families import EVERY, FAMILIES, LAYERS, MOST, VARIANTS
 from tests.support.pretend import Pretend, device_map, pretend
 
 __all__ = ["pretend"]
@@ -49,7 +49,7 @@ def answers(model: PreTrainedModel) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", EVERY)
+@pytest.mark.parametrize("family", [*MOST, *VARIANTS])
 def test_a_spread_model_gives_the_same_bits(pretend: Pretend, family: str, attn: str, tmp_path) -> None:
     wanted = answers(EVERY[family].build(attn=attn))
     for name in SPREADS:
@@ -61,7 +61,7 @@ def test_a_spread_model_gives_the_same_bits(pretend: Pretend, family: str, attn:
     assert not torch.equal(answers(spread(other, "two", tmp_path))[0], wanted[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_an_offloaded_model_gives_the_same_bits(pretend: Pretend, family: str, tmp_path) -> None:
     wanted = answers(FAMILIES[family].build())
     for_cpu, for_disk = FAMILIES[family].build(), FAMILIES[family].build()
@@ -81,7 +81,7 @@ def test_an_offloaded_model_gives_the_same_bits(pretend: Pretend, family: str, t
         assert torch.equal(model.generate(**prompts(), max_new_tokens=4, do_sample=False), wanted[1])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_inference_mode_gives_the_same_bits(pretend: Pretend, family: str, tmp_path) -> None:
     with torch.inference_mode():
         wanted = FAMILIES[family].build()(**prompts()).logits
@@ -100,7 +100,7 @@ def test_half_precision(pretend: Pretend, dtype: torch.dtype, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_gradients_of_a_spread_model(pretend: Pretend, family: str, attn: str, tmp_path) -> None:
     def gradients(model: PreTrainedModel) -> dict[str, torch.Tensor]:
         model(**prompts()).logits.float().square().mean().backward()
@@ -162,7 +162,7 @@ def test_a_model_moved_as_a_whole_has_no_hooks(pretend: Pretend) -> None:
         assert torch.equal(model(**{k: v.to(P[2]) for k, v in prompts().items()}).logits.cpu(), wanted[0])
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", MOST)
 def test_a_saved_model_loads_onto_the_devices(pretend: Pretend, family: str, tmp_path) -> None:
     model = FAMILIES[family].build()
     wanted = answers(model)

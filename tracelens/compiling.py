@@ -126,6 +126,7 @@ class Compiler:
             carries=anatomy.family.carries,
             type_of=anatomy.type_of,
             generating=generating,
+            reached=anatomy.family.reached,
         )
         programs = lower(plan)
         if len(programs) > 1:

@@ -28,6 +28,7 @@ from tracelens.ir.ops import (
     operands,
     results,
 )
+from tracelens.ir.passes.as_reached import as_reached
 from tracelens.ir.passes.forward_order import moments_of
 from tracelens.ir.passes.mark_leaves import mark_leaves
 from tracelens.ir.passes.pipeline import improve
@@ -330,10 +331,16 @@ def make_plan(
     carries: tuple[Carry, ...],
     type_of: TypeOf,
     generating: bool,
+    reached: tuple[str, ...] = (),
     verify_each: bool = False,
 ) -> Plan:
-    """Improves ``graph`` and decides where it runs and how far the forward pass has to go."""
+    """Improves ``graph`` and decides where it runs and how far the forward pass has to go.
+
+    ``reached``: sites of one level that the model reaches in another order than the vocabulary has them.
+    """
     marked = mark_leaves(improve(graph, verify_each=verify_each))
+    if reached:
+        marked = as_reached(marked, reached)
     improved = carry_stream_writes(marked, carries, type_of=type_of, to_the_end=generating)
     stop = _last_site(improved)
     targets = {

@@ -101,6 +101,6 @@ def _closing(site: Site) -> Iterator[Site]:
 
 
 _BRANCHES = (
-    ("attn_norm", "attn_in", "z", "attn_out", "attn_add"),
-    ("mlp_norm", "mlp_in", "mlp_act", "mlp_out", "mlp_add"),
+    ("attn_norm", "attn_in", "z", "attn_out", "attn_post_norm", "attn_add"),
+    ("mlp_norm", "mlp_in", "mlp_act", "mlp_out", "mlp_post_norm", "mlp_add"),
 )

@@ -81,9 +81,12 @@ def test_a_pattern_is_a_distribution_over_what_may_be_seen(
         shared = t["pattern"].shape[2] // t["v"].shape[3]
         values = t["v"].transpose(2, 3).repeat_interleave(shared, dim=2)
         close((t["pattern"] @ values).transpose(2, 3), t["z"])
-    if family == "mistral_sliding" and rows is PROMPTS["single"]:
-        assert t["pattern"].tril(-4).abs().max() == 0
-        assert t["pattern"].tril(-3).abs().max() > 0
+    windows = {"mistral_sliding": slice(None), "gemma3": slice(1, 2)}
+    if family in windows and rows is PROMPTS["single"]:
+        assert t["pattern"][windows[family]].tril(-4).abs().max() == 0
+        assert t["pattern"][windows[family]].tril(-3).abs().max() > 0
+    if family == "gemma3" and rows is PROMPTS["single"]:
+        assert t["pattern"][[0, 2]].tril(-4).abs().amax((1, 2, 3, 4)).min() > 0
     assert len(prompt.lengths) == len(rows)
 
 
@@ -200,6 +203,9 @@ EDITS: dict[str, Callable[[Tensor, Batch], Tensor]] = {
     "h = SITE; h[:, 0] = 0": _at((slice(None), 0), lambda t: t * 0),
 }  # fmt: skip
 
+# Gemma's norm of what attention returns forgets a factor of a query's whole pattern.
+FACTORS = ("SITE *= 0.5", "SITE = SITE * 0.5", "SITE[:, :, -1] *= 0.25")
+
 
 @every_kernel
 @pytest.mark.parametrize("code", EDITS)
@@ -215,7 +221,8 @@ def test_scores_and_patterns_are_written(family: str, name: str, code: str, attn
             return EDITS[code](tensor, prompt) if site == Site(name, 1) else tensor
 
         expected = oracle(hf, prompt, intercept)
-        matters(expected, hf, prompt)
+        if not (family == "gemma3" and name == "pattern" and code in FACTORS):
+            matters(expected, hf, prompt)
         with untouched(hf), model.trace(rows) as t:
             exec(code.replace("SITE", f"model.layers[1].{name}"), {"model": model})
             model.logits.save("logits")
@@ -446,7 +453,9 @@ def test_writes_hold_in_every_step_of_a_generation(family: str, name: str) -> No
     if family == "gpt2" and name == "q_rot":
         return
     code, edit = IN_EVERY_STEP[name]
-    eager, sdpa = FAMILIES[family].build(attn="eager"), FAMILIES[family].build()
+    # Where keys are counted, none may be forgotten; everything else is the same with a window that cuts.
+    wide = {"sliding_window": 64} if family == "gemma3" and name in LOOKS else {}
+    eager, sdpa = FAMILIES[family].build(attn="eager", **wide), FAMILIES[family].build(**wide)
     ids = torch.tensor([IDS])
     options = {"max_new_tokens": STEPS, "do_sample": False, "pad_token_id": 0}
     with torch.no_grad():
@@ -503,7 +512,7 @@ def test_rotated_keys_are_refused_in_generations() -> None:
         model.layers[1].z += model.layers[1].k_rot[..., :1, :1]
 
 
-@pytest.mark.parametrize("family", ["mistral_sliding", "qwen2_sliding"])
+@pytest.mark.parametrize("family", ["mistral_sliding", "qwen2_sliding", "gemma3"])
 @pytest.mark.parametrize("site", ["pattern", "scores"])
 def test_layers_whose_cache_forgets_are_refused_before_the_run_where_keys_are_counted(family, site) -> None:
     hf = EVERY[family].build()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from itertools import pairwise
 
 import pytest
@@ -13,6 +14,7 @@ from tests.ir.forms import SITES, TYPES
 from tests.support.batches import SINGLE, random_batch
 from tests.support.families import FAMILIES
 from tests.support.hand_forward import hand_forward, hand_sites
+from tracelens.backends.architectures import FAMILY_OF
 from tracelens.ir.dims import B, P
 from tracelens.ir.sites import (
     CANONICAL,
@@ -25,6 +27,7 @@ from tracelens.ir.sites import (
     Site,
     near,
     parse_site,
+    rows_of,
 )  # fmt: skip
 from tracelens.ir.types import DTYPE_BY_SHORT, DType, TensorType, parse_type
 
@@ -76,7 +79,7 @@ def test_what_is_no_site_is_refused(other):
         parse_site(other)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "qwen3", "gemma3"])
 def test_the_order_of_sites_is_the_order_of_the_forward_pass(family):
     """As the forward pass by hand reaches them, which was written without looking."""
     hf = FAMILIES[family].build()
@@ -89,6 +92,8 @@ def test_the_order_of_sites_is_the_order_of_the_forward_pass(family):
     with torch.no_grad():
         hand_forward(hf, *random_batch(SINGLE), intercept)
     assert reached == hand_sites(hf)
+    rows = rows_of(FAMILY_OF[hf.config.model_type].reached)
+    reached = [replace(site, row=rows.get(site.name)) for site in reached]
     for earlier, later in pairwise(reached):
         assert earlier.sequence < later.sequence
         assert earlier.precedes(later) or earlier.order == later.order

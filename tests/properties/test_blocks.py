@@ -14,7 +14,7 @@ from tests.properties.plain_language import expected
 from tests.properties.programs import Program, names, perform, source
 from tests.strategies import plain_select
 from tests.support.batches import EVEN, RAGGED, SINGLE, Batch, batch, random_rows
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, MOST
 from tests.support.hand_forward import hand_forward
 from tests.support.plain import untouched
 from tracelens.ir.graph import Graph
@@ -27,7 +27,7 @@ HF = {name: family.build() for name, family in FAMILIES.items()}
 MODELS = {name: tl.wrap(hf) for name, hf in HF.items()}
 SITES = {name: traceable_sites(hf) for name, hf in HF.items()}
 
-EVERY_FAMILY = pytest.mark.parametrize("family", FAMILIES)
+EVERY_FAMILY = pytest.mark.parametrize("family", MOST)
 # Two ways to compute the same attention (fused and written out) differ by rounding; seen: 3e-6.
 RTOL, ATOL = 1e-4, 1e-5
 # Each example runs a model of three layers several times; the profile's number is for cheaper ones.

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Gemma3TextConfig,
     GPT2Config,
     LlamaConfig,
     MistralConfig,
@@ -39,6 +40,18 @@ _ROTARY: dict[str, Any] = {
     # Never used in eval mode, so it shows at once when something has left the model in training mode.
     "attention_dropout": 0.1,
     **_SPECIAL_TOKENS,
+}
+
+_GEMMA3: dict[str, Any] = {
+    **_ROTARY,
+    "head_dim": HEAD_DIM,
+    # Not the width of a head, so that the two are not taken for each other.
+    "query_pre_attn_scalar": 16,
+    # Low enough to bend the logits.
+    "final_logit_softcapping": 4.0,
+    "layer_types": ["full_attention", "sliding_attention", "full_attention"],
+    # Shorter than the prompts, so that the window cuts.
+    "sliding_window": 4,
 }
 
 _GPT2: dict[str, Any] = {
@@ -88,6 +101,8 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
     the same attention to agree within 1e-5.
     """
     generator = torch.Generator().manual_seed(seed)
+    # Gemma keeps a gain as its distance from 1.
+    gain = 0.0 if model.config.model_type == "gemma3_text" else 1.0
     embedding = model.get_input_embeddings().weight
     # An embedding that is the unembedding too would else make logits of three times the size, with the same rounding.
     embedding_width = 0.2 if embedding is model.get_output_embeddings().weight else 0.4
@@ -96,7 +111,7 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
         if name.endswith("bias"):
             drawn = 0.2 * drawn
         elif parameter.ndim == 1:
-            drawn = 1.0 + 0.3 * drawn
+            drawn = gain + 0.3 * drawn
         elif parameter is embedding:
             drawn = embedding_width * drawn
         else:
@@ -111,6 +126,7 @@ FAMILIES: dict[str, Family] = {
         Family("mistral", MistralConfig, {**_ROTARY, "head_dim": HEAD_DIM, "sliding_window": None}),
         Family("qwen2", Qwen2Config, _ROTARY),
         Family("qwen3", Qwen3Config, {**_ROTARY, "head_dim": HEAD_DIM}),
+        Family("gemma3", Gemma3TextConfig, _GEMMA3),
         Family("gpt2", GPT2Config, _GPT2),
     )
 }
@@ -138,3 +154,8 @@ VARIANTS: dict[str, Family] = {
 }
 
 EVERY: dict[str, Family] = {**FAMILIES, **VARIANTS}
+
+FEWER = ("gemma3",)
+"""Families whose blocks are their own and whose modules and language are those of others: where a test goes through
+all spellings or modules, it takes fewer of these."""
+MOST = tuple(name for name in FAMILIES if name not in FEWER)

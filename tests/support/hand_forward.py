@@ -8,8 +8,9 @@ the caller may look at the tensor and replace it; what it returns is what everyt
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from tracelens.ir.sites import KIND, Site
 Intercept = Callable[[Site, Tensor], Tensor]
 """Called at each site with its tensor; returns the tensor to go on with (the same one, to change nothing)."""
 
-ROTARY = ("llama", "mistral", "qwen2", "qwen3")
+ROTARY = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
 
 
 def unchanged(site: Site, tensor: Tensor) -> Tensor:
@@ -56,20 +57,25 @@ def hand_forward(
         normed = weights.rms_norm("model.norm", resid)
     final_norm = intercept(Site("final_norm"), normed)
     lm_head = intercept(Site("lm_head"), weights.linear("lm_head", final_norm))
-    return intercept(Site("logits"), lm_head)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    logits = lm_head if cap is None else torch.tanh(lm_head / cap) * cap
+    return intercept(Site("logits"), logits)
 
 
 def hand_sites(model: PreTrainedModel) -> list[Site]:
     """The sites that this model has, in the order of the forward pass: what :func:`hand_forward` intercepts."""
     gpt2 = model.config.model_type == "gpt2"
     qwen3 = model.config.model_type == "qwen3"
+    gemma = model.config.model_type == "gemma3_text"
     inside = ["q", "q_normed", "k", "k_normed", "v"] if qwen3 else ["q", "k", "v"]
+    inside += ["q_normed", "k_normed"] if gemma else []
     inside += [] if gpt2 else ["q_rot", "k_rot"]
     inside += ["scores", "pattern", "z"]
     names = ["resid_pre", "attn_norm", "attn_in", *(name for name in inside if name in KIND)]
-    names += ["attn_out", "attn_add", "resid_mid", "mlp_norm", "mlp_in", "mlp_pre"]
+    names += ["attn_out", *(["attn_post_norm"] if gemma else []), "attn_add"]
+    names += ["resid_mid", "mlp_norm", "mlp_in", "mlp_pre"]
     names += [] if gpt2 else ["mlp_up"]
-    names += ["mlp_act", "mlp_out", "mlp_add", "resid_post"]
+    names += ["mlp_act", "mlp_out", *(["mlp_post_norm"] if gemma else []), "mlp_add", "resid_post"]
     before = ["token_mask", "embed", "pos_embed"] if gpt2 else ["token_mask", "embed"]
     layers = range(model.config.num_hidden_layers)
     return [
@@ -90,16 +96,22 @@ def _block(layer: Layer, stream: Tensor) -> Tensor:
     before_attention, before_mlp = (
         ("ln_1", "ln_2") if layer.gpt2 else ("input_layernorm", "post_attention_layernorm")
     )
+    if layer.gemma:
+        before_mlp = "pre_feedforward_layernorm"
 
     resid_pre = layer.at("resid_pre", stream)
     attn_norm = layer.at("attn_norm", norm(layer.path(before_attention), resid_pre))
     attn_in = layer.at("attn_in", attn_norm)
     attn_out = layer.at("attn_out", attention(layer, attn_in))
+    if layer.gemma:
+        attn_out = layer.at("attn_post_norm", norm(layer.path("post_attention_layernorm"), attn_out))
     attn_add = layer.at("attn_add", attn_out)
     resid_mid = layer.at("resid_mid", resid_pre + attn_add)
     mlp_norm = layer.at("mlp_norm", norm(layer.path(before_mlp), resid_mid))
     mlp_in = layer.at("mlp_in", mlp_norm)
     mlp_out = layer.at("mlp_out", mlp(layer, mlp_in))
+    if layer.gemma:
+        mlp_out = layer.at("mlp_post_norm", norm(layer.path("post_feedforward_layernorm"), mlp_out))
     mlp_add = layer.at("mlp_add", mlp_out)
     return layer.at("resid_post", resid_mid + mlp_add)
 
@@ -107,7 +119,8 @@ def _block(layer: Layer, stream: Tensor) -> Tensor:
 def _gated_mlp(layer: Layer, mlp_in: Tensor) -> Tensor:
     mlp_pre = layer.at("mlp_pre", layer.weights.linear(layer.path("mlp.gate_proj"), mlp_in))
     mlp_up = layer.at("mlp_up", layer.weights.linear(layer.path("mlp.up_proj"), mlp_in))
-    mlp_act = layer.at("mlp_act", F.silu(mlp_pre) * mlp_up)
+    active = F.gelu(mlp_pre, approximate="tanh") if layer.gemma else F.silu(mlp_pre)
+    mlp_act = layer.at("mlp_act", active * mlp_up)
     return layer.weights.linear(layer.path("mlp.down_proj"), mlp_act)
 
 
@@ -132,17 +145,21 @@ def _rotary_attention(layer: Layer, attn_in: Tensor) -> Tensor:
         found = layer.inside(
             name, layer.weights.linear(layer.path(f"self_attn.{name}_proj"), attn_in).view(heads)
         )
-        if layer.weights.family == "qwen3" and name != "v":
-            gain = layer.path(f"self_attn.{name}_norm")
-            found = layer.inside(f"{name}_normed", layer.weights.rms_norm(gain, found))
-        return found
+        return normed(name, found) if layer.weights.family == "qwen3" and name != "v" else found
+
+    def normed(name: str, heads: Tensor) -> Tensor:
+        gain = layer.path(f"self_attn.{name}_norm")
+        return layer.inside(f"{name}_normed", layer.weights.rms_norm(gain, heads))
 
     q, k, v = projected("q"), projected("k"), projected("v")
-    cos, sin = layer.weights.rotation(layer.position_ids, q.dtype)
+    if layer.gemma:
+        q, k = normed("q", q), normed("k", k)
+    cos, sin = layer.weights.rotation(layer.position_ids, q.dtype, layer.index)
     q, k = _rotated(q, cos, sin), _rotated(k, cos, sin)
     q, k = layer.inside("q_rot", q), layer.inside("k_rot", k)
+    scale = (layer.weights.config.query_pre_attn_scalar if layer.gemma else layer.head_dim) ** -0.5
     # The probabilities are computed in float32, whatever the model's dtype.
-    z = _attended(layer, q, k, v, scale=layer.head_dim**-0.5, softmax_dtype=torch.float32)
+    z = _attended(layer, q, k, v, scale=scale, softmax_dtype=torch.float32)
     return layer.weights.linear(layer.path("self_attn.o_proj"), z.reshape(*attn_in.shape[:-1], -1))
 
 
@@ -193,7 +210,11 @@ def _rotated(heads: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def _rotary_embedding(
     weights: Weights, input_ids: Tensor, position_ids: Tensor, intercept: Intercept
 ) -> Tensor:
-    return intercept(Site("embed"), F.embedding(input_ids, weights["model.embed_tokens.weight"]))
+    embed = F.embedding(input_ids, weights["model.embed_tokens.weight"])
+    if weights.family == "gemma3_text":
+        # The factor is rounded to the model's dtype before it multiplies.
+        embed = embed * torch.tensor(weights.config.hidden_size**0.5).to(embed)
+    return intercept(Site("embed"), embed)
 
 
 def _gpt2_embedding(
@@ -233,16 +254,21 @@ class Weights:
         return F.layer_norm(x, weight.shape, weight, bias, self.config.layer_norm_epsilon)
 
     def rms_norm(self, path: str, x: Tensor) -> Tensor:
-        """Normalised in float32, cast back, and only then multiplied by the gain."""
+        """Normalised in float32, cast back, and only then multiplied by the gain.
+
+        Gemma keeps gains as their distance from 1, and casts back after them.
+        """
         wide = x.to(torch.float32)
         wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.config.rms_norm_eps)
+        if self.family == "gemma3_text":
+            return (wide * (1.0 + self[path + ".weight"].float())).to(x.dtype)
         return self[path + ".weight"] * wide.to(x.dtype)
 
-    def rotation(self, position_ids: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    def rotation(self, position_ids: Tensor, dtype: torch.dtype, layer: int) -> tuple[Tensor, Tensor]:
         """Cosines and sines [B, P, d], computed in float32."""
         width = head_dim(self.config)
         pairs = torch.arange(0, width, 2, dtype=torch.float32, device=position_ids.device)
-        frequencies = 1.0 / (self.config.rope_parameters["rope_theta"] ** (pairs / width))
+        frequencies = 1.0 / (rope_of(self.config, layer)["rope_theta"] ** (pairs / width))
         angles = position_ids[..., None].float() * frequencies
         angles = torch.cat((angles, angles), dim=-1)
         return angles.cos().to(dtype), angles.sin().to(dtype)
@@ -261,6 +287,10 @@ class Layer:
     @property
     def gpt2(self) -> bool:
         return self.weights.family == "gpt2"
+
+    @property
+    def gemma(self) -> bool:
+        return self.weights.family == "gemma3_text"
 
     @property
     def head_dim(self) -> int:
@@ -298,11 +328,18 @@ def head_dim(config: PreTrainedConfig) -> int:
     return own or config.hidden_size // config.num_attention_heads
 
 
+def rope_of(config: PreTrainedConfig, layer: int) -> Mapping[str, Any]:
+    """How a layer rotates: Gemma's layers with a window do it in a way of their own."""
+    rope = config.rope_parameters
+    return rope[config.layer_types[layer]] if config.model_type == "gemma3_text" else rope
+
+
 def _window(config: PreTrainedConfig, layer: int) -> int | None:
     """How many positions back this layer looks, itself included; ``None``: all."""
     if config.model_type == "mistral":
         return config.sliding_window
-    if config.model_type in ("qwen2", "qwen3") and config.layer_types[layer] == "sliding_attention":
+    windowed = config.model_type in ("qwen2", "qwen3", "gemma3_text")
+    if windowed and config.layer_types[layer] == "sliding_attention":
         return config.sliding_window
     return None
 
@@ -321,12 +358,17 @@ def refuse_what_is_not_written_here(model: PreTrainedModel) -> None:
         return
     if family not in ROTARY:
         raise ValueError(f"family {family!r} is not written here")
-    if config.hidden_act != "silu":
-        raise ValueError(f"activation {config.hidden_act!r} is not written here")
-    rope = config.rope_parameters
-    if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"position encoding {rope} is not written here")
-    if model.model.rotary_emb.inv_freq.dtype != torch.float32:
+    gemma = family == "gemma3_text"
+    activation = config.hidden_activation if gemma else config.hidden_act
+    if activation != ("gelu_pytorch_tanh" if gemma else "silu"):
+        raise ValueError(f"activation {activation!r} is not written here")
+    if gemma and (config.use_bidirectional_attention or config.attn_logit_softcapping is not None):
+        raise ValueError("attention that looks ahead and capped scores are not written here")
+    for layer in range(config.num_hidden_layers):
+        rope = rope_of(config, layer)
+        if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
+            raise ValueError(f"position encoding {rope} is not written here")
+    if any(frequencies.dtype != torch.float32 for frequencies in model.model.rotary_emb.buffers()):
         # model.to(torch.bfloat16) rounds them; loading in bfloat16 does not.
         raise ValueError(
             "the rotary frequencies were rounded: build the model in its dtype instead of casting it"

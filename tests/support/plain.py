@@ -133,6 +133,15 @@ _ROTARY_HOOKS: dict[str, tuple[str, Side]] = {
     "lm_head": ("lm_head", "output"),
     "logits": ("", "output"),
 }
+_GEMMA_HOOKS: dict[str, tuple[str, Side]] = {
+    **_ROTARY_HOOKS,
+    "attn_post_norm": ("model.layers.{}.post_attention_layernorm", "output"),
+    "attn_add": ("model.layers.{}.post_attention_layernorm", "output"),
+    "resid_mid": ("model.layers.{}.pre_feedforward_layernorm", "input"),
+    "mlp_norm": ("model.layers.{}.pre_feedforward_layernorm", "output"),
+    "mlp_post_norm": ("model.layers.{}.post_feedforward_layernorm", "output"),
+    "mlp_add": ("model.layers.{}.post_feedforward_layernorm", "output"),
+}
 _GPT2_HOOKS: dict[str, tuple[str, Side]] = {
     "embed": ("transformer.wte", "output"),
     "pos_embed": ("transformer.wpe", "output"),
@@ -163,7 +172,8 @@ _GPT2_HOOKS: dict[str, tuple[str, Side]] = {
 
 def hook_point(model: PreTrainedModel, site: Site) -> tuple[str, Side]:
     """The module and the side where plain transformers shows a site; a ``KeyError`` if it does not."""
-    table = _GPT2_HOOKS if model.config.model_type == "gpt2" else _ROTARY_HOOKS
+    tables = {"gpt2": _GPT2_HOOKS, "gemma3_text": _GEMMA_HOOKS}
+    table = tables.get(model.config.model_type, _ROTARY_HOOKS)
     path, side = table[site.name]
     return path.format(site.layer), side
 
@@ -222,6 +232,8 @@ def _per_head(model: PreTrainedModel, site: Site, edit: Edit) -> Edit:
 
     if site.name in ("q", "k", "v") and model.config.model_type == "gpt2":
         return third
+    if site.name in ("q_normed", "k_normed") and model.config.model_type == "gemma3_text":
+        return lambda heads_first: edit(heads_first.transpose(1, 2)).transpose(1, 2)
     return split if site.name in ("q", "k", "v", "z") else edit
 
 
@@ -301,7 +313,14 @@ def edited_block(model: PreTrainedModel, index: int, edit: Edit) -> Iterator[Non
         middle = edit(hidden_states + attention[0])
         return middle + block.mlp(block.post_attention_layernorm(middle))
 
-    block.forward = gpt2_forward if gpt2 else rotary_forward
+    def gemma_forward(hidden_states: Tensor, **kwargs) -> Tensor:
+        attention = block.self_attn(hidden_states=block.input_layernorm(hidden_states), **kwargs)
+        middle = edit(hidden_states + block.post_attention_layernorm(attention[0]))
+        mlp = block.mlp(block.pre_feedforward_layernorm(middle))
+        return middle + block.post_feedforward_layernorm(mlp)
+
+    forwards = {"gpt2": gpt2_forward, "gemma3_text": gemma_forward}
+    block.forward = forwards.get(model.config.model_type, rotary_forward)
     try:
         yield
     finally:

@@ -84,7 +84,8 @@ class Visit:
         found = self.steps[site](tensor)
         if found is tensor or (real := self.real(found.device)) is None:
             return found
-        keys = real[:, None, None, :]
+        # The latest ones: the cache of a layer with a sliding window has forgotten those before.
+        keys = real[:, None, None, -found.shape[-1] :]
         if site == "pattern":
             return found.masked_fill(~keys, 0.0)
         # Lower than anything that can be written: a query whose keys were all given the lowest number sees them alike,

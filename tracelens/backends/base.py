@@ -23,11 +23,13 @@ class HeadsView:
     """A site with an axis for heads, in a tensor whose last axis holds the heads side by side.
 
     ``parts`` are what lies there one after the other, each named by the width that counts its heads (``H`` or ``K``);
-    the site is part number ``index``.
+    the site is part number ``index``. ``heads_first``: the tensor has an axis for the heads already, before that of the
+    positions: [B, H, P, d].
     """
 
     parts: tuple[str, ...]
     index: int = 0
+    heads_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +58,7 @@ class Family:
     ``neurons``: the configuration's word for the width of the MLP. ``withheld``: settings of a configuration without
     some of the sites, with the reason. ``out_by_in``: does the output projection keep its matrix as [out, in], as
     ``nn.Linear`` does? ``wide_softmax``: does eager attention take its softmax in float32, or in the model's dtype?
+    ``reached``: sites of one level that the family's modules make in another order than the vocabulary has them.
     """
 
     name: str
@@ -71,6 +74,7 @@ class Family:
     )
     out_by_in: bool = True
     wide_softmax: bool = True
+    reached: tuple[str, ...] = ()
 
     def refused(self, config: Any) -> str | None:
         """The reason why a configuration of this family cannot be served, if there is one."""

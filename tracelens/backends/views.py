@@ -17,6 +17,8 @@ def taking_and_putting(view: HeadsView, widths: Mapping[str, int]) -> tuple[Take
 
     The module's tensor is never changed in place, and gradients flow through both.
     """
+    if view.heads_first:
+        return _heads_inside, lambda whole, new: _heads_inside(new)
     width = widths["d"]
     heads = [widths[part] for part in view.parts]
     start = sum(heads[: view.index]) * width
@@ -43,3 +45,8 @@ def taking_and_putting(view: HeadsView, widths: Mapping[str, int]) -> tuple[Take
         return torch.cat((whole[..., :start], new.flatten(-2), whole[..., end:]), dim=-1)
 
     return take, put
+
+
+def _heads_inside(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, H, P, d] as [B, P, H, d], and back."""
+    return tensor.transpose(1, 2)

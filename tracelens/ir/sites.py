@@ -7,6 +7,7 @@ site at all, is in ``tracelens/backends/architectures``.
 from __future__ import annotations
 
 import difflib
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from enum import Enum
 from functools import lru_cache
@@ -94,26 +95,42 @@ KINDS: tuple[Kind, ...] = (
         "each head's mix of values: what the output projection reads",
     ),
     Kind("attn_out", Scope.LAYER, 10, _RESIDUAL, Effect.BRANCH, "the output projection's result"),
-    Kind("attn_add", Scope.LAYER, 11, _RESIDUAL, Effect.BRANCH, "what attention really adds to the stream"),
-    Kind("resid_mid", Scope.LAYER, 12, _RESIDUAL, Effect.STREAM, "resid_pre + attn_add"),
+    Kind(
+        "attn_post_norm",
+        Scope.LAYER,
+        11,
+        _RESIDUAL,
+        Effect.BRANCH,
+        "the output of the norm between attention and the stream",
+    ),
+    Kind("attn_add", Scope.LAYER, 12, _RESIDUAL, Effect.BRANCH, "what attention really adds to the stream"),
+    Kind("resid_mid", Scope.LAYER, 13, _RESIDUAL, Effect.STREAM, "resid_pre + attn_add"),
     Kind(
         "mlp_norm",
         Scope.LAYER,
-        13,
+        14,
         _RESIDUAL,
         Effect.BRANCH,
         "the output of the norm that the MLP reads",
         ("post_ln",),
     ),
-    Kind("mlp_in", Scope.LAYER, 14, _RESIDUAL, Effect.BRANCH, "what the MLP module receives"),
-    Kind("mlp_pre", Scope.LAYER, 15, _NEURONS, Effect.BRANCH, "the neurons before the activation function"),
-    Kind("mlp_up", Scope.LAYER, 15, _NEURONS, Effect.BRANCH, "the linear branch of a gated MLP"),
+    Kind("mlp_in", Scope.LAYER, 15, _RESIDUAL, Effect.BRANCH, "what the MLP module receives"),
+    Kind("mlp_pre", Scope.LAYER, 16, _NEURONS, Effect.BRANCH, "the neurons before the activation function"),
+    Kind("mlp_up", Scope.LAYER, 16, _NEURONS, Effect.BRANCH, "the linear branch of a gated MLP"),
     Kind(
-        "mlp_act", Scope.LAYER, 16, _NEURONS, Effect.BRANCH, "the neurons: the input of the down projection"
+        "mlp_act", Scope.LAYER, 17, _NEURONS, Effect.BRANCH, "the neurons: the input of the down projection"
     ),
-    Kind("mlp_out", Scope.LAYER, 17, _RESIDUAL, Effect.BRANCH, "the raw output of the MLP"),
-    Kind("mlp_add", Scope.LAYER, 18, _RESIDUAL, Effect.BRANCH, "what the MLP really adds to the stream"),
-    Kind("resid_post", Scope.LAYER, 19, _RESIDUAL, Effect.STREAM, "the tensor leaving the block"),
+    Kind("mlp_out", Scope.LAYER, 18, _RESIDUAL, Effect.BRANCH, "the raw output of the MLP"),
+    Kind(
+        "mlp_post_norm",
+        Scope.LAYER,
+        19,
+        _RESIDUAL,
+        Effect.BRANCH,
+        "the output of the norm between the MLP and the stream",
+    ),
+    Kind("mlp_add", Scope.LAYER, 20, _RESIDUAL, Effect.BRANCH, "what the MLP really adds to the stream"),
+    Kind("resid_post", Scope.LAYER, 21, _RESIDUAL, Effect.STREAM, "the tensor leaving the block"),
     Kind(
         "final_norm",
         Scope.AFTER,
@@ -145,12 +162,14 @@ _ROW = {kind.name: row for row, kind in enumerate(KINDS)}
 class Site:
     """A named tensor of the forward pass: ``Site("resid_post", 3)``, ``Site("logits")``.
 
-    ``step`` is the generation step; ``None`` means every step (the only one, in a trace).
+    ``step`` is the generation step; ``None`` means every step (the only one, in a trace). ``row`` is for the sites of a
+    plan: the row of the vocabulary in whose place this model reaches the site, where that is another than its own.
     """
 
     name: str
     layer: int | None = None
     step: int | None = None
+    row: int | None = field(default=None, kw_only=True, repr=False, compare=False)
     # Sites are the keys of most look-ups, in every line of a block.
     _hash: int = field(default=0, init=False, repr=False, compare=False)
 
@@ -182,11 +201,16 @@ class Site:
     @property
     def sequence(self) -> Sequence:
         """A total order that refines :attr:`order`: the row decides between sites of one level."""
-        return (*_order(self), _ROW[self.name])
+        return (*_order(self), _ROW[self.name] if self.row is None else self.row)
 
     def precedes(self, other: Site) -> bool:
         """Is this site reached before ``other``, so that a value can travel from here to there?"""
         return self.order < other.order
+
+
+def rows_of(reached: Collection[str]) -> dict[str, int]:
+    """The rows that sites of one level take in a model that reaches them in the order ``reached``."""
+    return dict(zip(reached, sorted(_ROW[name] for name in reached), strict=True))
 
 
 @lru_cache(maxsize=65536)

@@ -9,8 +9,8 @@ from tracelens.ir.ops import Op, Read, Ref, Write, operands, results
 from tracelens.ir.sites import KIND, Effect, Site
 
 # The ends of the two sublayers: what their own sites go to, and nothing else does.
-_ATTENTION = ("attn_out", "attn_add")
-_MLP = ("mlp_out", "mlp_add")
+_ATTENTION = ("attn_out", "attn_post_norm", "attn_add")
+_MLP = ("mlp_out", "mlp_post_norm", "mlp_add")
 _FIRST = {**dict.fromkeys(_ATTENTION, "attn_norm"), **dict.fromkeys(_MLP, "mlp_norm")}
 _ONE_TO_ONE = {"resid_post": "resid_pre", "q_normed": "q", "k_normed": "k", "lm_head": "final_norm"}
 

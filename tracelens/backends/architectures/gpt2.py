@@ -37,6 +37,8 @@ GPT2 = Family(
     },
     {
         "mlp_up": "its MLP has no gate; use mlp_pre",
+        "attn_post_norm": "what attention returns is added as it is, without a norm in between; use attn_add",
+        "mlp_post_norm": "what the MLP returns is added as it is, without a norm in between; use mlp_add",
         "q_normed": "its queries have no norm of their own; use q",
         "k_normed": "its keys have no norm of their own; use k",
         "q_rot": "positions are added to the embedding, so nothing is rotated in attention; use q",

@@ -40,8 +40,13 @@ _QK_NORMS = {
 _NO_POSITIONS = {
     "pos_embed": "positions enter by rotation inside attention (RoPE), so there is no position embedding"
 }
+_PRE_NORM = {
+    "attn_post_norm": "what attention returns is added as it is, without a norm in between; use attn_add",
+    "mlp_post_norm": "what the MLP returns is added as it is, without a norm in between; use mlp_add",
+}
 _ABSENT = {
     **_NO_POSITIONS,
+    **_PRE_NORM,
     "q_normed": "its queries have no norm of their own; use q",
     "k_normed": "its keys have no norm of their own; use k",
 }
@@ -49,4 +54,4 @@ _ABSENT = {
 LLAMA = Family("Llama", ("llama",), "model.layers.{}", _TAPS, _ABSENT)
 MISTRAL = Family("Mistral", ("mistral",), "model.layers.{}", _TAPS, _ABSENT)
 QWEN2 = Family("Qwen2", ("qwen2",), "model.layers.{}", _TAPS, _ABSENT)
-QWEN3 = Family("Qwen3", ("qwen3",), "model.layers.{}", {**_TAPS, **_QK_NORMS}, _NO_POSITIONS)
+QWEN3 = Family("Qwen3", ("qwen3",), "model.layers.{}", {**_TAPS, **_QK_NORMS}, {**_NO_POSITIONS, **_PRE_NORM})
