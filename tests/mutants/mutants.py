@@ -297,6 +297,27 @@ MUTANTS = (
         ("tests/conformance/test_reads.py", "-k", "gpt2"),
     ),
     Mutant(
+        "Gemma's normed queries are planned for where Qwen3 makes them",
+        "plan.py",
+        "        marked = as_reached(marked, reached)",
+        "        pass",
+        ("tests/conformance/test_gemma.py",),
+    ),
+    Mutant(
+        "the padding of a batch is taken for the keys that a window has kept",
+        "backends/attention.py",
+        "keys = real[:, None, None, -found.shape[-1] :]",
+        "keys = real[:, None, None, : found.shape[-1]]",
+        ("tests/conformance/test_attention.py", "-k", "no_row_sees and gemma3"),
+    ),
+    Mutant(
+        "heads and positions are taken for each other",
+        "backends/architectures/gemma.py",
+        '"k_normed": Tap("self_attn.k_norm", Side.OUT, view=HeadsView(("K",), heads_first=True))',
+        '"k_normed": Tap("self_attn.k_norm", Side.OUT)',
+        ("tests/conformance/test_reads.py", "-k", "gemma3"),
+    ),
+    Mutant(
         "written scores and patterns show the padding",
         "backends/attention.py",
         "if found is tensor or (real := self.real(found.device)) is None:",
