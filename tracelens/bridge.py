@@ -13,6 +13,7 @@ from tracelens.compiling import check_fits, owning
 from tracelens.constants import Captured
 from tracelens.errors import Blaming, OptionError
 from tracelens.ir.graph import Graph
+from tracelens.ir.passes.as_reached import as_reached
 from tracelens.leaving import Members, leave
 from tracelens.location import here
 from tracelens.model import Model
@@ -42,17 +43,18 @@ def run_with_nnsight(graph: Graph | Recording | Program, nnsight_model: Any, pro
         device = model.anatomy.device
         inputs = inputs_on(prepared.batch.model_inputs(), device)
         mask = inputs_on({"mask": prepared.batch.mask}, device)["mask"]
+        ordered = as_reached(graph, model.anatomy.family.reached)
         found = evaluate(
-            graph,
-            forward_through(nnsight_model, model.anatomy, graph, inputs, mask),
+            ordered,
+            forward_through(nnsight_model, model.anatomy, ordered, inputs, mask),
             constants=[
                 model._compiler.constants.place(cast("Captured", constant), device, [])
-                for constant in graph.constants
+                for constant in ordered.constants
             ],
             parameters=model.anatomy.weight,
             select=prepared.select,
             sizes=prepared.sizes,
-            functions=cast("tuple[Callable[..., Any], ...]", graph.functions),
+            functions=cast("tuple[Callable[..., Any], ...]", ordered.functions),
         )
         saved = {save.name: _members(found[save.name], save.stacked) for save in graph.saves}
         return Results(compiled.described, leave(graph.saves, graph, saved, prepared))

@@ -55,7 +55,7 @@ def test_a_write_at_a_sandwich_norm_is_seen_where_it_is_added(part: str) -> None
     model, prompt = tl.wrap(hf), batch(ROWS)
     post, add = Site(f"{part}_post_norm", 1), Site(f"{part}_add", 1)
     factors = {post: 0.5, add: -3.0}
-    expected = oracle(hf, prompt, lambda site, tensor: tensor * factors.get(site, 1.0))
+    expected = oracle(hf, prompt, lambda site, tensor: tensor * factors[site] if site in factors else tensor)
     matters(expected, hf, prompt)
     with untouched(hf), model.trace(ROWS) as t:
         layer = model.layers[1]

@@ -51,7 +51,7 @@ def forgotten(hf: PreTrainedModel, site: Site, code: str) -> bool:
     normed = ("q", "k") if family == "qwen3" else ()
     if family == "gemma3_text":
         # Whatever a sandwich norm reads, through linear maps alone.
-        normed = ("q", "k", "v", "z", "attn_out", "mlp_up", "mlp_act", "mlp_out")
+        normed = ("attn_norm", "attn_in", "q", "k", "v", "z", "attn_out", "mlp_up", "mlp_act", "mlp_out")
     return site.name in normed and code == "SITE *= 0.5"
 
 
