@@ -90,6 +90,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("ranked", 5),
     ("serving", 5),
     ("rank_loading", 5),
+    ("parallel_check", 5),
     ("compiled", 5),
     ("compiling", 5),
     ("reusable", 5),

@@ -13,6 +13,7 @@ from importlib.metadata import PackageNotFoundError, version
 
 from tracelens import einops_backend as _einops_backend  # einops finds the backend once it is defined
 from tracelens import errors
+from tracelens.backends.ranks.pool import Ranks
 from tracelens.bridge import run_with_nnsight
 from tracelens.errors import TracelensError
 from tracelens.gradients import grad
@@ -25,6 +26,7 @@ from tracelens.loading import load, wrap
 from tracelens.mapped import MappedValue, per_layer
 from tracelens.model import Model
 from tracelens.named import NamedConstant, NamedConstants, constant
+from tracelens.parallel_check import ParallelReport, SiteCheck
 from tracelens.plain_model import PlainModel
 from tracelens.prompt_tokens import PromptTokens
 from tracelens.results import Results, SavedTensor
@@ -48,14 +50,17 @@ __all__ = [
     "Model",
     "NamedConstant",
     "NamedConstants",
+    "ParallelReport",
     "PlainModel",
     "Program",
     "PromptTokens",
+    "Ranks",
     "Record",
     "Results",
     "Saved",
     "SavedTensor",
     "Site",
+    "SiteCheck",
     "SiteRow",
     "SiteTable",
     "Splice",

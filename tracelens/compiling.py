@@ -119,7 +119,7 @@ class Compiler:
         )
         there = placement(anatomy)
         if anatomy.mesh is not None or anatomy.elsewhere is not None:
-            refuse_on_ranks(numbered, stages=len(there.places))
+            refuse_on_ranks(graph, stages=len(there.places))
         plan = make_plan(
             numbered,
             there,

@@ -364,7 +364,7 @@ class MutatedActivationError(TracelensError):
 
 
 class ModelClosedError(TracelensError):
-    """The model has no weights, so it cannot run."""
+    """The model has no weights, or its ranks were closed, so it cannot run."""
 
 
 # --- ranks -------------------------------------------------------------------------------------------------------

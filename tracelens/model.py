@@ -20,6 +20,7 @@ from tracelens.ir.sites import GLOBAL_KINDS, Site
 from tracelens.location import here
 from tracelens.memory import bytes_of
 from tracelens.module_handle import ModuleHandle
+from tracelens.parallel_check import ParallelReport, check_parallel
 from tracelens.placement import Placement
 from tracelens.prompt_tokens import PromptTokens
 from tracelens.prompted import Prompt
@@ -57,9 +58,7 @@ class Model(Shown):
         with Blaming(here()):
             anatomy = ModelAnatomy(hf_model)
         anatomy.elsewhere = _elsewhere
-        compiler = (
-            Compiler(anatomy) if _parts is None else RankedCompiler(anatomy, _parts.ranks, _parts.model)
-        )
+        compiler = Compiler(anatomy) if _parts is None else RankedCompiler(anatomy, _parts)
         own = (compiler, hf_model, None, _parts, tokenizer, anatomy, Layers(anatomy))
         for name, value in zip(_OWN, own, strict=True):
             object.__setattr__(self, name, value)
@@ -193,6 +192,20 @@ class Model(Shown):
         if self._parts is not None:
             self._parts.close()
 
+    def check_parallel(self, prompt: Any, *, tolerance: float | None = None) -> ParallelReport:
+        """Compares every site of every layer, and the logits, with those of the same model in one process.
+
+        Loads the model once more for that time, whole and on one device, where it has to fit. The report is a table:
+        for each site the largest error of all layers, relative to the largest number there, where it is, and whether
+        it is within ``tolerance``. That is 1e-5, or 8 times the precision of the model's dtype if this is more.
+
+        >>> model.check_parallel("The capital of France is").ok                      # doctest: +SKIP
+        True
+
+        Raises :class:`~tracelens.errors.OptionError` for a model that is not on ranks of this process.
+        """
+        return check_parallel(self, prompt, tolerance)
+
     @property
     def ranks(self) -> Ranks | None:
         """The processes that have the parts of the model, if it was loaded with ``tp=`` or ``pp=``."""
@@ -307,6 +320,8 @@ class Model(Shown):
         recorder_of(self.anatomy, f"model.{name}").write(site, new)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Model:
+        if self._parts is not None:
+            self._parts.refuse_copies()
         # The weights are copied; what was compiled for the original and its tokenizer, which nobody changes, are not.
         # In the memo first: a hook of the user's on the transformers model may lead back here.
         found = memo[id(self)] = Model.__new__(Model)

@@ -78,6 +78,7 @@ def load_over_ranks(
         parts = Parts(
             ranks if ranks is not None else Ranks(sizes["tp"] * sizes["pp"], timeout=timeout),
             owns=ranks is None,
+            timeout=timeout,
         )
         about = parts.load(source, sizes, str(dtype).removeprefix("torch."), options)
     with torch.device("meta"):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import itertools
 import weakref
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from functools import partial
 from time import perf_counter
 from typing import Any, NoReturn
@@ -18,10 +17,17 @@ from tracelens.backends.ranks.pool import Ranks
 from tracelens.collectives import journeys
 from tracelens.compiled import Compiled, Ran, relocate
 from tracelens.compiling import Compiler, check_constants, check_fits
-from tracelens.errors import PipelineError, RankFailedError, TracelensError, UntrustedApplyError
+from tracelens.errors import (
+    ModelClosedError,
+    OptionError,
+    PipelineError,
+    RankFailedError,
+    UntrustedApplyError,
+)
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Apply
 from tracelens.leaving import write_files
+from tracelens.location import here
 from tracelens.plan import Plan
 from tracelens.program import Program
 from tracelens.prompted import Prompt
@@ -35,10 +41,11 @@ _KEPT = 256
 class RankedCompiler(Compiler):
     """Plans blocks here and has them run by ranks, each of which makes its own program of the same plan."""
 
-    def __init__(self, anatomy: ModelAnatomy, ranks: Ranks, model: str) -> None:
+    def __init__(self, anatomy: ModelAnatomy, parts: Parts) -> None:
         super().__init__(anatomy)
-        self._ranks = ranks
-        self._model = model
+        self._parts = parts
+        self._ranks = parts.ranks
+        self._model = parts.model
         self._documents: dict[int, _Document] = {}
 
     def _prepared(self, programs: tuple[Program, ...], plan: Plan) -> None:
@@ -46,6 +53,11 @@ class RankedCompiler(Compiler):
 
     def run(self, graph: Graph, compiled: Compiled, prompt: Prompt, *, measure: bool = False) -> Ran:
         """One forward pass on the ranks; gives what was saved, which has come back."""
+        if measure:
+            raise OptionError(
+                "the peak of memory is that of this process, and the model is on ranks of their own",
+                instead="t.report without measure=True, which tells what is planned for each place",
+            )
         started = perf_counter()
         replies = self._asked("run", graph, compiled, prompt, {})
         found: dict[str, Callable[[], Any]] = {
@@ -74,6 +86,7 @@ class RankedCompiler(Compiler):
     def _asked(
         self, name: str, graph: Graph, compiled: Compiled, prompt: Prompt, more: Mapping[str, Any]
     ) -> list[Reply]:
+        self._parts.require_open()
         _refuse_python(graph)
         check_fits(graph, compiled, prompt)
         check_constants(graph)
@@ -90,11 +103,12 @@ class RankedCompiler(Compiler):
         if not sent.known:
             header["document"] = sent.document
         tensors = {**prompt_tensors(prompt), **constants}
+        limit = self._parts.timeout
         try:
-            replies = self._ranks.ask(name, header, tensors, model=self._model)
+            replies = self._ranks.ask(name, header, tensors, model=self._model, timeout=limit)
             if replies[0].header.get("unknown"):  # they were started anew since, or have forgotten it
                 header["document"] = sent.document
-                replies = self._ranks.ask(name, header, tensors, model=self._model)
+                replies = self._ranks.ask(name, header, tensors, model=self._model, timeout=limit)
         except RankFailedError as failed:
             _blame(failed, graph)
         sent.known = True
@@ -151,10 +165,14 @@ def _refuse_python(graph: Graph) -> None:
 class Parts:
     """A model's parts on ranks: let go of at the end, with the ranks themselves if they were started for it."""
 
-    def __init__(self, ranks: Ranks, *, owns: bool) -> None:
+    def __init__(self, ranks: Ranks, *, owns: bool, timeout: float | None = None) -> None:
         self.ranks = ranks
+        self.timeout = timeout
+        """Seconds that a run may take; without it, what the ranks say."""
         self.model = f"model-{next(_ids)}"
         self._end = weakref.finalize(self, _let_go, ranks, self.model, owns)
+        self.source = ""
+        self.options: Mapping[str, Any] = {}
         self.bytes: tuple[int, ...] = ()
         """Of weights, on each rank."""
 
@@ -162,6 +180,7 @@ class Parts:
         self, source: str, sizes: Mapping[str, int], dtype: str, options: Mapping[str, Any]
     ) -> Mapping[str, Any]:
         """Has every rank load its part; gives what the first one said of the whole."""
+        self.source, self.options = source, options
         header = {"model": self.model, "source": source, **sizes, "dtype": dtype, "options": dict(options)}
         try:
             replies = self.ranks.load(self.model, Request("load", header))
@@ -177,11 +196,25 @@ class Parts:
         """Lets go of the parts. Again: does nothing."""
         self._end()
 
+    def require_open(self) -> None:
+        """Raises :class:`~tracelens.errors.ModelClosedError` after :meth:`close`."""
+        if not self._end.alive:
+            raise ModelClosedError(
+                "this model was closed: its parts are gone from the ranks",
+                instead="tl.load(...) again",
+            )
+
+    def refuse_copies(self) -> NoReturn:
+        """What copying the model does: there is nothing of it here to copy."""
+        raise OptionError(
+            "a model on ranks cannot be copied: its weights are in other processes",
+            at=here(),
+            instead="tl.load(...) once more; it may have the same ranks: ranks=model.ranks",
+        )
+
 
 def _let_go(ranks: Ranks, model: str, owns: bool) -> None:
     if owns:
         ranks.close()
-        return
-    ranks.forget(model)
-    with suppress(TracelensError):
-        ranks.ask("drop", {"model": model})
+    else:
+        ranks.drop(model)

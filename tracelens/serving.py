@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections import OrderedDict
 from typing import TYPE_CHECKING, Any
 
@@ -143,4 +144,7 @@ def _asked(
 def drop(served: Served, request: Message) -> Message:
     """Lets go of a model."""
     served.models.pop(request.header["model"], None)
+    gc.collect()  # a model leads back to itself, and its memory is wanted now
+    if served.device.type == "cuda":
+        torch.cuda.empty_cache()
     return Message()

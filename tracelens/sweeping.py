@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from tracelens.constants import Captured
 from tracelens.errors import Blaming, OptionError, SweepError, TracelensError, UnknownConstantError
 from tracelens.inputs import Inputs
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Apply, Const, Save, Write, operands, results
+from tracelens.ir.ops import Apply, Const, Keep, Save, Write, operands, results
 from tracelens.ir.passes.lift_constants import Lifted, Unliftable, lift_constants
 from tracelens.ir.types import TensorType
 from tracelens.location import here
@@ -323,7 +323,10 @@ class _Together:
 
     def __post_init__(self) -> None:
         held = self.program.graph.constants
-        self.before = replace(self.lifted.before, constants=held)
+        before = self.lifted.before
+        if self.compiler.anatomy.elsewhere is not None:
+            before = _handed_over(before, self.lifted.rows)
+        self.before = replace(before, constants=held)
         self.graph = self.lifted.graph
         self.compiled_before = self._compile(self.before) if self.before.saves else None
         self.compiled = self._compile(self.graph) if self.graph.saves else None
@@ -364,6 +367,14 @@ class _Together:
             own = self.prompt
             known = self.repeated[times] = Prompt(own.batch.repeated(times), own.tokenizer, own.owner)
         return known
+
+
+def _handed_over(graph: Graph, names: Collection[str]) -> Graph:
+    """The graph with what its runs hand on coming here: ranks keep nothing between runs."""
+    ops = tuple(
+        replace(op, keep=Keep.CPU) if isinstance(op, Save) and op.name in names else op for op in graph.ops
+    )
+    return replace(graph, ops=ops)
 
 
 def _apart(tensor: Any, points: int, rows: int, save: Save) -> Any:

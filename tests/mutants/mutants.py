@@ -929,7 +929,7 @@ MUTANTS = (
     Mutant(
         "ranks: a failure after a communication leaves the ranks as they are",
         "backends/ranks/worker.py",
-        "apart = cause is None and (now != before or None in now.values())",
+        "apart = now != before or None in now.values()",
         "apart = False",
         (*RANK_FAILURES, "-k", "costs_a_start"),
     ),
@@ -1226,5 +1226,26 @@ MUTANTS = (
         "own = site.dim - (self.placement.ndim_of(op.site) - type_.ndim)",
         "own = site.dim - (len(op.site.kind.shape) - type_.ndim)",
         PROBING,
+    ),
+    Mutant(
+        "a site on ranks that is nothing like that of one process is within the tolerance",
+        "parallel_check.py",
+        "errors[largest] <= tolerance",
+        "errors[largest] >= 0",
+        ("tests/test_rank_models.py", "-k", "other_numbers"),
+    ),
+    Mutant(
+        "a closed model is run nonetheless",
+        "ranked.py",
+        "        self._parts.require_open()\n",
+        "",
+        ("tests/test_rank_models.py", "-k", "closed"),
+    ),
+    Mutant(
+        "a model's own time limit is forgotten",
+        "rank_loading.py",
+        "            timeout=timeout,\n",
+        "",
+        ("tests/test_rank_models.py", "-k", "too_long"),
     ),
 )

@@ -67,6 +67,8 @@ class Job:
     """The model that has to be loaded first, if a start was without it."""
     remember: str | None = None
     """The model that this request loads."""
+    starts: bool = True
+    """Is it worth a start of the ranks?"""
     future: Future[list[Reply]] = field(default_factory=Future[list[Reply]])
 
     def __post_init__(self) -> None:
@@ -152,6 +154,8 @@ class Owner:
         if self.restarting:
             self.restarting = False
             self._stop()
+        if not self.ranks and not job.starts:
+            return []
         if not self.ranks:
             self._start()
         for rank in self.ranks:

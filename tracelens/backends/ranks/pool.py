@@ -9,6 +9,7 @@ import time
 import weakref
 from collections.abc import Mapping
 from concurrent.futures import wait
+from contextlib import suppress
 from types import TracebackType
 from typing import Any
 
@@ -108,6 +109,16 @@ class Ranks:
         """Does not load that model any more. What the ranks hold of it is let go of by a request of its own."""
         self._owner.remembered.pop(model, None)
         self._owner.loaded.discard(model)
+
+    def drop(self, model: str) -> None:
+        """Forgets a model, and has the ranks let go of it when they come to it. Waits for nothing.
+
+        May be called from a finalizer, so in any thread and at any moment.
+        """
+        self.forget(model)
+        if not self._owner.closed and self._owner.process == os.getpid():
+            with suppress(RanksClosedError):
+                self._owner.submit(Job(Request("drop", {"model": model}), starts=False))
 
     def restart(self) -> None:
         """Ends all ranks, whatever they are doing, and starts them anew."""

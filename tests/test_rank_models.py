@@ -1,0 +1,280 @@
+"""Models on ranks as users hold them: closed, let go of, interrupted, too slow, compared with one process."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import signal
+import threading
+import weakref
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+import tracelens as tl
+from tests.support.families import FAMILIES
+from tests.support.ranks import PoolOf, fragile
+from tracelens.errors import (
+    ExtraMemoryError,
+    ModelClosedError,
+    OptionError,
+    RankDiedError,
+    RankTimeoutError,
+    UntrustedApplyError,
+)
+from tracelens.model import Model
+
+PROMPT = [[5, 6, 7, 8]]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("tiny")
+    FAMILIES["llama"].build().save_pretrained(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def one(folder: Path) -> Model:
+    return tl.load(folder)
+
+
+@pytest.fixture(scope="module")
+def shared(folder: Path, ranks_of: PoolOf) -> Iterator[Model]:
+    """A model whose layers two ranks share."""
+    with tl.load(folder, tp=2, ranks=ranks_of(2)) as model:
+        yield model
+
+
+@pytest.fixture(scope="module")
+def frail() -> Iterator[tl.Ranks]:
+    """Two ranks of this file's own, which may be killed; their ``sinh`` can be made slow."""
+    with fragile(2) as ranks:
+        yield ranks
+
+
+def neurons(model: Model) -> torch.Tensor:
+    with model.trace(PROMPT):
+        found = model.layers[1].mlp_act.sinh().save()
+    return found.value
+
+
+def held(ranks: tl.Ranks) -> list[list[str]]:
+    """The models that each rank holds."""
+    return [reply.header["models"] for reply in ranks.ask("ping")]
+
+
+# --- what goes wrong around a trace ----------------------------------------------------------------------------------
+
+
+@pytest.mark.timeout(120)
+def test_a_rank_that_is_killed_in_a_trace_is_told_and_the_next_trace_works(
+    frail: tl.Ranks, folder: Path, one: Model
+) -> None:
+    with tl.load(folder, tp=2, ranks=frail) as model, tl.load(folder, pp=2, ranks=frail) as stages:
+        want = neurons(one)
+        torch.testing.assert_close(neurons(model), want, rtol=1e-5, atol=1e-5)
+        frail.ask("arm", {"rank": 1, "how": "sleep"})
+        timer = threading.Timer(0.5, os.kill, [frail.pids[1], signal.SIGKILL])
+        timer.start()
+        with pytest.raises(RankDiedError, match=r"rank 1 of 2 was ended by SIGKILL .* at 'run'"):
+            neurons(model)
+        timer.join()
+        # Both models are loaded again, each when it is needed.
+        torch.testing.assert_close(neurons(model), want, rtol=1e-5, atol=1e-5)
+        assert len(held(frail)[0]) == 1
+        torch.testing.assert_close(neurons(stages), want, rtol=1e-5, atol=1e-5)
+    assert held(frail) == [[], []]
+
+
+def test_an_interrupted_trace_leaves_the_ranks_usable(frail: tl.Ranks, folder: Path, one: Model) -> None:
+    with tl.load(folder, tp=2, ranks=frail) as model:
+        want = neurons(one)
+        neurons(model)
+        pids = frail.pids
+        frail.ask("arm", {"rank": "all", "how": "short sleep"})
+        timer = threading.Timer(0.5, signal.raise_signal, [signal.SIGINT])
+        timer.start()
+        with pytest.raises(KeyboardInterrupt):
+            neurons(model)
+        timer.join()
+        frail.ask("arm", {"rank": None, "how": "short sleep"})
+        torch.testing.assert_close(neurons(model), want, rtol=1e-5, atol=1e-5)
+        assert frail.pids == pids
+
+
+def test_a_trace_that_takes_too_long_is_told(frail: tl.Ranks, folder: Path, one: Model) -> None:
+    with tl.load(folder, tp=2, ranks=frail, timeout=1.5) as model:
+        neurons(model)
+        frail.ask("arm", {"rank": 1, "how": "sleep"})
+        with pytest.raises(RankTimeoutError, match="did not finish 'run' within the time limit") as caught:
+            neurons(model)
+        assert 1 in caught.value.waiting_for
+    with tl.load(folder, tp=2, ranks=frail) as model:
+        torch.testing.assert_close(neurons(model), neurons(one), rtol=1e-5, atol=1e-5)
+
+
+# --- what a model is -------------------------------------------------------------------------------------------------
+
+
+def test_a_closed_model_says_so(folder: Path, ranks_of: PoolOf, shared: Model) -> None:
+    ranks = ranks_of(2)
+    before = held(ranks)
+    with tl.load(folder, pp=2, ranks=ranks) as model:
+        assert all(len(now) == len(then) + 1 for now, then in zip(held(ranks), before, strict=True))
+        program = model.compile(_recorded(model))
+        assert program(PROMPT)["found"].shape == (1, 4, 48)
+    model.close()
+    assert held(ranks) == before
+    with pytest.raises(ModelClosedError, match="this model was closed"):
+        neurons(model)
+    with pytest.raises(ModelClosedError, match="this model was closed"):
+        program(PROMPT)
+    assert neurons(shared).shape == (1, 4, 80), "the other model on these ranks is there"
+
+
+def _recorded(model: Model) -> Any:
+    with model.record() as recorded:
+        model.layers[1].resid_post.save("found")
+    return recorded
+
+
+def test_ranks_let_go_of_a_model_that_nobody_has(folder: Path, ranks_of: PoolOf, shared: Model) -> None:
+    ranks = ranks_of(2)
+    before = held(ranks)
+    model = tl.load(folder, tp=2, ranks=ranks)
+    program = model.compile(_recorded(model))
+    assert held(ranks) != before
+    gone = weakref.ref(model._parts)
+    del model
+    gc.collect()
+    program(PROMPT)  # it needs the parts
+    del program
+    gc.collect()
+    assert gone() is None
+    assert held(ranks) == before
+
+
+def test_a_model_on_ranks_is_not_copied(shared: Model) -> None:
+    with pytest.raises(OptionError, match="cannot be copied"):
+        copy.deepcopy(shared)
+
+
+# --- what it can do --------------------------------------------------------------------------------------------------
+
+
+def test_what_ranks_cannot_do_is_refused_at_the_line(shared: Model) -> None:
+    with (
+        pytest.raises(OptionError, match="the ranks keep nothing between runs") as kept,
+        shared.trace(PROMPT),
+    ):
+        shared.logits.save(device="keep")
+    assert kept.value.at is not None
+    assert kept.value.at.filename == __file__
+    with pytest.raises(OptionError, match="the peak of memory"), shared.trace(PROMPT, measure=True):
+        shared.logits.save()
+    with pytest.raises(ExtraMemoryError), shared.trace(PROMPT, max_extra_memory=100):
+        shared.logits.save()
+    with pytest.raises(UntrustedApplyError), shared.trace(PROMPT):
+        tl.apply(torch.sin, shared.layers[0].resid_post, like=shared.layers[0].resid_post).save()
+
+
+def test_saves_go_to_files_of_this_process(shared: Model, one: Model, tmp_path: Path) -> None:
+    path = tmp_path / "saved.safetensors"
+    with shared.trace(PROMPT, max_extra_memory="1GiB"):
+        found = shared.layers[1].q.save(to=str(path))
+    with one.trace(PROMPT):
+        want = one.layers[1].q.save()
+    assert path.exists()
+    torch.testing.assert_close(found.value, want.value, rtol=1e-5, atol=1e-5)
+
+
+def test_a_sweep_on_ranks_is_that_of_one_process(shared: Model, one: Model) -> None:
+    def swept(model: Model) -> torch.Tensor:
+        with model.record(PROMPT) as recorded:
+            strength = tl.constant(1.0, name="strength")
+            model.layers[1].resid_post += strength * model.unembed[3]
+            model.logits[:, -1].save("last")
+        return tl.sweep(model.compile(recorded), PROMPT, strength=[0.0, 1.0, 40.0])["last"]
+
+    want = swept(one)
+    assert not torch.allclose(want[0], want[2], atol=1e-2)
+    torch.testing.assert_close(swept(shared), want, rtol=1e-5, atol=1e-5)
+
+
+class _Autoencoder(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.encoder, self.decoder = nn.Linear(48, 100), nn.Linear(100, 48)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return self.encoder(x).relu()
+
+    def decode(self, features: torch.Tensor) -> torch.Tensor:
+        return self.decoder(features)
+
+
+def test_features_on_ranks_are_those_of_one_process(shared: Model, one: Model) -> None:
+    torch.manual_seed(0)
+    module = _Autoencoder().requires_grad_(False)
+
+    def features(model: Model) -> dict[str, torch.Tensor]:
+        with model.trace(PROMPT):
+            with tl.splice(model.layers[1].resid_post, module) as spliced:
+                found = spliced.features.save()
+                spliced.features[..., :50] = 0.0
+            gradient = tl.grad(model.logits[:, -1].mean(), model.layers[0].mlp_out).save()
+            logits = model.logits.save()
+        return {"features": found.value, "gradient": gradient.value, "logits": logits.value}
+
+    want = features(one)
+    assert want["gradient"].abs().sum() > 0
+    torch.testing.assert_close(features(shared), want, rtol=1e-4, atol=1e-6)
+
+
+# --- beside one process ----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
+def test_every_site_on_ranks_is_that_of_one_process(
+    sizes: dict[str, int], folder: Path, ranks_of: PoolOf
+) -> None:
+    with tl.load(folder, ranks=ranks_of(2), **sizes) as model:
+        report = model.check_parallel([[5, 6, 7, 8], [9, 10]])
+    present = {row.name for row in model.sites() if row.absent is None} - {"head_out"}
+    assert {row.site for row in report} == present
+    assert report.ok
+    assert report.worst.error < 5e-6
+    assert all(row.refused is None for row in report)
+    assert "all sites are within 1.0e-05" in repr(report)
+    assert "<table>" in report._repr_html_()
+
+
+def test_a_model_on_ranks_with_other_numbers_is_noticed(
+    folder: Path, tmp_path: Path, ranks_of: PoolOf
+) -> None:
+    other = tmp_path / "other"
+    hf: Any = FAMILIES["llama"].build()
+    hf.save_pretrained(other)
+    with tl.load(other, tp=2, ranks=ranks_of(2)) as model:
+        with torch.no_grad():
+            hf.model.layers[1].mlp.down_proj.weight[3, 5] += 0.5
+        hf.save_pretrained(other)  # what is loaded now is another model
+        report = model.check_parallel(PROMPT)
+    assert not report.ok
+    wrong = {row.site for row in report if not row.within}
+    assert "mlp_out" in wrong
+    assert "embed" not in wrong
+    assert report["mlp_out"].layer in (1, 2)
+    assert report["attn_out"].layer == 2
+    assert "NOT all sites are within" in repr(report)
+
+
+def test_a_model_of_this_process_has_nothing_to_compare(one: Model) -> None:
+    with pytest.raises(OptionError, match="compares a model on ranks"):
+        one.check_parallel(PROMPT)
