@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -131,7 +132,8 @@ def _asked(
     if graph is None:
         return None
     graph = with_constants(graph, header["constants"], tensors)
-    compiled = loaded.model._compiler.compile(graph, generating=generating)
+    # The owner has held the constants to the graph; those of a sweep have a row for each row of this very prompt.
+    compiled = loaded.model._compiler.compile(replace(graph, constants=()), generating=generating)
     if loaded.plan(compiled) != header["plan"]:
         raise PlansDifferError(
             f"rank {served.rank} has made another plan than the process that recorded the block",
