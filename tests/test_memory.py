@@ -242,7 +242,7 @@ def test_one_of_three_that_share_a_tensor_does_not_keep_the_others(
 
 
 def bytes_on_the_host() -> int:
-    """The memory of all tensors of the processor that are alive; sparse ones, of other tests, have none of this kind."""
+    """The memory of all tensors of the processor that are alive; sparse ones of other tests have none of this kind."""
     found = [thing for thing in gc.get_objects() if type(thing) in (torch.Tensor, torch.nn.Parameter)]
     plain = [tensor for tensor in found if tensor.device.type == "cpu" and tensor.layout is torch.strided]
     storages = [tensor.untyped_storage() for tensor in plain]
