@@ -26,7 +26,7 @@ def note(cell: Cell, **found: Any) -> None:
         if other.refused is not None:
             known[name] = static(other)
     ordered = {name: known[name] for name in CELLS if name in known}
-    MEASURED.write_text(json.dumps(ordered, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    MEASURED.write_text(json.dumps(ordered, indent=1) + "\n", encoding="utf-8")
 
 
 def static(cell: Cell) -> dict[str, str]:
