@@ -23,6 +23,7 @@ from tracelens.errors import (
     ExtraMemoryError,
     ModelClosedError,
     OptionError,
+    PlansDifferError,
     RankDiedError,
     RankTimeoutError,
     UntrustedApplyError,
@@ -278,3 +279,18 @@ def test_a_model_on_ranks_with_other_numbers_is_noticed(
 def test_a_model_of_this_process_has_nothing_to_compare(one: Model) -> None:
     with pytest.raises(OptionError, match="compares a model on ranks"):
         one.check_parallel(PROMPT)
+
+
+def test_plans_that_differ_are_refused_before_anything_runs(shared: Model, one: Model) -> None:
+    neurons(shared)
+    ranks: Any = shared.ranks
+    pids = ranks.pids
+    compiler: Any = shared._compiler
+    for sent in compiler._documents.values():
+        sent.plan = "another"
+    with pytest.raises(PlansDifferError, match="a rank has made another plan") as caught:
+        neurons(shared)
+    assert not hasattr(caught.value, "__notes__"), "it is so on all ranks"
+    compiler._documents.clear()
+    torch.testing.assert_close(neurons(shared), neurons(one), rtol=1e-5, atol=1e-5)
+    assert ranks.pids == pids
