@@ -47,7 +47,7 @@ def kv_heads(family: str) -> int:
 @every_family
 def test_a_head_is_its_part_of_the_site(family: str) -> None:
     names = ["q", "k", "v", "z", "scores", "pattern"] + ([] if family == "gpt2" else ["q_rot", "k_rot"])
-    names += ["q_normed", "k_normed"] if family in ("qwen3", "gemma3") else []
+    names += ["q_normed", "k_normed"] if family in ("qwen3", "qwen3_moe", "gemma3") else []
     shared = HEADS // kv_heads(family)
     chosen: list[Any] = [0, 3, -2, [1, 3], [0, 1, 2], [3, 0], (2,), range(1, 4)]
     m = MODELS[family]
@@ -183,7 +183,7 @@ def test_writes_through_heads(family: str, code: str, rows: list[list[int]]) -> 
     with torch.no_grad():
         wanted, plain = hand_forward(m.hf, *prompt, intercept), hand_forward(m.hf, *prompt)
     # QK-norm forgets the length of a query.
-    forgets = family in ("qwen3", "gemma3") and code == "L.head(1).q *= 2"
+    forgets = family in ("qwen3", "qwen3_moe", "gemma3") and code == "L.head(1).q *= 2"
     assert forgets or (wanted - plain)[prompt.mask].abs().max() > 1e-4
     with untouched(m.hf), m.trace(rows) as t:
         exec(code, {"L": m.layers[1], "v": V, "x": X})

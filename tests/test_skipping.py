@@ -46,6 +46,10 @@ MADE_BY = {
         "mlp_out": "mlp.c_proj", "mlp_add": "mlp", "resid_post": "",
     },
 }  # fmt: skip
+MADE_BY["qwen3_moe"] = {
+    **{site: path for site, path in MADE_BY["llama"].items() if site not in ("mlp_pre", "mlp_up")},
+    "mlp_out": "mlp",
+}
 # Of what is added the last norm alone is left out: what it would have read has no other use.
 MADE_BY["gemma3_text"] = {
     **MADE_BY["llama"], "attn_add": "post_attention_layernorm", "attn_post_norm": "post_attention_layernorm",

@@ -21,6 +21,7 @@ from transformers import (
     PreTrainedModel,
     Qwen2Config,
     Qwen3Config,
+    Qwen3MoeConfig,
 )
 
 LAYERS, D_MODEL, HEADS, KV_HEADS, HEAD_DIM, NEURONS = 3, 48, 4, 2, 12, 80
@@ -52,6 +53,17 @@ _GEMMA3: dict[str, Any] = {
     "layer_types": ["full_attention", "sliding_attention", "full_attention"],
     # Shorter than the prompts, so that the window cuts.
     "sliding_window": 4,
+}
+
+_QWEN3_MOE: dict[str, Any] = {
+    **_ROTARY,
+    "head_dim": HEAD_DIM,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "norm_topk_prob": True,
+    # One layer without experts.
+    "mlp_only_layers": [2],
 }
 
 _GPT2: dict[str, Any] = {
@@ -126,6 +138,7 @@ FAMILIES: dict[str, Family] = {
         Family("mistral", MistralConfig, {**_ROTARY, "head_dim": HEAD_DIM, "sliding_window": None}),
         Family("qwen2", Qwen2Config, _ROTARY),
         Family("qwen3", Qwen3Config, {**_ROTARY, "head_dim": HEAD_DIM}),
+        Family("qwen3_moe", Qwen3MoeConfig, _QWEN3_MOE),
         Family("gemma3", Gemma3TextConfig, _GEMMA3),
         Family("gpt2", GPT2Config, _GPT2),
     )
@@ -155,7 +168,7 @@ VARIANTS: dict[str, Family] = {
 
 EVERY: dict[str, Family] = {**FAMILIES, **VARIANTS}
 
-FEWER = ("gemma3",)
+FEWER = ("gemma3", "qwen3_moe")
 """Families whose blocks are their own and whose modules and language are those of others: where a test goes through
 all spellings or modules, it takes fewer of these."""
 MOST = tuple(name for name in FAMILIES if name not in FEWER)

@@ -22,7 +22,7 @@ from tracelens.ir.sites import KIND, Site
 Intercept = Callable[[Site, Tensor], Tensor]
 """Called at each site with its tensor; returns the tensor to go on with (the same one, to change nothing)."""
 
-ROTARY = ("llama", "mistral", "qwen2", "qwen3", "gemma3_text")
+ROTARY = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", "gemma3_text")
 
 
 def unchanged(site: Site, tensor: Tensor) -> Tensor:
@@ -65,7 +65,8 @@ def hand_forward(
 def hand_sites(model: PreTrainedModel) -> list[Site]:
     """The sites that this model has, in the order of the forward pass: what :func:`hand_forward` intercepts."""
     gpt2 = model.config.model_type == "gpt2"
-    qwen3 = model.config.model_type == "qwen3"
+    qwen3 = model.config.model_type in ("qwen3", "qwen3_moe")
+    experts = model.config.model_type == "qwen3_moe"
     gemma = model.config.model_type == "gemma3_text"
     inside = ["q", "q_normed", "k", "k_normed", "v"] if qwen3 else ["q", "k", "v"]
     inside += ["q_normed", "k_normed"] if gemma else []
@@ -73,9 +74,9 @@ def hand_sites(model: PreTrainedModel) -> list[Site]:
     inside += ["scores", "pattern", "z"]
     names = ["resid_pre", "attn_norm", "attn_in", *(name for name in inside if name in KIND)]
     names += ["attn_out", *(["attn_post_norm"] if gemma else []), "attn_add"]
-    names += ["resid_mid", "mlp_norm", "mlp_in", "mlp_pre"]
-    names += [] if gpt2 else ["mlp_up"]
-    names += ["mlp_act", "mlp_out", *(["mlp_post_norm"] if gemma else []), "mlp_add", "resid_post"]
+    names += ["resid_mid", "mlp_norm", "mlp_in"]
+    names += [] if experts else ["mlp_pre", "mlp_act"] if gpt2 else ["mlp_pre", "mlp_up", "mlp_act"]
+    names += ["mlp_out", *(["mlp_post_norm"] if gemma else []), "mlp_add", "resid_post"]
     before = ["token_mask", "embed", "pos_embed"] if gpt2 else ["token_mask", "embed"]
     layers = range(model.config.num_hidden_layers)
     return [
@@ -93,6 +94,8 @@ def _block(layer: Layer, stream: Tensor) -> Tensor:
     norm = layer.weights.layer_norm if layer.gpt2 else layer.weights.rms_norm
     attention = _gpt2_attention if layer.gpt2 else _rotary_attention
     mlp = _gpt2_mlp if layer.gpt2 else _gated_mlp
+    if layer.weights.family == "qwen3_moe":
+        mlp = _expert_mlp
     before_attention, before_mlp = (
         ("ln_1", "ln_2") if layer.gpt2 else ("input_layernorm", "post_attention_layernorm")
     )
@@ -124,6 +127,28 @@ def _gated_mlp(layer: Layer, mlp_in: Tensor) -> Tensor:
     return layer.weights.linear(layer.path("mlp.down_proj"), mlp_act)
 
 
+def _expert_mlp(layer: Layer, mlp_in: Tensor) -> Tensor:
+    """Some experts of several for each token, weighted; in some layers one plain MLP, whose neurons have no site."""
+    weights, config = layer.weights, layer.weights.config
+    if layer.index in config.mlp_only_layers:
+        gate = weights.linear(layer.path("mlp.gate_proj"), mlp_in)
+        up = weights.linear(layer.path("mlp.up_proj"), mlp_in)
+        return weights.linear(layer.path("mlp.down_proj"), F.silu(gate) * up)
+    rows = mlp_in.reshape(-1, mlp_in.shape[-1])
+    chances = weights.linear(layer.path("mlp.gate"), rows).softmax(-1, dtype=torch.float32)
+    share, chosen = chances.topk(config.num_experts_per_tok, dim=-1)
+    share = (share / share.sum(-1, keepdim=True)).to(rows.dtype)
+    into, out = (weights[layer.path(f"mlp.experts.{name}")] for name in ("gate_up_proj", "down_proj"))
+    added = torch.zeros_like(rows)
+    # In the order of the experts, as the eager loop of transformers adds them.
+    for expert in range(config.num_experts):
+        row, place = (chosen == expert).nonzero(as_tuple=True)
+        gate, up = F.linear(rows[row], into[expert]).chunk(2, dim=-1)
+        made = F.linear(F.silu(gate) * up, out[expert]) * share[row, place, None]
+        added = added.index_add(0, row, made)
+    return added.view(mlp_in.shape)
+
+
 def _gpt2_mlp(layer: Layer, mlp_in: Tensor) -> Tensor:
     mlp_pre = layer.at("mlp_pre", layer.weights.conv1d(layer.path("mlp.c_fc"), mlp_in))
     mlp_act = layer.at("mlp_act", _gelu_new(mlp_pre))
@@ -145,7 +170,9 @@ def _rotary_attention(layer: Layer, attn_in: Tensor) -> Tensor:
         found = layer.inside(
             name, layer.weights.linear(layer.path(f"self_attn.{name}_proj"), attn_in).view(heads)
         )
-        return normed(name, found) if layer.weights.family == "qwen3" and name != "v" else found
+        return (
+            normed(name, found) if layer.weights.family in ("qwen3", "qwen3_moe") and name != "v" else found
+        )
 
     def normed(name: str, heads: Tensor) -> Tensor:
         gain = layer.path(f"self_attn.{name}_norm")
@@ -364,6 +391,10 @@ def refuse_what_is_not_written_here(model: PreTrainedModel) -> None:
         raise ValueError(f"activation {activation!r} is not written here")
     if gemma and (config.use_bidirectional_attention or config.attn_logit_softcapping is not None):
         raise ValueError("attention that looks ahead and capped scores are not written here")
+    if family == "qwen3_moe" and (not config.norm_topk_prob or config.decoder_sparse_step != 1):
+        raise ValueError(
+            "weights of experts that are left as they are, and sparse steps, are not written here"
+        )
     for layer in range(config.num_hidden_layers):
         rope = rope_of(config, layer)
         if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:

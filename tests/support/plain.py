@@ -133,6 +133,7 @@ _ROTARY_HOOKS: dict[str, tuple[str, Side]] = {
     "lm_head": ("lm_head", "output"),
     "logits": ("", "output"),
 }
+_EXPERT_HOOKS: dict[str, tuple[str, Side]] = {**_ROTARY_HOOKS, "mlp_out": ("model.layers.{}.mlp", "output")}
 _GEMMA_HOOKS: dict[str, tuple[str, Side]] = {
     **_ROTARY_HOOKS,
     "attn_post_norm": ("model.layers.{}.post_attention_layernorm", "output"),
@@ -172,7 +173,7 @@ _GPT2_HOOKS: dict[str, tuple[str, Side]] = {
 
 def hook_point(model: PreTrainedModel, site: Site) -> tuple[str, Side]:
     """The module and the side where plain transformers shows a site; a ``KeyError`` if it does not."""
-    tables = {"gpt2": _GPT2_HOOKS, "gemma3_text": _GEMMA_HOOKS}
+    tables = {"gpt2": _GPT2_HOOKS, "gemma3_text": _GEMMA_HOOKS, "qwen3_moe": _EXPERT_HOOKS}
     table = tables.get(model.config.model_type, _ROTARY_HOOKS)
     path, side = table[site.name]
     return path.format(site.layer), side

@@ -174,13 +174,21 @@ def copied(model: nn.Module, instead: str) -> nn.Module:
         )
     with seat.lock:
         try:
-            return meta_copy(model)
+            return _without_grouped_experts(meta_copy(model))
         except Exception as error:
             raise MetaForwardError(
                 "what this model's modules receive and return cannot be learned: the model cannot be copied without "
                 f"its data ({type(error).__name__}: {error})",
                 instead=instead,
             ) from error
+
+
+def _without_grouped_experts(copy: nn.Module) -> nn.Module:
+    """The copy with experts that compute without data: modules are called as often, with tensors of the same sizes."""
+    config, put = getattr(copy, "config", None), getattr(copy, "set_experts_implementation", None)
+    if callable(put) and getattr(config, "_experts_implementation", None) == "grouped_mm":
+        put("batched_mm")
+    return copy
 
 
 def language_model_passes(model: nn.Module) -> list[list[Pass]]:
