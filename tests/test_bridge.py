@@ -17,7 +17,7 @@ import tracelens as tl
 from tests.properties.drawn import programs, traceable_sites
 from tests.properties.programs import perform
 from tests.support.batches import EVEN, RAGGED, SINGLE, random_rows
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, WITH_NEURONS
 from tests.support.plain import hook_point
 from tests.support.tokenizers import words
 from tracelens import errors
@@ -49,7 +49,7 @@ def agree(found: tl.Results, wanted: tl.Results) -> None:
 
 # Five families with three kinds of prompts: more than 500 random graphs in all.
 @pytest.mark.parametrize("rows", ROWS)
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_NEURONS)
 @settings(max_examples=40)
 @given(data=st.data())
 def test_random_graphs_agree_with_nnsight(family: str, rows: str, data: st.DataObject) -> None:
@@ -59,7 +59,7 @@ def test_random_graphs_agree_with_nnsight(family: str, rows: str, data: st.DataO
     agree(tl.run_with_nnsight(t.graph, NNSIGHT[family], ROWS[rows]), t.results)
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", WITH_NEURONS)
 @pytest.mark.parametrize(
     "site", ["resid_mid", "mlp_act", "q", "v", "z", "attn_out", "resid_post", "embed", "logits"]
 )

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 import tracelens as tl
 from tests.errors import IDS, LLAMA, refused
 from tests.support.batches import EVEN, RAGGED, batch, random_rows
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, WITH_NEURONS
 from tests.support.plain import edited_at, plain_logits, untouched
 from tests.test_splicing import EDITS, SAE, WIDTH, Autoencoder
 from tracelens.errors import GradientTargetError, UnusedGradientError
@@ -56,7 +56,7 @@ def plain(hf: Any, rows: list[list[int]], splices: Splices, *, edited: bool = Fa
 
 @pytest.mark.parametrize("keep_error", [True, False])
 @pytest.mark.parametrize("site", ["resid_pre", "attn_out", "resid_mid", "mlp_in", "mlp_out", "resid_post"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WITH_NEURONS)
 def test_the_gradient_at_features_is_that_of_autograd(name: str, site: str, keep_error: bool) -> None:
     hf, rows = FAMILIES[name].build(attn="eager"), random_rows(EVEN)
     m = tl.wrap(hf)

@@ -13,7 +13,7 @@ import torch
 
 import tracelens as tl
 from tests.support.batches import EVEN, RAGGED, random_rows
-from tests.support.families import D_MODEL, FAMILIES
+from tests.support.families import D_MODEL, FAMILIES, WITH_NEURONS
 from tests.support.plain import untouched
 from tests.test_gradients import WEIGHTS, last_loss
 from tracelens.errors import OpFailedError, TracelensError, UndifferentiableModelError, UnusedGradientError
@@ -44,7 +44,7 @@ def gradient_through(model: tl.Model, function: Callable[[torch.Tensor], torch.T
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.enable_grad, torch.inference_mode])
 @pytest.mark.parametrize("rows", [ROWS, RAGGED_ROWS], ids=["even", "ragged"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WITH_NEURONS)
 def test_the_users_grad_mode_does_not_matter(
     name: str, rows: list[list[int]], mode: Callable[[], AbstractContextManager[object]]
 ) -> None:

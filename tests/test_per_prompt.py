@@ -12,7 +12,7 @@ import torch
 
 import tracelens as tl
 from tests.errors import LLAMA, RAGGED, D, refused
-from tests.support.families import FAMILIES
+from tests.support.families import FAMILIES, WITH_NEURONS
 from tracelens.errors import PerPromptError, PositionAxisError, SpecialisedGraphError
 
 model = LLAMA.model
@@ -63,7 +63,7 @@ def test_what_a_list_can_do() -> None:
     assert "2 prompts" in repr(h)
 
 
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", WITH_NEURONS)
 def test_a_list_is_written_to_the_same_prompts(name: str) -> None:
     m = tl.wrap(FAMILIES[name].build())
     with m.trace(RAGGED):

@@ -172,3 +172,4 @@ FEWER = ("gemma3", "qwen3_moe")
 """Families whose blocks are their own and whose modules and language are those of others: where a test goes through
 all spellings or modules, it takes fewer of these."""
 MOST = tuple(name for name in FAMILIES if name not in FEWER)
+WITH_NEURONS = tuple(name for name in FAMILIES if name != "qwen3_moe")

@@ -57,8 +57,8 @@ QWEN2 = Family("Qwen2", ("qwen2",), "model.layers.{}", _TAPS, _ABSENT)
 QWEN3 = Family("Qwen3", ("qwen3",), "model.layers.{}", {**_TAPS, **_QK_NORMS}, {**_NO_POSITIONS, **_PRE_NORM})
 
 _ROWS = (
-    "experts work on the rows of the tokens that come to them, so there is no [B, P, neurons]; the MLPs of dense layers "
-    "(mlp_only_layers) by path: model.module('model.layers.i.mlp.{}').{}"
+    "experts work on the rows of the tokens that come to them, so there is no [B, P, neurons]; the MLPs of dense "
+    "layers (mlp_only_layers) by path: model.module('model.layers.i.mlp.{}').{}"
 )
 # What layers of both kinds have. Its own MLP module is either one, and what that returns is added as it is.
 _NEURONS = {
