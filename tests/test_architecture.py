@@ -70,6 +70,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("sharding", 3),
     ("collectives", 3),
     ("sharding_rules", 3),
+    ("sharding_steps", 3),
     ("checking", 3),
     ("simulate", 3),
     ("memory", 3),

@@ -69,6 +69,7 @@ BLOCKS = {
     "parts are saved": "a = L.mlp_act.save()",
     "a mean over neurons": "m = L.mlp_act.mean(-1).save()",
     "the largest neuron": "m = L.mlp_act.amax(-1).save(); n = L.mlp_act.amin((0, 2)).save()",
+    "the largest neurons": "v, i = L.mlp_act.topk(3); v.save(); i.save(); L.mlp_act.argmax(-1).save()",
     "a norm": "m = L.mlp_act.norm(dim=-1).save()",
     "neurons by number": "m = L.mlp_act[..., [3, 70, -1]].save()",
     "a scan": "m = L.mlp_act.cumsum(-1)[..., -1].save()",
@@ -170,3 +171,15 @@ def test_memory_is_that_of_one_rank(model: Model) -> None:
         (model.layers[1].mlp_act * 2).save()
     (held,) = t.report.held
     assert held.bytes == whole // 2 + whole
+
+
+def test_the_largest_neurons_are_those_of_the_whole(model: Model) -> None:
+    with model.trace(PROMPT):
+        act = model.layers[1].mlp_act
+        values, indices = act.topk(3)
+        top, at, soft = values.save(), indices.save(), act.softmax(-1).sum(1).save()
+        whole = act.save()
+    wanted = whole.value.topk(3)
+    assert torch.equal(top.value, wanted.values)
+    assert torch.equal(at.value, wanted.indices)
+    torch.testing.assert_close(soft.value, whole.value.softmax(-1).sum(1), rtol=1e-5, atol=1e-6)

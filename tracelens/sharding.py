@@ -10,7 +10,7 @@ Below a gradient's start everything is whole: autograd then gives every rank the
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tracelens.ir.graph import Graph
@@ -44,6 +44,7 @@ from tracelens.own_part import OwnPart
 from tracelens.placement import Placement
 from tracelens.placing import Placed
 from tracelens.sharding_rules import Choice, on_parts
+from tracelens.sharding_steps import in_steps
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,24 +72,46 @@ class _LayingOut:
         self.kept: list[tuple[int, Op]] = []
         self.at: list[int] = []
         self.new = placed.graph.next_value
+        self.types = dict(placed.graph.types)
         self.known: dict[tuple[int, Layout], int] = {}
         """The number of a value in another layout than its own."""
         self.differentiable = _from_gradients(placed.graph)
 
     def laid(self) -> Laid:
         for number, op in enumerate(self.graph.ops):
-            choice = self._choice(op)
-            using = {
-                value: self._as(number, value, choice.needs[value])
-                for value in operands(op)
-                if value in choice.needs
-            }
-            self.kept.append((number, substitute(op, using)))
-            self.at.append(self.placed.at[number])
-            for (value, _), layout in zip(results(op), choice.gives, strict=True):
-                self.layouts[value] = layout
+            for step in self._steps(number, op):
+                self._lay(number, step)
         graph = rebuild(self.graph, self.kept)
         return Laid(Placed(graph, tuple(self.at), self.home), self.layouts)
+
+    def _steps(self, number: int, op: Op) -> Sequence[Op]:
+        """What is done for an operation: itself, or several that need less of what other ranks have."""
+        if not isinstance(op, Call) or any(value in self.differentiable for value in operands(op)):
+            return (op,)
+        layouts = {value: self._joined(value) for value in operands(op)}
+        steps = in_steps(op, layouts, self.types, self._ranks(op), self._number)
+        if steps is None:
+            return (op,)
+        for step in steps:
+            for value, type_ in results(step):
+                self.types[value], self.home[value] = type_, self.placed.at[number]
+        return steps
+
+    def _number(self) -> int:
+        self.new += 1
+        return self.new - 1
+
+    def _lay(self, number: int, op: Op) -> None:
+        choice = self._choice(op)
+        using = {
+            value: self._as(number, value, choice.needs[value])
+            for value in operands(op)
+            if value in choice.needs
+        }
+        self.kept.append((number, substitute(op, using)))
+        self.at.append(self.placed.at[number])
+        for (value, _), layout in zip(results(op), choice.gives, strict=True):
+            self.layouts[value] = layout
 
     def _as(self, number: int, value: int, wanted: Layout) -> int:
         """The number of ``value`` in a layout; it is redistributed for the operation ``number`` if need be."""
@@ -104,7 +127,7 @@ class _LayingOut:
         out = self.known[value, wanted] = self.new
         self.new += 1
         self.layouts[out], self.home[out] = wanted, self.home[value]
-        self.kept.append((number, Redistribute(out, self.graph.types[value], value, own, wanted)))
+        self.kept.append((number, Redistribute(out, self.types[value], value, own, wanted)))
         self.at.append(self.home[value])
         return out
 
@@ -136,7 +159,7 @@ class _LayingOut:
                 return self._put(op) or whole
             case Call():
                 layouts = {value: self._joined(value) for value in operands(op)}
-                return on_parts(op, layouts, self.graph.types, self._ranks(op)) or whole
+                return on_parts(op, layouts, self.types, self._ranks(op)) or whole
             case Redistribute():
                 raise AssertionError("a graph is laid out once")
 
@@ -152,7 +175,7 @@ class _LayingOut:
         if not isinstance(op.value, Ref):
             return Choice({}, ())
         site = self.placement.layout_of(op.site)
-        type_ = self.graph.types[op.value.id]
+        type_ = self.types[op.value.id]
         if isinstance(site, Shard):
             # The value is broadcast to the site: it may lack the axis, or be one wide there.
             own = site.dim - (self.placement.ndim_of(op.site) - type_.ndim)
@@ -165,7 +188,7 @@ class _LayingOut:
         layout = self._joined(op.base)
         if not isinstance(layout, Shard):
             return None
-        found = axis_index(op.index, self.graph.types[op.base], layout.dim, self.graph.types)
+        found = axis_index(op.index, self.types[op.base], layout.dim, self.types)
         if found is None:
             return None
         item, axis = found.item, found.there
@@ -179,7 +202,7 @@ class _LayingOut:
         layout = self._joined(op.base)
         if not isinstance(layout, Shard):
             return None
-        types = self.graph.types
+        types = self.types
         found = axis_index(op.index, types[op.base], layout.dim, types)
         if found is None:
             return None

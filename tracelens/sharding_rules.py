@@ -6,6 +6,7 @@ the plan shows it. Every entry is held to the whole tensor by a test, for every 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -335,6 +336,23 @@ def _flattened(given: Given) -> Choice:
     return given.choice({value: Shard(axis)}, Shard(axis if axis <= start else axis - (end - start)))
 
 
+def _unflattened(given: Given) -> Choice:
+    """``unflatten`` into as many stretches as there are ranks; or of an axis that is whole."""
+    bound = given.bind("input dim sizes")
+    value, axis = given.alone(bound.get("input"))
+    (dim,) = _axes(bound.get("dim"), given.types[value].ndim)
+    sizes = bound.get("sizes")
+    if not isinstance(sizes, tuple) or not all(isinstance(size, int) for size in sizes):
+        raise Defer
+    if axis != dim:
+        return given.choice({value: Shard(axis)}, Shard(axis if axis < dim else axis + len(sizes) - 1))
+    size = given.types[value].shape[axis]
+    inner = math.prod(part for part in sizes[1:] if isinstance(part, int))
+    if sizes[0] != -1 or not isinstance(size, int) or size % (given.ranks * inner):
+        raise Defer  # the first of them is for each rank to find out
+    return given.choice({value: Shard(axis)}, Shard(axis))
+
+
 # --- products ----------------------------------------------------------------------------------------------------
 
 
@@ -420,6 +438,7 @@ _RULES: dict[str, Callable[[Given], Choice]] = {
     "torch.unsqueeze": _unsqueezed,
     "torch.squeeze": _squeezed,
     "torch.flatten": _flattened,
+    "torch.unflatten": _unflattened,
     "torch.matmul": _matmul,
     "torch.linalg.matmul": _matmul,
     "torch.nn.functional.linear": _linear,

@@ -45,6 +45,7 @@ RANKS = ("tests/test_ranks.py",)
 RULES = ("tests/test_sharding_rules.py",)
 COLLECTIVES = ("tests/test_collectives.py",)
 PROBING = ("tests/test_probing.py",)
+STEPS = ("tests/test_sharding_steps.py",)
 OWN_PART = ("tests/test_own_part.py",)
 RANK_FAILURES = ("tests/test_rank_failures.py",)
 RANK_MESSAGES = ("tests/test_rank_messages.py",)
@@ -1247,5 +1248,26 @@ MUTANTS = (
         "            timeout=timeout,\n",
         "",
         ("tests/test_rank_models.py", "-k", "too_long"),
+    ),
+    Mutant(
+        "steps: the place in a rank's own part is taken for the place in the whole",
+        "sharding_steps.py",
+        'start = self._call("torch.mul", rank, each, type_=whole)\n        self._call("torch.add"',
+        'start = self._call("torch.mul", rank, 0, type_=whole)\n        self._call("torch.add"',
+        STEPS,
+    ),
+    Mutant(
+        "steps: rows of nothing but -inf have no sum",
+        "sharding_steps.py",
+        'most = self._call("torch.masked_fill", most, infinite, 0.0, type_=one)',
+        "pass",
+        STEPS,
+    ),
+    Mutant(
+        "steps: an axis is cut into stretches that a rank lacks",
+        "sharding_rules.py",
+        "    if sizes[0] != -1 or not isinstance(size, int)",
+        "    if not isinstance(size, int)",
+        RULES,
     ),
 )
