@@ -98,6 +98,11 @@ def require_fit(config: Any, sizes: Sizes) -> None:
                     instead='tl.load(name, device_map="auto"), which spreads the layers over devices',
                 )
             require_divisible(config, sizes["tp"])
+            if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
+                raise LayoutError(
+                    f"the experts of {config.model_type} cannot be shared by ranks so far",
+                    instead='stages of whole layers, tl.load(name, pp=2); or tl.load(name, device_map="auto")',
+                )
         if sizes["pp"] > 1 and not getattr(config, "base_model_pp_plan", None):
             raise LayoutError(
                 f"transformers has no plan by which {config.model_type} is cut into stages",
