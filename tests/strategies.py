@@ -60,7 +60,7 @@ def as_held(number: float) -> float | Special:
 # --- graphs that obey the law ------------------------------------------------------------------------------------
 
 WIDTHS = {"D": D_MODEL, "M": NEURONS, "V": VOCABULARY, "H": HEADS, "K": KV_HEADS, "d": HEAD_DIM}
-_ABSENT = ("pos_embed", "q_normed", "k_normed")
+_ABSENT = ("pos_embed", "q_normed", "k_normed", "attn_post_norm", "mlp_post_norm")
 READABLE = tuple(
     Site(kind.name, layer)
     for kind in KINDS
