@@ -15,7 +15,8 @@ import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
-from tests.support.ranks import ranks_of as ranks_of  # a fixture for all tests
+from tests.support.ranks import ranks_of as ranks_of  # fixtures for all tests
+from tests.support.ranks import tiny_folder as tiny_folder
 
 # The models are tiny, and the tests run in several processes: more threads only get in each other's way.
 torch.set_num_threads(1)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tracelens as tl
-from tests.support.families import FAMILIES, NEURONS, VOCABULARY
+from tests.support.families import NEURONS, VOCABULARY
 from tests.support.ranks import fragile
 from tracelens.backends.ranks.pool import Ranks
 from tracelens.collectives import SUMMED, Collective, collectives
@@ -30,15 +30,8 @@ def watched() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("llama")
-    FAMILIES["llama"].build().save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def model(watched: Ranks, folder: Path) -> Iterator[Model]:
-    with tl.load(str(folder), tp=2, ranks=watched) as model:
+def model(watched: Ranks, tiny_folder: Path) -> Iterator[Model]:
+    with tl.load(str(tiny_folder), tp=2, ranks=watched) as model:
         yield model
 
 

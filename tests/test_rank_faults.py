@@ -10,7 +10,6 @@ import pytest
 import torch
 
 import tracelens as tl
-from tests.support.families import FAMILIES
 from tests.support.ranks import fragile
 from tracelens.backends.ranks.pool import Ranks
 from tracelens.errors import OpFailedError, RankFailedError, UnusedGradientError
@@ -21,16 +20,9 @@ Block = Callable[[Model], "dict[str, torch.Tensor]"]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("tiny")
-    FAMILIES["llama"].build().save_pretrained(found)
-    return found
-
-
-@pytest.fixture(scope="module")
-def one(folder: Path) -> Model:
+def one(tiny_folder: Path) -> Model:
     """The model in this process."""
-    return tl.load(folder)
+    return tl.load(tiny_folder)
 
 
 @pytest.fixture(scope="module")
@@ -41,13 +33,13 @@ def two() -> Iterator[Ranks]:
 
 
 @pytest.fixture(scope="module")
-def layers_shared(folder: Path, two: Ranks) -> Model:
-    return tl.load(folder, tp=2, ranks=two)
+def layers_shared(tiny_folder: Path, two: Ranks) -> Model:
+    return tl.load(tiny_folder, tp=2, ranks=two)
 
 
 @pytest.fixture(scope="module")
-def stages(folder: Path, two: Ranks) -> Model:
-    return tl.load(folder, pp=2, ranks=two)
+def stages(tiny_folder: Path, two: Ranks) -> Model:
+    return tl.load(tiny_folder, pp=2, ranks=two)
 
 
 def arm(ranks: Ranks, rank: int | str | None, how: str = "memory") -> None:
@@ -195,10 +187,10 @@ def test_tokens_are_drawn_by_all_ranks_or_by_none(two: Ranks, layers_shared: Mod
 
 @pytest.mark.parametrize(("tp", "pp", "gradient"), [(2, 1, False), (2, 1, True), (1, 2, False)])
 def test_a_script_on_all_ranks_is_told_on_all_of_them(
-    tp: int, pp: int, gradient: bool, two: Ranks, folder: Path, one: Model
+    tp: int, pp: int, gradient: bool, two: Ranks, tiny_folder: Path, one: Model
 ) -> None:
     def run() -> list[Any]:
-        return two.ask("as_script", {"source": str(folder), "tp": tp, "pp": pp, "gradient": gradient})
+        return two.ask("as_script", {"source": str(tiny_folder), "tp": tp, "pp": pp, "gradient": gradient})
 
     with one.trace([[5, 6, 7]]):
         want = one.layers[0].mlp_act.sinh().sum(-1).save()

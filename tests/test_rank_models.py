@@ -37,21 +37,14 @@ PROMPT = [[5, 6, 7, 8]]
 
 
 @pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    found = tmp_path_factory.mktemp("tiny")
-    FAMILIES["llama"].build().save_pretrained(found)
-    return found
+def one(tiny_folder: Path) -> Model:
+    return tl.load(tiny_folder)
 
 
 @pytest.fixture(scope="module")
-def one(folder: Path) -> Model:
-    return tl.load(folder)
-
-
-@pytest.fixture(scope="module")
-def shared(folder: Path, ranks_of: PoolOf) -> Iterator[Model]:
+def shared(tiny_folder: Path, ranks_of: PoolOf) -> Iterator[Model]:
     """A model whose layers two ranks share."""
-    with tl.load(folder, tp=2, ranks=ranks_of(2)) as model:
+    with tl.load(tiny_folder, tp=2, ranks=ranks_of(2)) as model:
         yield model
 
 
@@ -78,9 +71,9 @@ def held(ranks: tl.Ranks) -> list[list[str]]:
 
 @pytest.mark.timeout(120)
 def test_a_rank_that_is_killed_in_a_trace_is_told_and_the_next_trace_works(
-    frail: tl.Ranks, folder: Path, one: Model
+    frail: tl.Ranks, tiny_folder: Path, one: Model
 ) -> None:
-    with tl.load(folder, tp=2, ranks=frail) as model, tl.load(folder, pp=2, ranks=frail) as stages:
+    with tl.load(tiny_folder, tp=2, ranks=frail) as model, tl.load(tiny_folder, pp=2, ranks=frail) as stages:
         want = neurons(one)
         torch.testing.assert_close(neurons(model), want, rtol=1e-5, atol=1e-5)
         frail.ask("arm", {"rank": 1, "how": "sleep"})
@@ -96,8 +89,8 @@ def test_a_rank_that_is_killed_in_a_trace_is_told_and_the_next_trace_works(
     assert held(frail) == [[], []]
 
 
-def test_an_interrupted_trace_leaves_the_ranks_usable(frail: tl.Ranks, folder: Path, one: Model) -> None:
-    with tl.load(folder, tp=2, ranks=frail) as model:
+def test_an_interrupted_trace_leaves_the_ranks_usable(frail: tl.Ranks, tiny_folder: Path, one: Model) -> None:
+    with tl.load(tiny_folder, tp=2, ranks=frail) as model:
         want = neurons(one)
         neurons(model)
         pids = frail.pids
@@ -112,24 +105,24 @@ def test_an_interrupted_trace_leaves_the_ranks_usable(frail: tl.Ranks, folder: P
         assert frail.pids == pids
 
 
-def test_a_trace_that_takes_too_long_is_told(frail: tl.Ranks, folder: Path, one: Model) -> None:
-    with tl.load(folder, tp=2, ranks=frail, timeout=1.5) as model:
+def test_a_trace_that_takes_too_long_is_told(frail: tl.Ranks, tiny_folder: Path, one: Model) -> None:
+    with tl.load(tiny_folder, tp=2, ranks=frail, timeout=1.5) as model:
         neurons(model)
         frail.ask("arm", {"rank": 1, "how": "sleep"})
         with pytest.raises(RankTimeoutError, match="did not finish 'run' within the time limit") as caught:
             neurons(model)
         assert 1 in caught.value.waiting_for
-    with tl.load(folder, tp=2, ranks=frail) as model:
+    with tl.load(tiny_folder, tp=2, ranks=frail) as model:
         torch.testing.assert_close(neurons(model), neurons(one), rtol=1e-5, atol=1e-5)
 
 
 # --- what a model is -------------------------------------------------------------------------------------------------
 
 
-def test_a_closed_model_says_so(folder: Path, ranks_of: PoolOf, shared: Model) -> None:
+def test_a_closed_model_says_so(tiny_folder: Path, ranks_of: PoolOf, shared: Model) -> None:
     ranks = ranks_of(2)
     before = held(ranks)
-    with tl.load(folder, pp=2, ranks=ranks) as model:
+    with tl.load(tiny_folder, pp=2, ranks=ranks) as model:
         assert all(len(now) == len(then) + 1 for now, then in zip(held(ranks), before, strict=True))
         program = model.compile(_recorded(model))
         assert program(PROMPT)["found"].shape == (1, 4, 48)
@@ -148,10 +141,10 @@ def _recorded(model: Model) -> Any:
     return recorded
 
 
-def test_ranks_let_go_of_a_model_that_nobody_has(folder: Path, ranks_of: PoolOf, shared: Model) -> None:
+def test_ranks_let_go_of_a_model_that_nobody_has(tiny_folder: Path, ranks_of: PoolOf, shared: Model) -> None:
     ranks = ranks_of(2)
     before = held(ranks)
-    model = tl.load(folder, tp=2, ranks=ranks)
+    model = tl.load(tiny_folder, tp=2, ranks=ranks)
     program = model.compile(_recorded(model))
     assert held(ranks) != before
     gone = weakref.ref(model._parts)
@@ -246,9 +239,9 @@ def test_features_on_ranks_are_those_of_one_process(shared: Model, one: Model) -
 
 @pytest.mark.parametrize("sizes", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
 def test_every_site_on_ranks_is_that_of_one_process(
-    sizes: dict[str, int], folder: Path, ranks_of: PoolOf
+    sizes: dict[str, int], tiny_folder: Path, ranks_of: PoolOf
 ) -> None:
-    with tl.load(folder, ranks=ranks_of(2), **sizes) as model:
+    with tl.load(tiny_folder, ranks=ranks_of(2), **sizes) as model:
         report = model.check_parallel([[5, 6, 7, 8], [9, 10]])
     present = {row.name for row in model.sites() if row.absent is None} - {"head_out"}
     assert {row.site for row in report} == present
@@ -260,7 +253,7 @@ def test_every_site_on_ranks_is_that_of_one_process(
 
 
 def test_a_model_on_ranks_with_other_numbers_is_noticed(
-    folder: Path, tmp_path: Path, ranks_of: PoolOf
+    tiny_folder: Path, tmp_path: Path, ranks_of: PoolOf
 ) -> None:
     other = tmp_path / "other"
     hf: Any = FAMILIES["llama"].build()
@@ -289,12 +282,13 @@ def test_plans_that_differ_are_refused_before_anything_runs(shared: Model, one: 
     ranks: Any = shared.ranks
     pids = ranks.pids
     compiler: Any = shared._compiler
-    for sent in compiler._documents.values():
-        sent.plan = "another"
+    for compiled in compiler._known.values():
+        vars(compiled)["plan_digest"] = "another"
     with pytest.raises(PlansDifferError, match="a rank has made another plan") as caught:
         neurons(shared)
     assert not hasattr(caught.value, "__notes__"), "it is so on all ranks"
-    compiler._documents.clear()
+    for compiled in compiler._known.values():
+        del vars(compiled)["plan_digest"]
     torch.testing.assert_close(neurons(shared), neurons(one), rtol=1e-5, atol=1e-5)
     assert ranks.pids == pids
 

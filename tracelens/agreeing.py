@@ -12,14 +12,13 @@ from tracelens.compiled import Compiled, relocate
 from tracelens.errors import OptionError, PipelineError, PlansDifferError, TracelensError
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Grad, Keep, Save
-from tracelens.ir.text import text
 from tracelens.prompted import Prompt
 
 
 def require_agreement(mesh: Mesh, compiled: Compiled, graph: Graph, prompt: Prompt) -> None:
     """Raises :class:`~tracelens.errors.PlansDifferError` on every rank if one has another plan, prompt or constant."""
     parts = {
-        "plan": text(compiled.plan.graph).encode(),
+        "plan": json.dumps([compiled.plan_digest, *(save.to for save in compiled.saves)]).encode(),
         "prompt": prompt.batch.input_ids.numpy().tobytes() + prompt.batch.mask.numpy().tobytes(),
         "captured tensors": b"".join(graph.constants[index].payload() for index, _ in compiled.used),
     }

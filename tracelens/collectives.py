@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tracelens.ir.dims import Sizes
-from tracelens.ir.layout import Joined, Layout, Partial, Replicate, Shard, owned
+from tracelens.ir.layout import Joined, Layout, Partial, Replicate, Shard, local_type
 from tracelens.ir.ops import Redistribute, Save
 from tracelens.ir.sites import Sequence
 from tracelens.ir.types import TensorType, bytes_text
@@ -82,16 +82,6 @@ class Collective:
                 return f"gathers %{self.value} {self.type} from {self.ranks} ranks {when}{size}"
 
 
-def local_type(type_: TensorType, layout: Layout, ranks: int) -> TensorType:
-    """What the first rank has of a value, whose stretch is the longest."""
-    if not isinstance(layout, Shard):
-        return type_
-    size = type_.shape[layout.dim]
-    assert isinstance(size, int)  # a width of the model's
-    shape = (*type_.shape[: layout.dim], owned(size, ranks, 0)[1], *type_.shape[layout.dim + 1 :])
-    return TensorType(type_.dtype, shape)
-
-
 def collectives(plan: Plan) -> tuple[Collective, ...]:
     """What ranks do together, in the order in which they do it."""
     found: list[Collective] = []
@@ -151,16 +141,13 @@ def ranges(layers: list[int]) -> str:
     return ", ".join(f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
 
 
-Journey = tuple[str, str, str, int]
-
-
-def journeys(plan: Plan, sizes: Sizes) -> list[Journey]:
+def journeys(plan: Plan, sizes: Sizes) -> list[tuple[str, str, str, int]]:
     """What travels for a plan whose places are ranks in processes of their own: from, to, kind and bytes of each.
 
     Every rank of a place sends what it has of a value to the rank of the same number at the other place. What was
     saved goes to the first rank of all, and from there to the process that owns the ranks.
     """
-    places, found = plan.placement.places, list[Journey]()
+    places, found = plan.placement.places, list[tuple[str, str, str, int]]()
     names = [f"place {place.index}" for place in places]
     for one in collectives(plan):
         found.append((names[one.place], names[one.place], one.what, one.nbytes(sizes)))

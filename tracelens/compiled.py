@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ from tracelens.ir.dims import KEY, POSITION, Sizes, symbols
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Const, Index, IndexPut, Read, Ref, Save, TokenSelector
 from tracelens.ir.retype import mixing_operations
+from tracelens.ir.text import text
 from tracelens.ir.types import TensorType
+from tracelens.location import Location
 from tracelens.memory import ExtraMemory, Lent, extra_memory, require_room
 from tracelens.plan import Plan
 from tracelens.program import Program
@@ -43,6 +46,21 @@ class Compiled:
     def code(self) -> LocalCode:
         assert self.prepared is not None, "the programs are run elsewhere"
         return self.prepared
+
+    @cached_property
+    def document(self) -> str:
+        """What the graph does, as ranks that this process owns are told of it."""
+        return document(self.recorded)
+
+    @cached_property
+    def digest(self) -> str:
+        """The name of the graph among those ranks."""
+        return digest(self.document)
+
+    @cached_property
+    def plan_digest(self) -> str:
+        """Two plans have it in common if and only if they do the same."""
+        return digest(document(self.plan.graph))
 
     @cached_property
     def described(self) -> tuple[SavedTensor, ...]:
@@ -130,6 +148,24 @@ def keeps_padding(type_: TensorType) -> bool:
     """Does a tensor hold positions in a way from which padding cannot be taken out, prompt by prompt?"""
     carrying = [axis for axis, dim in enumerate(type_.shape) if symbols(dim) & {POSITION, KEY}]
     return bool(carrying) and (carrying != list(type_.padded_axes) or type_.batch_axis is None)
+
+
+def document(graph: Graph) -> str:
+    """What a graph does, without its constants and lines. Where results are written is the owner's affair."""
+    return text(
+        replace(graph, ops=tuple(replace(op, to=None) if isinstance(op, Save) else op for op in graph.ops))
+    )
+
+
+def digest(document: str) -> str:
+    """Two documents have the same digest if and only if they are the same."""
+    return hashlib.sha256(document.encode()).hexdigest()
+
+
+def numbered(graph: Graph) -> Graph:
+    """The graph with the numbers of its operations for lines: :func:`relocate` turns them into a recording's own."""
+    lines = (Location(OPERATION, number + 1) for number in range(len(graph.ops)))
+    return replace(graph, locations=tuple(lines))
 
 
 def relocate(error: TracelensError, graph: Graph) -> TracelensError:

@@ -27,7 +27,7 @@ from tracelens.backends.ready import running_device
 from tracelens.backends.replacing import at_home
 from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on, moved
 from tracelens.checking import check
-from tracelens.compiled import OPERATION, Compiled, Ran, relocate
+from tracelens.compiled import Compiled, Ran, numbered, relocate
 from tracelens.constants import Captured, from_payload
 from tracelens.errors import (
     LayerRangeError,
@@ -54,7 +54,6 @@ from tracelens.ir.retype import retype, sizes_of
 from tracelens.ir.text import op_text
 from tracelens.ir.verify import verify
 from tracelens.leaving import Members, collect, elsewhere, leave
-from tracelens.location import Location
 from tracelens.misaligned import graph_misaligned
 from tracelens.plan import Plan, make_plan
 from tracelens.program import Program, lower
@@ -111,17 +110,12 @@ class Compiler:
         refuse_unseen_in(graph, anatomy)
         # Lines differ between recordings of one structure: the compiled graph names operations, and the recording that
         # runs turns these into its own lines.
-        numbered = replace(
-            graph,
-            locations=tuple(Location(OPERATION, number + 1) for number in range(len(graph.ops))),
-            constants=(),
-            functions=(),
-        )
+        recorded = replace(numbered(graph), constants=(), functions=())
         there = placement(anatomy)
         if anatomy.mesh is not None or anatomy.elsewhere is not None:
             refuse_on_ranks(graph, stages=len(there.places))
         plan = make_plan(
-            numbered,
+            recorded,
             there,
             carries=anatomy.family.carries,
             type_of=anatomy.type_of,
@@ -133,7 +127,7 @@ class Compiler:
             check(programs, plan.placement)
         planned = {save.name: save for save in plan.graph.saves}
         saves = tuple(planned[save.name] for save in graph.saves)
-        return Compiled(numbered, plan, programs, self._prepared(programs, plan), saves, anatomy.spread.key)
+        return Compiled(recorded, plan, programs, self._prepared(programs, plan), saves, anatomy.spread.key)
 
     def _prepared(self, programs: tuple[Program, ...], plan: Plan) -> LocalCode | None:
         """The programs as code for this process."""

@@ -69,7 +69,7 @@ def leave(
             continue
         tensor = stacks[save.name][0] if save.name in stacks else _together(save, members)
         value: Any = _own(tensor, taken) if split is None else split(tensor)
-        found[save.name] = partial(_same, value)
+        found[save.name] = partial(same, value)
     if files:
         write_files(saves, found)
     return found
@@ -168,7 +168,8 @@ def _together(save: Save, members: Members) -> torch.Tensor:
     return torch.stack(parts) if save.stacked and len(parts) > 1 else parts[0]
 
 
-def _same(value: Any) -> Any:
+def same(value: Any) -> Any:
+    """What a saved tensor is that has arrived already."""
     return value
 
 

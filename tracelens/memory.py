@@ -14,12 +14,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from tracelens.collectives import local_type
 from tracelens.errors import ExtraMemoryError, OptionError
 from tracelens.ir.dims import Sizes
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
-from tracelens.ir.layout import WHOLE_EVERYWHERE, Shard
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Shard, local_type
 from tracelens.ir.ops import (
     Apply,
     Call,

@@ -20,7 +20,6 @@ from tracelens.ir.ops import (
     Op,
     Param,
     Read,
-    Redistribute,
     Ref,
     Transfer,
     Write,
@@ -126,11 +125,6 @@ class Plan:
     def returning(self) -> Mapping[int, int]:
         """For transfers whose gradients autograd sends back, by the values that arrive: in how many backward passes."""
         return returning(self.graph)
-
-    @cached_property
-    def redistributions(self) -> tuple[Redistribute, ...]:
-        """What the ranks of a place do together during the forward pass, in order; own parts are taken alone."""
-        return tuple(op for op in self.graph.ops if isinstance(op, Redistribute))
 
     @cached_property
     def differentiated(self) -> frozenset[Site]:

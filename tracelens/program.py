@@ -161,10 +161,12 @@ def merged(programs: Sequence[Program]) -> tuple[Block, ...]:
         for block in program.blocks:
             steps = [step for step in block.steps if step.side is not Side.RECEIVE]
             found.setdefault(block.site, []).extend(steps)
-    order = sorted(found, key=lambda site: BEFORE_ALL if site is None else site.sequence)
-    return tuple(
-        Block(site, tuple(sorted(found[site], key=lambda step: step.order))) for site in order if found[site]
+    blocks = (
+        Block(site, tuple(sorted(steps, key=lambda step: step.order)))
+        for site, steps in found.items()
+        if steps
     )
+    return tuple(sorted(blocks, key=lambda block: block.moment))
 
 
 def alone(program: Program, placement: Placement) -> tuple[tuple[Block, ...], tuple[Step, ...]]:

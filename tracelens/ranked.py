@@ -26,12 +26,12 @@ from tracelens.errors import (
 )
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Apply
-from tracelens.leaving import write_files
+from tracelens.leaving import same, write_files
 from tracelens.location import here
 from tracelens.plan import Plan
 from tracelens.program import Program
 from tracelens.prompted import Prompt
-from tracelens.remote import constants_data, digest, document, prompt_header, prompt_tensors, results_from
+from tracelens.remote import constants_data, prompt_header, prompt_tensors, results_from
 from tracelens.report import RunReport
 
 _ids = itertools.count(1)
@@ -46,7 +46,8 @@ class RankedCompiler(Compiler):
         self._parts = parts
         self._ranks = parts.ranks
         self._model = parts.model
-        self._documents: dict[int, _Document] = {}
+        self._told: set[str] = set()
+        """The graphs that the ranks have been told of."""
 
     def _prepared(self, programs: tuple[Program, ...], plan: Plan) -> None:
         return None
@@ -61,7 +62,7 @@ class RankedCompiler(Compiler):
         started = perf_counter()
         replies = self._asked("run", graph, compiled, prompt, {})
         found: dict[str, Callable[[], Any]] = {
-            name: partial(_same, value)
+            name: partial(same, value)
             for name, value in results_from(replies[0].header, replies[0].tensors).items()
         }
         if any(save.to is not None for save in compiled.saves):
@@ -90,54 +91,30 @@ class RankedCompiler(Compiler):
         _refuse_python(graph)
         check_fits(graph, compiled, prompt)
         check_constants(graph)
-        sent = self._document(compiled)
         names, constants = constants_data(graph)
         header: dict[str, Any] = {
             "model": self._model,
-            "graph": sent.digest,
-            "plan": sent.plan,
+            "graph": compiled.digest,
+            "plan": compiled.plan_digest,
             "constants": names,
             **prompt_header(prompt, tuple(selector for _, selector in compiled.selectors)),
             **more,
         }
-        if not sent.known:
-            header["document"] = sent.document
+        if compiled.digest not in self._told:
+            header["document"] = compiled.document
         tensors = {**prompt_tensors(prompt), **constants}
         limit = self._parts.timeout
         try:
             replies = self._ranks.ask(name, header, tensors, model=self._model, timeout=limit)
             if replies[0].header.get("unknown"):  # they were started anew since, or have forgotten it
-                header["document"] = sent.document
+                header["document"] = compiled.document
                 replies = self._ranks.ask(name, header, tensors, model=self._model, timeout=limit)
         except RankFailedError as failed:
             _blame(failed, graph)
-        sent.known = True
+        if len(self._told) >= _KEPT:
+            self._told.clear()
+        self._told.add(compiled.digest)
         return replies
-
-    def _document(self, compiled: Compiled) -> _Document:
-        """What the ranks are told of a graph: once in full, and then by its digest."""
-        known = self._documents.get(id(compiled))
-        if known is None or known.compiled is not compiled:
-            if len(self._documents) >= _KEPT:
-                self._documents.clear()
-            known = self._documents[id(compiled)] = _Document(compiled)
-        return known
-
-
-class _Document:
-    """A compiled graph as the ranks know it."""
-
-    def __init__(self, compiled: Compiled) -> None:
-        self.compiled = compiled
-        self.document = document(compiled.recorded)
-        self.digest = digest(self.document)
-        self.plan = digest(document(compiled.plan.graph))
-        self.known = False
-        """Have the ranks been told?"""
-
-
-def _same(value: Any) -> Any:
-    return value
 
 
 def _blame(failed: RankFailedError, graph: Graph) -> NoReturn:

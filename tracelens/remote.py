@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
@@ -11,16 +10,14 @@ import torch
 
 from tracelens.backends.transfer import on_cpu
 from tracelens.batch import Batch
-from tracelens.compiled import OPERATION
+from tracelens.compiled import numbered
 from tracelens.constants import Captured, capture, from_payload
 from tracelens.errors import ForbiddenFunctionError
 from tracelens.ir.functions import FUNCTIONS
 from tracelens.ir.graph import Graph
 from tracelens.ir.layout import Layout, Replicate, Shard
-from tracelens.ir.ops import Call, Save, TokenSelector
+from tracelens.ir.ops import Call, TokenSelector
 from tracelens.ir.parse import parse
-from tracelens.ir.text import text
-from tracelens.location import Location
 from tracelens.placement import InParts, Place, Placement, Probed
 from tracelens.prompted import Prompt
 from tracelens.selection import Selection
@@ -28,20 +25,8 @@ from tracelens.selection import Selection
 # --- graphs ----------------------------------------------------------------------------------------------------------
 
 
-def document(graph: Graph) -> str:
-    """What a graph does, without its constants and lines. Where results are written is the owner's affair."""
-    return text(
-        replace(graph, ops=tuple(replace(op, to=None) if isinstance(op, Save) else op for op in graph.ops))
-    )
-
-
-def digest(document: str) -> str:
-    """Two documents have the same digest if and only if they are the same."""
-    return hashlib.sha256(document.encode()).hexdigest()
-
-
 def graph_from(document: str) -> Graph:
-    """The graph of a :func:`document`, whose lines are the numbers of its operations.
+    """The graph of a document (:attr:`Compiled.document`), whose lines are the numbers of its operations.
 
     Raises :class:`~tracelens.errors.ForbiddenFunctionError` for a function outside the allow-list.
     """
@@ -49,9 +34,7 @@ def graph_from(document: str) -> Graph:
     for op in graph.ops:
         if isinstance(op, Call) and op.function not in FUNCTIONS:
             raise ForbiddenFunctionError(f"{op.function!r} is not on the allow-list; it was not run")
-    return replace(
-        graph, locations=tuple(Location(OPERATION, number + 1) for number in range(len(graph.ops)))
-    )
+    return numbered(graph)
 
 
 def constants_data(graph: Graph) -> tuple[list[str | None], dict[str, torch.Tensor]]:

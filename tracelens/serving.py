@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tracelens.backends.mesh import local
 from tracelens.backends.places import look_at, placement
 from tracelens.backends.ranks.channel import Message
 from tracelens.backends.ranks.instep import InStepError
@@ -20,8 +21,6 @@ from tracelens.ir.graph import Graph
 from tracelens.model import Model
 from tracelens.prompted import Prompt
 from tracelens.remote import (
-    digest,
-    document,
     graph_from,
     placement_data,
     prompt_from,
@@ -42,7 +41,6 @@ class Loaded:
     def __init__(self, model: Model) -> None:
         self.model = model
         self._graphs: OrderedDict[str, Graph] = OrderedDict()
-        self._plans: dict[int, tuple[Compiled, str]] = {}
 
     def graph(self, name: str, sent: str | None) -> Graph | None:
         """The graph of a digest; ``sent``: its document, where that came with the request."""
@@ -51,15 +49,6 @@ class Loaded:
             while len(self._graphs) > _KEPT:
                 self._graphs.popitem(last=False)
         return self._graphs.get(name)
-
-    def plan(self, compiled: Compiled) -> str:
-        """The digest of a plan."""
-        known = self._plans.get(id(compiled))
-        if known is None or known[0] is not compiled:
-            if len(self._plans) >= _KEPT:
-                self._plans.clear()
-            known = self._plans[id(compiled)] = (compiled, digest(document(compiled.plan.graph)))
-        return known[1]
 
 
 def load(served: Served, request: Message) -> Message:
@@ -81,17 +70,13 @@ def load(served: Served, request: Message) -> Message:
         {
             "placement": placement_data(placement(model.anatomy)),
             "dtype": str(model.anatomy.dtype).removeprefix("torch."),
-            "bytes": sum(_nbytes(tensor) for tensor in part.parameters()),
+            "bytes": sum(local(tensor).nbytes for tensor in part.parameters()),
         }
     )
 
 
 def _dtype(name: str) -> Any:
     return getattr(torch, name) if isinstance(getattr(torch, name, None), torch.dtype) else name
-
-
-def _nbytes(tensor: Any) -> int:
-    return (tensor.to_local() if hasattr(tensor, "to_local") else tensor).nbytes
 
 
 def run(served: Served, request: Message) -> Message:
@@ -134,7 +119,7 @@ def _asked(
     graph = with_constants(graph, header["constants"], tensors)
     # The owner has held the constants to the graph; those of a sweep have a row for each row of this very prompt.
     compiled = loaded.model._compiler.compile(replace(graph, constants=()), generating=generating)
-    if loaded.plan(compiled) != header["plan"]:
+    if compiled.plan_digest != header["plan"]:
         raise PlansDifferError(
             "a rank has made another plan than the process that recorded the block",
             instead="one version of tracelens, torch and transformers everywhere",

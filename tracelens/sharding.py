@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tracelens.ir.gradients import LEAF
 from tracelens.ir.graph import Graph
 from tracelens.ir.layout import WHOLE_EVERYWHERE, Joined, Layout, Partial, Replicate, Shard
 from tracelens.ir.ops import (
@@ -290,7 +291,7 @@ def own_part(
 
 
 def _is_leaf(op: Op) -> bool:
-    return isinstance(op, Call) and op.function == "tracelens.leaf"
+    return isinstance(op, Call) and op.function == LEAF
 
 
 def _from_gradients(graph: Graph) -> frozenset[int]:

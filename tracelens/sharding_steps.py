@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 
 from tracelens.ir.abstract import Defer, bind
+from tracelens.ir.dims import Dim
 from tracelens.ir.layout import Shard, owned
 from tracelens.ir.ops import Arg, Call, Ref
 from tracelens.ir.types import DType, TensorType
@@ -101,9 +102,9 @@ class _Steps:
         self.made.append(Call((found,), (type_,), name, args))
         return Ref(found)
 
-    def _pair(self, name: str, *args: Arg, shape: tuple[int | object, ...]) -> tuple[Ref, Ref]:
+    def _pair(self, name: str, *args: Arg, shape: tuple[Dim, ...]) -> tuple[Ref, Ref]:
         one, other = self.new(), self.new()
-        types = (TensorType(self.type.dtype, shape), TensorType(DType.INT64, shape))  # pyright: ignore[reportArgumentType]
+        types = (TensorType(self.type.dtype, shape), TensorType(DType.INT64, shape))
         self.types[one], self.types[other] = types
         self.made.append(Call((one, other), types, name, args))
         return Ref(one), Ref(other)

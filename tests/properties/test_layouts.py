@@ -7,20 +7,15 @@ from typing import Any
 import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
-from tests.properties.test_pass_meaning import GRAPHS, HF, hooked, meaning
-from tests.properties.test_places import AFTER, BEFORE, MODULES, planned
-from tests.strategies import plain_select
+from tests.properties.test_pass_meaning import GRAPHS, HF, meaning
+from tests.properties.test_places import AFTER, BEFORE, MODULES, planned, simulated
 from tests.support.families import LAYERS
 from tracelens.checking import check
-from tracelens.ir.graph import Graph
 from tracelens.ir.layout import Layout, Shard
 from tracelens.ir.verify import complaints
 from tracelens.placement import Place, Placement
-from tracelens.plan import Plan
 from tracelens.program import lower
-from tracelens.simulate import simulate
 
 HEADS_APART: dict[str, Layout] = {
     **dict.fromkeys(("q", "k", "v", "q_rot", "k_rot", "z"), Shard(2)),
@@ -51,21 +46,6 @@ def meshes(draw: Any) -> Placement:
     return Placement(places, layers, ends, modules, layouts=layouts, parameters=parameters)
 
 
-def simulated(plan: Plan, graph: Graph, batch: Any) -> dict[str, Tensor]:
-    programs = lower(plan)
-    check(programs, plan.placement)
-    return simulate(
-        programs,
-        plan.graph,
-        plan.placement,
-        hooked(batch),
-        constants=[constant.tensor for constant in graph.constants],
-        parameters=HF.get_parameter,
-        select=plain_select(batch),
-        layouts=plan.layouts,
-    )
-
-
 @settings(max_examples=150)
 @given(found=GRAPHS, placement=meshes())
 def test_programs_for_several_ranks_equal_the_reference(found, placement):
@@ -74,7 +54,9 @@ def test_programs_for_several_ranks_equal_the_reference(found, placement):
     assume(wanted)
     plan = planned(graph, placement)
     assert complaints(plan.graph) == []
-    actual = simulated(plan, graph, batch)
+    programs = lower(plan)
+    check(programs, plan.placement)
+    actual = simulated(programs, plan, graph, batch)
     assert actual.keys() == wanted.keys()
     for name, tensor in wanted.items():
         finite = tensor[tensor.isfinite()].abs() if tensor.dtype.is_floating_point else tensor.new_ones(1)

@@ -61,6 +61,7 @@ def simulated(programs: tuple[Program, ...], plan: Plan, graph: Graph, batch: An
         constants=[constant.tensor for constant in graph.constants],
         parameters=HF.get_parameter,
         select=plain_select(batch),
+        layouts=plan.layouts,
     )
 
 

@@ -31,6 +31,16 @@ def ranks_of() -> Iterator[PoolOf]:
         ranks.close()
 
 
+@pytest.fixture(scope="session")
+def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a tiny Llama, as ranks load it. It is not to be changed."""
+    from tests.support.families import FAMILIES
+
+    found = tmp_path_factory.mktemp("tiny")
+    FAMILIES["llama"].build().save_pretrained(found)
+    return found
+
+
 def fragile(world: int) -> Ranks:
     """Ranks that can be asked to go wrong."""
     from tracelens.backends.ranks.pool import Ranks

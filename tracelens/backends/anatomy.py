@@ -82,16 +82,15 @@ class ModelAnatomy:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        if isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]
-            self.mesh = mesh_of(model)
-        if self.mesh is not None:
-            self._skeleton = skeleton(model)
         config: Any = getattr(model, "config", None)
-        if not isinstance(model, nn.Module) or config is None:  # pyright: ignore[reportUnnecessaryIsInstance]
+        if not isinstance(model, nn.Module) or config is None:  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
             raise UnknownArchitectureError(
                 f"a {type(model).__name__} is not a model of transformers",
                 instead="tl.wrap(model) with a loaded model, or tl.load(name) with the name of one",
             )
+        self.mesh = mesh_of(model)
+        if self.mesh is not None:
+            self._skeleton = skeleton(model)
         self.config = config
         self.family = family_of(config)
         self.n_layers: int = config.num_hidden_layers

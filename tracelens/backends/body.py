@@ -37,7 +37,7 @@ from tracelens.backends.selecting import put_tokens, take_tokens
 from tracelens.backends.views import Put, Take
 from tracelens.ir import dims
 from tracelens.ir.infer import resolve, torch_dtype
-from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, Shard, owned
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, local_type
 from tracelens.ir.ops import (
     Apply,
     Arg,
@@ -110,13 +110,7 @@ class Devices:
 
     def local(self, type_: TensorType, layout: Layout) -> TensorType:
         """The type of what this rank has of a value."""
-        if self.mesh is None or not isinstance(layout, Shard):
-            return type_
-        size = type_.shape[layout.dim]
-        assert isinstance(size, int)  # a width of the model's
-        start, end = owned(size, self.mesh.ranks, self.mesh.rank)
-        shape = (*type_.shape[: layout.dim], end - start, *type_.shape[layout.dim + 1 :])
-        return TensorType(type_.dtype, shape)
+        return type_ if self.mesh is None else local_type(type_, layout, self.mesh.ranks, self.mesh.rank)
 
     def own_part(self, op: Index | IndexPut, types: Mapping[int, TensorType]) -> OwnPart | None:
         """What this rank does by itself of an index into an axis that is in parts."""

@@ -209,9 +209,12 @@ def has_distributed(model: nn.Module) -> bool:
 def own_part_of(model: nn.Module, path: str) -> torch.Tensor:
     """What this rank has of a parameter or buffer."""
     owner, _, name = path.rpartition(".")
-    tensor: Any = getattr(model.get_submodule(owner), name)
-    module: Any = sys.modules.get("torch.distributed.tensor")
-    return tensor.to_local() if module is not None and isinstance(tensor, module.DTensor) else tensor
+    return local(getattr(model.get_submodule(owner), name))
+
+
+def local(tensor: Any) -> torch.Tensor:
+    """What this rank has of a tensor."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 def skeleton(model: nn.Module) -> nn.Module:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 from torch import nn
@@ -17,16 +17,11 @@ def load_part(source: str, *, tp: int, pp: int, ep: int, dtype: Any, options: Ma
     sizes: dict[str, Any] = {"tp_size": tp, "pp_size": pp}
     if ep > 1:
         sizes["ep_size"] = ep
-    with _stages_and_ranks_together() if pp > 1 and tp > 1 else _as_it_is():
+    with _stages_and_ranks_together() if pp > 1 and tp > 1 else nullcontext():
         model = AutoModelForCausalLM.from_pretrained(
             source, distributed_config=DistributedConfig(**sizes), dtype=dtype, **options
         )
     return model.eval()
-
-
-@contextmanager
-def _as_it_is() -> Iterator[None]:
-    yield
 
 
 @contextmanager

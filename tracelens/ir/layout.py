@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import Enum
 
+from tracelens.ir.types import TensorType
+
 
 class Joined(Enum):
     """What the ranks' partial results are joined by to make the value."""
@@ -61,3 +63,14 @@ def owned(size: int, ranks: int, rank: int) -> tuple[int, int]:
     """
     each = -(-size // ranks)
     return min(rank * each, size), min((rank + 1) * each, size)
+
+
+def local_type(type_: TensorType, layout: Layout, ranks: int, rank: int = 0) -> TensorType:
+    """The type of what a rank has of a value; the first one's stretch is the longest."""
+    if not isinstance(layout, Shard):
+        return type_
+    size = type_.shape[layout.dim]
+    assert isinstance(size, int)  # a width of the model's
+    start, end = owned(size, ranks, rank)
+    shape = (*type_.shape[: layout.dim], end - start, *type_.shape[layout.dim + 1 :])
+    return TensorType(type_.dtype, shape)
