@@ -213,3 +213,31 @@ def test_a_script_on_all_ranks_is_told_on_all_of_them(
         torch.testing.assert_close(run()[0].tensors["total"], want.value, rtol=1e-5, atol=1e-5)
     two.ask("drop", {"model": "script"})
     assert two.pids == pids
+
+
+# --- ranks that differ -----------------------------------------------------------------------------------------------
+
+
+def test_ranks_that_differ_in_the_last_bit_are_noticed(tiny_folder: Path, two: Ranks) -> None:
+    """Results come from the first rank, and would show nothing; what follows from the other's share would."""
+    with tl.load(tiny_folder, tp=2, ranks=two) as model:
+        before = model.check_parallel(PROMPT)
+        parts: Any = model._parts
+        gain = "model.layers.1.input_layernorm.weight"
+        two.ask("drift", {"rank": 1, "path": gain, "model": parts.model})
+        after = model.check_parallel(PROMPT)
+    assert before.ok
+    assert {row.site: row.alike for row in before if row.site in ("attn_norm", "q", "z", "resid_post")} == {
+        "attn_norm": True,
+        "resid_post": True,
+        "q": None,
+        "z": None,
+    }
+    assert not after.ok
+    assert all(row.within for row in after)
+    assert [row.site for row in after if row.alike is False] == ["attn_norm", "attn_in"]
+    assert "the RANKS DIFFER in attn_norm, attn_in" in repr(after)
+
+
+def test_stages_have_nothing_in_common_to_compare(stages: Model) -> None:
+    assert all(row.alike is None for row in stages.check_parallel(PROMPT))

@@ -53,7 +53,7 @@ from tracelens.ir.padding import has_keys
 from tracelens.ir.retype import retype, sizes_of
 from tracelens.ir.text import op_text
 from tracelens.ir.verify import verify
-from tracelens.leaving import Members, collect, elsewhere, leave
+from tracelens.leaving import Copies, Members, collect, copies_of, elsewhere, leave
 from tracelens.misaligned import graph_misaligned
 from tracelens.plan import Plan, make_plan
 from tracelens.program import Program, lower
@@ -208,20 +208,31 @@ class Compiler:
             remember(state, lacking)
         return state
 
-    def run(self, graph: Graph, compiled: Compiled, prompt: Prompt, *, measure: bool = False) -> Ran:
-        """One forward pass over ``prompt``; gives the saved tensors by name, and what it has cost."""
+    def run(
+        self,
+        graph: Graph,
+        compiled: Compiled,
+        prompt: Prompt,
+        *,
+        measure: bool = False,
+        copies: Copies | None = None,
+    ) -> Ran:
+        """One forward pass over ``prompt``; gives the saved tensors by name, and what it has cost.
+
+        ``copies``: filled in with what this rank has of the saved tensors that every rank of its place has.
+        """
         peaks = Peaks(compiled.code.devices.places if measure else ())
         started = perf_counter()
         if not compiled.code.differentiates:
-            tensors, traffic = self._run(graph, compiled, prompt)
+            tensors, traffic = self._run(graph, compiled, prompt, copies)
         else:
             with outside_inference():
-                tensors, traffic = self._run(graph, compiled, prompt)
+                tensors, traffic = self._run(graph, compiled, prompt, copies)
         planned = partial(compiled.held, graph, prompt.sizes)
         return Ran(tensors, RunReport(perf_counter() - started, traffic, planned, peaks.found()))
 
     def _run(
-        self, graph: Graph, compiled: Compiled, prompt: Prompt
+        self, graph: Graph, compiled: Compiled, prompt: Prompt, copies: Copies | None
     ) -> tuple[dict[str, Callable[[], Any]], list[Journey]]:
         device = running_device(self.anatomy)
         if compiled.spread != self.anatomy.spread.key:
@@ -263,6 +274,8 @@ class Compiler:
             members: Mapping[str, Members] = state.saved
             mesh = self.anatomy.mesh
             if mesh is not None:
+                if copies is not None:
+                    copies.update(copies_of(compiled.saves, compiled.plan, state, mesh))
                 members = collect(compiled.saves, compiled.plan, state, compiled.code.devices, mesh)
                 self.report(graph, run, mesh)
                 if not mesh.has_results:

@@ -16,11 +16,12 @@ from tracelens.backends.departing import Departures, require_unchanged
 from tracelens.backends.enduring import remember
 from tracelens.backends.execute import State
 from tracelens.backends.mesh import Mesh
+from tracelens.backends.probing import digest_of
 from tracelens.backends.transfer import land, on_cpu
 from tracelens.errors import ElsewhereError, SavedFileError, SiteMismatchError, TracelensError
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import torch_dtype
-from tracelens.ir.layout import Shard
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Shard
 from tracelens.ir.ops import Keep, Save
 from tracelens.ir.types import TensorType
 from tracelens.location import here
@@ -107,6 +108,21 @@ def collect(
         found[save.name] = members
     if pipeline is not None:
         pipeline.settle()
+    return found
+
+
+Copies = dict[str, list[str]]
+"""By the name of a save, a digest of each of its members that every rank of a place has whole."""
+
+
+def copies_of(saves: Sequence[Save], plan: Plan, state: State, mesh: Mesh) -> Copies:
+    """What this rank saved that the other ranks of its place have to have too, bit for bit."""
+    found: Copies = {}
+    for save in saves:
+        for part, value in enumerate(save.values):
+            if plan.home[value] == mesh.stage and plan.layouts[value] == WHOLE_EVERYWHERE:
+                member = _member(save, part, plan, state)
+                found.setdefault(save.name, []).append("" if member is None else digest_of(member))
     return found
 
 

@@ -11,6 +11,7 @@ import torch
 from tracelens.errors import OptionError, TracelensError
 from tracelens.ir.sites import KINDS, Scope, Site
 from tracelens.location import here
+from tracelens.ranked import RankedCompiler
 from tracelens.view import Line, Shown, Stack, Table, View
 
 if TYPE_CHECKING:
@@ -22,13 +23,15 @@ class SiteCheck:
     """How far a site of a model on ranks is from the same site in one process.
 
     ``error``: the largest difference between two numbers, relative to the largest number of the site; of all layers,
-    that of ``layer`` is the largest. ``refused``: why the site could not be read, if it could not.
+    that of ``layer`` is the largest. ``alike``: have all ranks the same bits of it? ``None`` if each has a part of its
+    own, or there is one rank for each layer. ``refused``: why the site could not be read, if it could not.
     """
 
     site: str
     error: float
     layer: int | None
     within: bool
+    alike: bool | None = None
     refused: str | None = None
 
 
@@ -42,8 +45,8 @@ class ParallelReport(Sequence[SiteCheck], Shown):
 
     @property
     def ok(self) -> bool:
-        """Is every site that could be read within the tolerance?"""
-        return all(row.within for row in self.rows if row.refused is None)
+        """Is every site that could be read within the tolerance, and have the ranks the same bits where all have it?"""
+        return all(row.within and row.alike is not False for row in self.rows if row.refused is None)
 
     @property
     def worst(self) -> SiteCheck:
@@ -66,21 +69,28 @@ class ParallelReport(Sequence[SiteCheck], Shown):
 
     def _view(self) -> View:
         rows = tuple(
-            (row.site, "-", "-", row.refused)
+            (row.site, "-", "-", row.refused, "-")
             if row.refused is not None
             else (
                 row.site,
                 f"{row.error:.1e}",
                 "-" if row.layer is None else str(row.layer),
                 "yes" if row.within else "NO",
+                "-" if row.alike is None else "yes" if row.alike else "NO",
             )
             for row in self.rows
         )
-        verdict = "all sites are" if self.ok else "NOT all sites are"
+        verdict = (
+            "all sites are"
+            if all(row.within for row in self.rows if row.refused is None)
+            else "NOT all sites are"
+        )
+        apart = [row.site for row in self.rows if row.alike is False]
+        differ = f"; the RANKS DIFFER in {', '.join(apart)}" if apart else ""
         return Stack(
             (
-                Line(f"{self.title}: {verdict} within {self.tolerance:.1e}"),
-                Table(("site", "largest relative error", "in layer", "within"), rows),
+                Line(f"{self.title}: {verdict} within {self.tolerance:.1e}{differ}"),
+                Table(("site", "largest relative error", "in layer", "within", "ranks alike"), rows),
             )
         )
 
@@ -110,15 +120,16 @@ def check_parallel(model: Model, prompt: Any, tolerance: float | None) -> Parall
             continue
         layers = range(model.n_layers) if kind.scope is Scope.LAYER else (None,)
         try:
-            pairs = zip(
-                _read(model, prompt, kind.name, layers), _read(one, prompt, kind.name, layers), strict=True
-            )
+            with cast(RankedCompiler, model._compiler).comparing() as compared:
+                there = _read(model, prompt, kind.name, layers)
+            pairs = zip(there, _read(one, prompt, kind.name, layers), strict=True)
         except TracelensError as error:
-            rows.append(SiteCheck(kind.name, float("nan"), None, False, error.problem))
+            rows.append(SiteCheck(kind.name, float("nan"), None, False, refused=error.problem))
             continue
         errors = [_error(there, here_) for there, here_ in pairs]
         largest = max(range(len(errors)), key=errors.__getitem__)
-        rows.append(SiteCheck(kind.name, errors[largest], layers[largest], errors[largest] <= tolerance))
+        within, alike = errors[largest] <= tolerance, all(compared) if compared else None
+        rows.append(SiteCheck(kind.name, errors[largest], layers[largest], within, alike))
     return ParallelReport(tuple(rows), tolerance, f"{model.describe()}, beside one process")
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import itertools
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from time import perf_counter
 from typing import Any, NoReturn
@@ -26,7 +27,7 @@ from tracelens.errors import (
 )
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Apply
-from tracelens.leaving import same, write_files
+from tracelens.leaving import Copies, same, write_files
 from tracelens.location import here
 from tracelens.plan import Plan
 from tracelens.program import Program
@@ -46,21 +47,47 @@ class RankedCompiler(Compiler):
         self._parts = parts
         self._ranks = parts.ranks
         self._model = parts.model
+        self._compared: list[bool] | None = None
         self._told: set[str] = set()
         """The graphs that the ranks have been told of."""
 
     def _prepared(self, programs: tuple[Program, ...], plan: Plan) -> None:
         return None
 
-    def run(self, graph: Graph, compiled: Compiled, prompt: Prompt, *, measure: bool = False) -> Ran:
+    @contextmanager
+    def comparing(self) -> Iterator[list[bool]]:
+        """Runs within it have ranks compare what each of them has of a whole value that is saved, bit for bit.
+
+        The list has an entry for each such value.
+        """
+        found: list[bool] = []
+        self._compared = found
+        try:
+            yield found
+        finally:
+            self._compared = None
+
+    def run(
+        self,
+        graph: Graph,
+        compiled: Compiled,
+        prompt: Prompt,
+        *,
+        measure: bool = False,
+        copies: Copies | None = None,
+    ) -> Ran:
         """One forward pass on the ranks; gives what was saved, which has come back."""
+        assert copies is None, "the ranks have them"
         if measure:
             raise OptionError(
                 "the peak of memory is that of this process, and the model is on ranks of their own",
                 instead="t.report without measure=True, which tells what is planned for each place",
             )
         started = perf_counter()
-        replies = self._asked("run", graph, compiled, prompt, {})
+        compared = self._compared
+        replies = self._asked("run", graph, compiled, prompt, {} if compared is None else {"compare": True})
+        if compared is not None:
+            compared += _alike([reply.header for reply in replies])
         found: dict[str, Callable[[], Any]] = {
             name: partial(same, value)
             for name, value in results_from(replies[0].header, replies[0].tensors).items()
@@ -115,6 +142,20 @@ class RankedCompiler(Compiler):
             self._told.clear()
         self._told.add(compiled.digest)
         return replies
+
+
+def _alike(replies: Sequence[Mapping[str, Any]]) -> list[bool]:
+    """For each value that several ranks have whole: is it the same on all of them?"""
+    found: list[bool] = []
+    for stage in sorted({reply["stage"] for reply in replies}):
+        ranks = [reply["copies"] for reply in replies if reply["stage"] == stage]
+        if len(ranks) > 1:
+            found += [
+                all(rank[name][part] == digest for rank in ranks)
+                for name, digests in ranks[0].items()
+                for part, digest in enumerate(digests)
+            ]
+    return found
 
 
 def _blame(failed: RankFailedError, graph: Graph) -> NoReturn:

@@ -18,6 +18,7 @@ from tracelens.compiled import Compiled
 from tracelens.errors import PlansDifferError
 from tracelens.generating import generate as generated
 from tracelens.ir.graph import Graph
+from tracelens.leaving import Copies
 from tracelens.model import Model
 from tracelens.prompted import Prompt
 from tracelens.remote import (
@@ -85,15 +86,17 @@ def run(served: Served, request: Message) -> Message:
     if asked is None:
         return Message({"unknown": True})
     model, graph, compiled, prompt = asked
-    ran = model._compiler.run(graph, compiled, prompt)
+    copies: Copies | None = {} if request.header.get("compare") else None
+    ran = model._compiler.run(graph, compiled, prompt, copies=copies)
     mesh = model.anatomy.mesh
+    about: dict[str, Any] = {} if copies is None or mesh is None else {"stage": mesh.stage, "copies": copies}
     if mesh is not None and not mesh.has_results:
-        return Message()
+        return Message(about)
     try:
         header, tensors = results_data({name: get() for name, get in ran.tensors.items()})
     except Exception as error:
         raise InStepError from error
-    return Message({**header, "seconds": ran.report.seconds}, tensors)
+    return Message({**header, **about, "seconds": ran.report.seconds}, tensors)
 
 
 def generate(served: Served, request: Message) -> Message:

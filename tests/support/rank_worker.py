@@ -33,7 +33,8 @@ def main(about: Mapping[str, Any]) -> None:
         raise RuntimeError("this rank does not even start")
     body.resolve = breakable
     more = {
-        function.__name__: function for function in (misbehave, keep, kept, arm, as_script, run, communicated)
+        function.__name__: function
+        for function in (misbehave, keep, kept, arm, drift, as_script, run, communicated)
     }
     worker.main(about, {**HANDLERS, **more})
 
@@ -87,6 +88,17 @@ def arm(served: Served, request: Message) -> Message:
     """From now on a step goes wrong on rank ``rank``, in the way ``how``; nowhere if that is ``None``."""
     global _fault
     _fault = request.header["how"] if request.header["rank"] in (served.rank, "all") else None
+    return Message()
+
+
+def drift(served: Served, request: Message) -> Message:
+    """On rank ``rank`` the last bit of a gain is another one from now on, in the model ``model``."""
+    if served.rank == request.header["rank"]:
+        gain = served.models[request.header["model"]].model.anatomy.model.get_parameter(
+            request.header["path"]
+        )
+        with torch.no_grad():
+            gain[0] = torch.nextafter(gain[0], torch.tensor(9.0))
     return Message()
 
 

@@ -19,6 +19,7 @@ from torch import nn
 from tracelens.backends.base import Side
 from tracelens.backends.hooks import seat_of, watch
 from tracelens.backends.layouts import style_of
+from tracelens.backends.mesh import local
 from tracelens.backends.meta_copy import aside, meta_copy
 from tracelens.backends.survey import Watcher
 from tracelens.backends.transfer import moved, on_cpu
@@ -52,7 +53,9 @@ def probe(anatomy: ModelAnatomy, placement: Placement) -> Probed:
         skeleton(**_inputs(ids.to("meta")))
     for name, path, tensor in _tensors(watcher):
         whole[name], paths[name] = tuple(tensor.shape), path
-    own = {name: [list(tensor.shape), _digest(tensor)] for name, _, tensor in _tensors(_passed(anatomy, ids))}
+    own = {
+        name: [list(tensor.shape), digest_of(tensor)] for name, _, tensor in _tensors(_passed(anatomy, ids))
+    }
     everywhere = _exchanged({"stage": mesh.stage, "tensors": own}, mesh.device)
     parts: dict[str, InParts] = {}
     unclear: dict[str, str] = {}
@@ -124,9 +127,9 @@ def _name(path: str, side: str, key: tuple[int | str, ...], call: int | None) ->
     return module_site(path, side, key, call, after=None, number=1, amid=False).name
 
 
-def _digest(tensor: torch.Tensor) -> str:
-    local: Any = tensor.detach()
-    data = on_cpu(local.to_local() if hasattr(local, "to_local") else local).contiguous()
+def digest_of(tensor: torch.Tensor) -> str:
+    """What two tensors have in common if their numbers are the same, bit for bit."""
+    data = on_cpu(local(tensor.detach())).contiguous()
     return hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
 
 
