@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tracelens.backends.architectures import FAMILIES
-from tracelens.backends.base import Family, HeadsView, Side, Tap
+from tracelens.backends.base import Family, HeadsView, RowsView, Side, Tap
 from tracelens.ir.sites import KINDS, Effect, Kind, Scope
 
 _WIDTHS = {
@@ -15,6 +15,8 @@ _WIDTHS = {
     "H": "heads",
     "K": "kv heads",
     "d": "head width",
+    "E": "experts",
+    "k": "experts per token",
 }
 _REACH = {
     Effect.STREAM: "**stream**",
@@ -62,6 +64,14 @@ def _family(family: Family) -> str:
     if missing:
         reasons = (f"* `{kind.name}`: {family.absent.get(kind.name, 'not in the table')}" for kind in missing)
         parts.append("Absent, and reading or writing it raises `AbsentSiteError`:\n\n" + "\n".join(reasons))
+    if family.in_some:
+        parts.append(
+            "In some layers only; in the others it raises `AbsentSiteError`:\n\n"
+            + "\n".join(
+                f"* {', '.join(f'`{name}`' for name in some.names)}: in {some.these}; any other layer {some.others}"
+                for some in family.in_some
+            )
+        )
     if family.refusals:
         refused = (f"* `{option}`: {reason}" for option, reason in family.refusals.items())
         parts.append("Configurations that are refused when the model is loaded:\n\n" + "\n".join(refused))
@@ -86,12 +96,17 @@ def _hook_point(family: Family, kind: Kind, tap: Tap) -> str:
         return f"the attention function that {where} calls"
     side = "input" if tap.side is Side.IN else "output"
     field = f" (field `{tap.key}`)" if tap.side is Side.OUT and isinstance(tap.key, str) else ""
-    return f"{_part(tap.view)}{side} of {where}{field}"
+    if tap.side is Side.OUT and isinstance(tap.key, int) and isinstance(tap.view, RowsView):
+        field = f" (part {tap.key + 1} of the tuple)"
+    only = next((f", in {some.these}" for some in family.in_some if kind.name in some.names), "")
+    return f"{_part(tap.view)}{side} of {where}{field}{only}"
 
 
-def _part(view: HeadsView | None) -> str:
+def _part(view: HeadsView | RowsView | None) -> str:
     if view is None:
         return ""
+    if isinstance(view, RowsView):
+        return "per row, "
     if view.heads_first:
         return "heads and positions swapped, "
     parts = len(view.parts)

@@ -61,6 +61,7 @@ def as_held(number: float) -> float | Special:
 
 WIDTHS = {"D": D_MODEL, "M": NEURONS, "V": VOCABULARY, "H": HEADS, "K": KV_HEADS, "d": HEAD_DIM}
 _ABSENT = ("pos_embed", "q_normed", "k_normed", "attn_post_norm", "mlp_post_norm")
+_ABSENT += ("router_logits", "expert_index", "expert_weights")
 READABLE = tuple(
     Site(kind.name, layer)
     for kind in KINDS

@@ -115,7 +115,7 @@ def test_sites_lists_what_there_is_and_why_the_rest_is_not() -> None:
         assert table["post_ln"].name == "mlp_norm"
         absent = {row.name for row in table if row.absent}
         normed = set() if name in ("qwen3", "qwen3_moe", "gemma3") else {"q_normed", "k_normed"}
-        normed |= {"mlp_pre", "mlp_up", "mlp_act"} if name == "qwen3_moe" else set()
+        normed |= set() if name == "qwen3_moe" else {"router_logits", "expert_index", "expert_weights"}
         normed |= set() if name == "gemma3" else {"attn_post_norm", "mlp_post_norm"}
         assert absent == normed | ({"mlp_up", "q_rot", "k_rot"} if name == "gpt2" else {"pos_embed"})
         text, html = repr(table), table._repr_html_()
@@ -124,7 +124,8 @@ def test_sites_lists_what_there_is_and_why_the_rest_is_not() -> None:
             assert row.path in html
         for row in table:
             if row.path.startswith("layers[i]"):
-                assert (row.name in dir(model.layers[0])) == (row.absent is None)
+                layer = model.layers[row.layers[0] if row.layers else 0]
+                assert (row.name in dir(layer)) == (row.absent is None)
             else:
                 assert (row.name in dir(model)) == (row.absent is None)
 

@@ -179,7 +179,8 @@ def test_sites_come_in_order_and_complete(family: str) -> None:
     assert orders == sorted(orders)
     names = {site.name for site in called}
     assert ("pos_embed" in names) == family.startswith("gpt2")
-    assert ("mlp_up" in names) == (not family.startswith("gpt2") and family != "qwen3_moe")
+    assert ("mlp_up" in names) == (not family.startswith("gpt2"))
+    assert ("router_logits" in names) == (family == "qwen3_moe")
 
 
 @every_family
@@ -187,10 +188,11 @@ def test_shapes_are_those_of_the_vocabulary(family: str) -> None:
     model, batch = built(family), BATCHES["ragged"]
     batch_size, width = batch.input_ids.shape
     heads = {"H": 4, "K": 4 if family.startswith("gpt2") else 2, "d": head_dim(model.config)}
-    sizes = {"B": batch_size, "P": width, "S": width, "D": 48, "M": 80, "V": 97, **heads}
+    sizes = {"B": batch_size, "P": width, "S": width, "D": 48, "M": 80, "V": 97, "E": 4, "k": 2, **heads}
     for site, tensor in hand_tensors(model, batch).items():
         assert tensor.shape == tuple(sizes[str(dim)] for dim in site.kind.shape), site
-        assert tensor.dtype == (torch.bool if site.name == "token_mask" else torch.float32), site
+        own = {"token_mask": torch.bool, "expert_index": torch.int64}
+        assert tensor.dtype == own.get(site.name, torch.float32), site
 
 
 # --- writes ------------------------------------------------------------------------------------------------------
@@ -205,6 +207,8 @@ def test_every_write_changes_the_logits_as_an_edit_of_transformers_does(
     with torch.no_grad():
         untraced = hand_forward(model, *batch)
     for site in hand_sites(model)[1:]:
+        if site.kind.effect is Effect.NONE:
+            continue
 
         def edit(tensor: Tensor, site: Site = site) -> Tensor:
             return tensor + noise(site, tensor.shape).to(dtype)
@@ -244,8 +248,9 @@ def test_branch_writes_leave_the_stream_and_stream_writes_do_not(family: str) ->
             name for name, tensor in zeroed(site).items() if not torch.equal(tensor, clean[Site(name, 1)])
         }
 
-    mlp = {"mlp_norm", "mlp_in", "mlp_pre", "mlp_up", "mlp_act", "mlp_out", "mlp_post_norm", "mlp_add"} & {
-        site.name for site in clean
+    mlp = {"mlp_norm", "mlp_in", "mlp_pre", "mlp_up", "mlp_act", "mlp_out", "mlp_post_norm", "mlp_add"}
+    mlp = (mlp | {"router_logits", "expert_index", "expert_weights"}) & {
+        site.name for site in clean if site.layer == 1
     }
     assert changed(Site("mlp_norm", 1)) == mlp | {"resid_post"}
     assert changed(Site("resid_mid", 1)) == mlp | {"resid_mid", "resid_post"}

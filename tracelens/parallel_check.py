@@ -118,7 +118,7 @@ def check_parallel(model: Model, prompt: Any, tolerance: float | None) -> Parall
     for kind in KINDS:
         if kind.scope is Scope.INPUT or not model.anatomy.has(Site(kind.name)):
             continue
-        layers = range(model.n_layers) if kind.scope is Scope.LAYER else (None,)
+        layers = model.anatomy.layers_with(kind.name) if kind.scope is Scope.LAYER else (None,)
         try:
             with cast(RankedCompiler, model._compiler).comparing() as compared:
                 there = _read(model, prompt, kind.name, layers)

@@ -97,12 +97,9 @@ def require_fit(config: Any, sizes: Sizes) -> None:
                     f"transformers has no plan by which ranks share a layer of {config.model_type}",
                     instead='tl.load(name, device_map="auto"), which spreads the layers over devices',
                 )
-            require_divisible(config, sizes["tp"])
-            if getattr(config, "num_experts", None) or getattr(config, "num_local_experts", None):
-                raise LayoutError(
-                    f"the experts of {config.model_type} cannot be shared by ranks so far",
-                    instead='stages of whole layers, tl.load(name, pp=2); or tl.load(name, device_map="auto")',
-                )
+            require_divisible(config, sizes["tp"], sizes["ep"])
+        if sizes["ep"] > 1:
+            _require_experts(config, sizes)
         if sizes["pp"] > 1 and not getattr(config, "base_model_pp_plan", None):
             raise LayoutError(
                 f"transformers has no plan by which {config.model_type} is cut into stages",
@@ -113,6 +110,29 @@ def require_fit(config: Any, sizes: Sizes) -> None:
                 f"pp={sizes['pp']} stages cannot share {config.num_hidden_layers} layers",
                 instead=f"at most pp={config.num_hidden_layers}",
             )
+
+
+def _require_experts(config: Any, sizes: Sizes) -> None:
+    """Refuses to spread experts where there are none, or where transformers cannot."""
+    from transformers.distributed.configuration_utils import DistributedConfig
+
+    whole_layers = f"tl.load(name, tp={sizes['tp']}), where each rank has a part of every expert"
+    if not getattr(config, "base_model_ep_plan", None):
+        raise LayoutError(
+            f"transformers has no plan by which ranks share experts of {config.model_type}",
+            instead=whole_layers,
+        )
+    if "ep_size" not in DistributedConfig.__dataclass_fields__:
+        raise LayoutError(
+            "this version of transformers does not know ep_size, by which each rank has some of the experts",
+            instead=f"transformers 5.23; or {whole_layers}",
+        )
+    if sizes["pp"] > 1:
+        raise LayoutError(
+            "transformers spreads experts over ranks in models of one stage alone: "
+            f"ep={sizes['ep']} and pp={sizes['pp']} do not go together",
+            instead=f"tl.load(name, pp={sizes['pp']}, tp={sizes['tp']}), where each rank has a part of every expert",
+        )
 
 
 def under_torchrun() -> bool:

@@ -101,7 +101,9 @@ class Recorder(Draft):
         known = self._site_types.get(site.name)
         if known is None:
             with Blaming(location):
-                known = self._site_types[site.name] = self.anatomy.type_of(site)
+                known = self.anatomy.type_of(site)
+            if self.anatomy.in_all_layers(site.name):
+                self._site_types[site.name] = known
         return known
 
     # --- operations ------------------------------------------------------------------------------------------
@@ -230,7 +232,7 @@ class Recorder(Draft):
     def _write(self, key: Hashable | None, site: Site, new: object, location: Location) -> Step:
         type_ = self._type_of(site, location)
         if site.kind.effect is Effect.NONE:
-            raise WriteTargetError(f"{site} can be read but not written")
+            raise WriteTargetError(f"{site} can be read but not written", instead=site.kind.instead)
         if self.skipped:
             refuse_unseen(self.skipped, site, self.anatomy)
         arg = self._ref_or_scalar(new)

@@ -12,7 +12,10 @@ from tracelens.view import Line, Shown, Stack, Table, View
 
 @dataclass(frozen=True, slots=True)
 class SiteRow:
-    """One site of a model. ``absent`` is the reason why the model lacks it, or ``None``."""
+    """One site of a model. ``absent`` is the reason why the model lacks it, or ``None``.
+
+    ``layers``: those that have it, where not all do; ``others``: why the others lack it.
+    """
 
     name: str
     aliases: tuple[str, ...]
@@ -22,6 +25,8 @@ class SiteRow:
     effect: Effect
     meaning: str
     absent: str | None
+    layers: tuple[int, ...] = ()
+    others: str | None = None
 
     @property
     def writable(self) -> bool:
@@ -59,13 +64,20 @@ class SiteTable(Sequence[SiteRow], Shown):
                 row.shape if row.absent is None else "-",
                 row.dtype if row.absent is None else "-",
                 row.effect.value if row.absent is None else "absent",
-                row.meaning if row.absent is None else row.absent,
+                row.absent if row.absent is not None else _meaning(row),
             )
             for row in self.rows
         ]
 
     def _view(self) -> View:
         return Stack((Line(self.title), Table(_HEADS, tuple(self._cells()))))
+
+
+def _meaning(row: SiteRow) -> str:
+    if row.others is None:
+        return row.meaning
+    which = f"layer{'s' if len(row.layers) > 1 else ''} {', '.join(map(str, row.layers))}"
+    return f"{row.meaning} (in {which}; {row.others})"
 
 
 _HEADS = ("site", "alias", "shape", "dtype", "a write changes", "meaning")
@@ -78,14 +90,33 @@ def site_table(anatomy: ModelAnatomy) -> SiteTable:
         if kind.scope is Scope.INPUT:
             continue
         in_layer = kind.scope is Scope.LAYER
-        site = Site(kind.name, 0 if in_layer else None)
-        absent = anatomy.absence(site)
+        layers = anatomy.layers_with(kind.name) or (0,)
+        site = Site(kind.name, layers[0] if in_layer else None)
+        absent = anatomy.absence(Site(kind.name))
+        some = () if anatomy.in_all_layers(kind.name) else tuple(layers)
+        others = (
+            [anatomy.absence(Site(kind.name, layer)) for layer in range(anatomy.n_layers)] if some else []
+        )
         shape = dtype = ""
         if absent is None:
             type_ = anatomy.type_of(site)
             shape, dtype = str(list(type_.shape)).replace("'", ""), type_.dtype.value
         path = f"layers[i].{kind.name}" if in_layer else kind.name
-        rows.append(SiteRow(kind.name, kind.aliases, path, shape, dtype, kind.effect, kind.meaning, absent))
+        lacking = next((reason for reason in others if reason is not None), None)
+        rows.append(
+            SiteRow(
+                kind.name,
+                kind.aliases,
+                path,
+                shape,
+                dtype,
+                kind.effect,
+                kind.meaning,
+                absent,
+                some if absent is None else (),
+                lacking if absent is None else None,
+            )
+        )
         if kind.name == "z":
             rows.append(_head_out(anatomy, dtype))
     return SiteTable(

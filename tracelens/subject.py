@@ -41,6 +41,10 @@ class Anatomy(Protocol):
         """The site's type; raises :class:`AbsentSiteError` where the family lacks it."""
         ...
 
+    def in_all_layers(self, name: str) -> bool:
+        """Is what holds for a site in one layer so in all?"""
+        ...
+
     def needed_in_generation(self, path: str) -> str | None:
         """Why a module cannot be left out in generation, if it cannot."""
         ...

@@ -132,7 +132,7 @@ def test_the_vocabulary_is_sound():
     assert CANONICAL["post_ln"] == "mlp_norm"
     assert CANONICAL["pre_ln"] == "attn_norm"
     assert all(CANONICAL[kind.name] == kind.name for kind in KINDS)
-    assert {kind.name for kind in KINDS if kind.effect is Effect.NONE} == {"token_mask"}
+    assert {kind.name for kind in KINDS if kind.effect is Effect.NONE} == {"token_mask", "expert_index"}
     assert {kind.name for kind in LAYER_KINDS if kind.effect is Effect.STREAM} == {
         "resid_pre",
         "resid_mid",

@@ -75,15 +75,30 @@ def hand_sites(model: PreTrainedModel) -> list[Site]:
     names = ["resid_pre", "attn_norm", "attn_in", *(name for name in inside if name in KIND)]
     names += ["attn_out", *(["attn_post_norm"] if gemma else []), "attn_add"]
     names += ["resid_mid", "mlp_norm", "mlp_in"]
-    names += [] if experts else ["mlp_pre", "mlp_act"] if gpt2 else ["mlp_pre", "mlp_up", "mlp_act"]
-    names += ["mlp_out", *(["mlp_post_norm"] if gemma else []), "mlp_add", "resid_post"]
+    dense = ["mlp_pre", "mlp_act"] if gpt2 else ["mlp_pre", "mlp_up", "mlp_act"]
+    routed = ["router_logits", "expert_index", "expert_weights"]
+    sparse = with_experts(model.config) if experts else ()
+    end = ["mlp_out", *(["mlp_post_norm"] if gemma else []), "mlp_add", "resid_post"]
     before = ["token_mask", "embed", "pos_embed"] if gpt2 else ["token_mask", "embed"]
     layers = range(model.config.num_hidden_layers)
     return [
         *(Site(name) for name in before),
-        *(Site(name, layer) for layer in layers for name in names),
+        *(
+            Site(name, layer)
+            for layer in layers
+            for name in (*names, *(routed if layer in sparse else dense), *end)
+        ),
         *(Site(name) for name in ("final_norm", "lm_head", "logits")),
     ]
+
+
+def with_experts(config: PreTrainedConfig) -> tuple[int, ...]:
+    """The layers of a Qwen3-MoE model whose MLP is a mixture of experts."""
+    return tuple(
+        layer
+        for layer in range(config.num_hidden_layers)
+        if layer not in config.mlp_only_layers and not (layer + 1) % config.decoder_sparse_step
+    )
 
 
 # --- one block ---------------------------------------------------------------------------------------------------
@@ -128,16 +143,18 @@ def _gated_mlp(layer: Layer, mlp_in: Tensor) -> Tensor:
 
 
 def _expert_mlp(layer: Layer, mlp_in: Tensor) -> Tensor:
-    """Some experts of several for each token, weighted; in some layers one plain MLP, whose neurons have no site."""
+    """Some experts of several for each token, weighted; in some layers one plain MLP."""
     weights, config = layer.weights, layer.weights.config
-    if layer.index in config.mlp_only_layers:
-        gate = weights.linear(layer.path("mlp.gate_proj"), mlp_in)
-        up = weights.linear(layer.path("mlp.up_proj"), mlp_in)
-        return weights.linear(layer.path("mlp.down_proj"), F.silu(gate) * up)
-    rows = mlp_in.reshape(-1, mlp_in.shape[-1])
-    chances = weights.linear(layer.path("mlp.gate"), rows).softmax(-1, dtype=torch.float32)
+    if layer.index not in with_experts(config):
+        return _gated_mlp(layer, mlp_in)
+    logits = layer.at("router_logits", weights.linear(layer.path("mlp.gate"), mlp_in))
+    chances = logits.softmax(-1, dtype=torch.float32)
     share, chosen = chances.topk(config.num_experts_per_tok, dim=-1)
-    share = (share / share.sum(-1, keepdim=True)).to(rows.dtype)
+    if config.norm_topk_prob:
+        share = share / share.sum(-1, keepdim=True)
+    chosen = layer.at("expert_index", chosen).flatten(0, 1)
+    share = layer.at("expert_weights", share.to(mlp_in.dtype)).flatten(0, 1)
+    rows = mlp_in.flatten(0, 1)
     into, out = (weights[layer.path(f"mlp.experts.{name}")] for name in ("gate_up_proj", "down_proj"))
     added = torch.zeros_like(rows)
     # In the order of the experts, as the eager loop of transformers adds them.
@@ -391,10 +408,6 @@ def refuse_what_is_not_written_here(model: PreTrainedModel) -> None:
         raise ValueError(f"activation {activation!r} is not written here")
     if gemma and (config.use_bidirectional_attention or config.attn_logit_softcapping is not None):
         raise ValueError("attention that looks ahead and capped scores are not written here")
-    if family == "qwen3_moe" and (not config.norm_topk_prob or config.decoder_sparse_step != 1):
-        raise ValueError(
-            "weights of experts that are left as they are, and sparse steps, are not written here"
-        )
     for layer in range(config.num_hidden_layers):
         rope = rope_of(config, layer)
         if rope["rope_type"] != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:

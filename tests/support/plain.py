@@ -133,7 +133,15 @@ _ROTARY_HOOKS: dict[str, tuple[str, Side]] = {
     "lm_head": ("lm_head", "output"),
     "logits": ("", "output"),
 }
-_EXPERT_HOOKS: dict[str, tuple[str, Side]] = {**_ROTARY_HOOKS, "mlp_out": ("model.layers.{}.mlp", "output")}
+_EXPERT_HOOKS: dict[str, tuple[str, Side]] = {
+    **_ROTARY_HOOKS,
+    "router_logits": ("model.layers.{}.mlp.gate", "output"),
+    "expert_index": ("model.layers.{}.mlp.gate", "output"),
+    "expert_weights": ("model.layers.{}.mlp.gate", "output"),
+    "mlp_out": ("model.layers.{}.mlp", "output"),
+}
+_ROUTER = ("router_logits", "expert_weights", "expert_index")
+"""What a router returns, in this order."""
 _GEMMA_HOOKS: dict[str, tuple[str, Side]] = {
     **_ROTARY_HOOKS,
     "attn_post_norm": ("model.layers.{}.post_attention_layernorm", "output"),
@@ -196,6 +204,10 @@ def edited(model: PreTrainedModel, site: Site, edit: Edit) -> Iterator[None]:
         with edited_attention(model, path, {site.name: edit}):
             yield
         return
+    if site.name in _ROUTER:
+        with edited_router(model, path, {site.name: edit}):
+            yield
+        return
     with replace(model, path, side, _per_head(model, site, edit)):
         yield
 
@@ -204,15 +216,20 @@ def edited(model: PreTrainedModel, site: Site, edit: Edit) -> Iterator[None]:
 def edited_at(model: PreTrainedModel, edits: Mapping[Site, Edit]) -> Iterator[None]:
     """Runs the model with several sites edited at once."""
     inside: dict[str, dict[str, Edit]] = {}
+    routers: dict[str, dict[str, Edit]] = {}
     with ExitStack() as stack:
         for site, edit in edits.items():
             path, side = hook_point(model, site)
             if side == "inside":
                 inside.setdefault(path, {})[site.name] = edit
+            elif site.name in _ROUTER:
+                routers.setdefault(path, {})[site.name] = edit
             else:
                 stack.enter_context(edited(model, site, edit))
         for path, found in inside.items():
             stack.enter_context(edited_attention(model, path, found))
+        for path, found in routers.items():
+            stack.enter_context(edited_router(model, path, found))
         yield
 
 
@@ -281,6 +298,35 @@ def edited_attention(model: PreTrainedModel, path: str, edits: Mapping[str, Edit
         yield
     finally:
         modelling.eager_attention_forward = original
+
+
+@contextmanager
+def edited_router(model: PreTrainedModel, path: str, edits: Mapping[str, Edit]) -> Iterator[None]:
+    """One block of experts with a forward of its own, written out by hand around its router's weights."""
+    block = model.get_submodule(path.rpartition(".")[0])
+    router = block.gate
+
+    def forward(hidden_states: Tensor) -> Tensor:
+        def at(site: str, tensor: Tensor) -> Tensor:
+            return edits[site](tensor) if site in edits else tensor
+
+        sizes, rows = hidden_states.shape[:2], hidden_states.flatten(0, 1)
+        logits = nn.functional.linear(rows, router.weight)
+        logits = at("router_logits", logits.unflatten(0, sizes)).flatten(0, 1)
+        chances = logits.softmax(-1, dtype=torch.float32)
+        weights, experts = torch.topk(chances, model.config.num_experts_per_tok, dim=-1)
+        if model.config.norm_topk_prob:
+            weights = weights / weights.sum(-1, keepdim=True)
+        weights = weights.to(logits.dtype)
+        experts = at("expert_index", experts.unflatten(0, sizes)).flatten(0, 1)
+        weights = at("expert_weights", weights.unflatten(0, sizes)).flatten(0, 1)
+        return block.experts(rows, experts, weights).unflatten(0, sizes)
+
+    block.forward = forward
+    try:
+        yield
+    finally:
+        del block.forward
 
 
 @contextmanager

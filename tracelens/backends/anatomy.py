@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
 from typing import Any, cast
 
@@ -12,15 +12,21 @@ from torch import nn
 
 from tracelens.backends.architectures import FAMILIES, FAMILY_OF
 from tracelens.backends.base import Family, Side, Tap
-from tracelens.backends.layouts import parameter_layouts, require_divisible, site_layouts
+from tracelens.backends.layouts import (
+    expert_ranks,
+    parameter_layouts,
+    require_divisible,
+    site_layouts,
+    styles_of,
+)
 from tracelens.backends.mesh import Mesh, mesh_of, own_part_of, skeleton
 from tracelens.backends.module_sides import ModuleSides, language_model_passes
 from tracelens.backends.places import placement
 from tracelens.backends.replacing import needed_in_generation, replacement
+from tracelens.backends.some_layers import SomeLayers
 from tracelens.backends.spread import Keeper, Spread, spread_of, state_of
 from tracelens.backends.transfer import loaded
 from tracelens.errors import (
-    AbsentSiteError,
     LayoutError,
     MetaTensorError,
     UnknownArchitectureError,
@@ -30,7 +36,7 @@ from tracelens.ir.infer import dtype_of
 from tracelens.ir.layout import Layout
 from tracelens.ir.module_sites import INPUT, OUTPUT, Key, ModuleSite
 from tracelens.ir.sites import KIND, KINDS, Scope, Site, near
-from tracelens.ir.types import DType, TensorType
+from tracelens.ir.types import TensorType
 from tracelens.placement import Placement, Probed
 
 
@@ -104,12 +110,15 @@ class ModelAnatomy:
             "K": getattr(config, "num_key_value_heads", None) or heads,
             "d": getattr(config, "head_dim", None) or config.hidden_size // heads,
         }
-        self._withheld: dict[str, str] = {
+        self.widths |= {name: getattr(config, word) for name, word in self.family.widths.items()}
+        self._withheld: dict[str, str | Mapping[int | None, str]] = {
             name: reason
             for option, (names, reason) in self.family.withheld.items()
             if getattr(config, option, False)
             for name in names
         }
+        self.some = SomeLayers(self.family, config, self.n_layers)
+        self._withheld |= self.some.reasons
         self.max_positions: int | None = getattr(config, "max_position_embeddings", None)
         self._modules: dict[str, nn.Module] = {}
         self._types: dict[str, tuple[torch.dtype, TensorType]] = {}
@@ -132,9 +141,12 @@ class ModelAnatomy:
             tap = self.family.taps.get(kind.name)
             if tap is None:
                 continue
-            path = self.module_path(tap, 0 if kind.scope is Scope.LAYER else None)
+            path = ""
             try:
-                self._whole.get_submodule(path)
+                # Of several kinds of layers each one is looked at; one stands for all where they are alike.
+                for layer in self.some.layers.get(kind.name, (0,)):
+                    path = self.module_path(tap, layer if kind.scope is Scope.LAYER else None)
+                    self._whole.get_submodule(path)
             except AttributeError:
                 raise UnknownArchitectureError(
                     f"this {type(self.model).__name__} has no module {path!r}, where the {self.family.name} table "
@@ -144,11 +156,22 @@ class ModelAnatomy:
 
     # --- sites -------------------------------------------------------------------------------------------------
 
+    def layers_with(self, name: str) -> Sequence[int]:
+        """The layers that have a site of a layer."""
+        if Site(name).kind.scope is not Scope.LAYER or name not in self.family.taps:
+            return ()
+        return self.some.layers.get(name, range(self.n_layers))
+
+    def in_all_layers(self, name: str) -> bool:
+        """Is what holds for a site in one layer so in all?"""
+        return name not in self.some.layers
+
     def absence(self, site: Site) -> str | None:
         """Why the model lacks a site, or ``None`` if it has it."""
         kind = KIND[site.name]
         if kind.scope is Scope.INPUT or site.name in self.family.taps:
-            return self._withheld.get(site.name)
+            found = self._withheld.get(site.name)
+            return found if found is None or isinstance(found, str) else found.get(site.layer)
         return self.family.absent.get(site.name, f"the {self.family.name} table does not name it")
 
     def has(self, site: Site) -> bool:
@@ -162,17 +185,14 @@ class ModelAnatomy:
             return found
         reason = self.absence(site)
         if reason is not None:
-            raise AbsentSiteError(
-                f"{self.family.name} models have no {site.name!r}: {reason}",
-                instead="model.sites() lists the sites that this model has",
-            )
+            raise self.some.absent(self.family, site, reason)
         dtype = self.dtype
         known = self._types.get(site.name)
         if known is not None and known[0] is dtype:
             return known[1]
         kind = KIND[site.name]
         shape = tuple(self.widths[dim] if isinstance(dim, str) else dim for dim in kind.shape)
-        found = TensorType(DType.BOOL if kind.scope is Scope.INPUT else dtype_of(dtype), shape)
+        found = TensorType(kind.dtype or dtype_of(dtype), shape)
         self._types[site.name] = (dtype, found)
         return found
 
@@ -187,7 +207,7 @@ class ModelAnatomy:
             tap = self.family.taps.get(kind.name)
             if tap is None or tap.side not in (Side.IN, Side.OUT):
                 continue
-            for layer in range(self.n_layers) if kind.scope is Scope.LAYER else (None,):
+            for layer in self.layers_with(kind.name) if kind.scope is Scope.LAYER else (None,):
                 site = Site(kind.name, layer)
                 found.setdefault((self.module_path(tap, layer), tap.side.value), []).append(site)
         return found
@@ -306,9 +326,8 @@ class ModelAnatomy:
         """The sites that ranks have in parts, by name."""
         if self.mesh is None or self.mesh.ranks == 1:
             return {}
-        require_divisible(self.config, self.mesh.ranks)
-        model: Any = self.model
-        return site_layouts(self, model.tp_plan)
+        require_divisible(self.config, self.mesh.ranks, expert_ranks(self.config))
+        return site_layouts(self, styles_of(self.model))
 
     @cached_property
     def parameter_layouts(self) -> Mapping[str, Layout]:
@@ -319,8 +338,7 @@ class ModelAnatomy:
     def _parameters_apart(self) -> tuple[Mapping[str, Layout], frozenset[str]]:
         if self.mesh is None or self.mesh.ranks == 1:
             return {}, frozenset()
-        model: Any = self.model
-        return parameter_layouts(self._whole, model, model.tp_plan)
+        return parameter_layouts(self._whole, self.model, styles_of(self.model))
 
     def local_widths(self, site: Site) -> Mapping[str, int]:
         """The widths of a site's tensor as one rank has it."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
@@ -33,6 +33,11 @@ class HeadsView:
 
 
 @dataclass(frozen=True, slots=True)
+class RowsView:
+    """A site [B, P, ...] in a tensor with the tokens of all rows one after the other: [B * P, ...]."""
+
+
+@dataclass(frozen=True, slots=True)
 class Tap:
     """Where a site is found: a module (relative to its layer, for sites of a layer), a side, and a key into it.
 
@@ -40,13 +45,29 @@ class Tap:
     one; for an output it is a position in a tuple or the name of a field, and ``None`` is the tensor itself (or the
     first element, where a version of transformers returns a tuple). Inside attention it names one of the tensors there:
     ``q_rot``, ``k_rot``, ``scores`` or ``pattern``. ``view`` finds the site in a tensor that holds more, or in another
-    shape.
+    shape. ``decides``: the module makes the rest of its output of this tensor, and the model goes on with that alone.
+    The function makes it once more (of the module and the tensor), where the tensor is written.
     """
 
     module: str
     side: Side
     key: str | int | None = None
-    view: HeadsView | None = None
+    view: HeadsView | RowsView | None = None
+    decides: Callable[[Any, Any], tuple[Any, ...]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class InSome:
+    """Sites that some layers have and others lack.
+
+    ``layers``: which have them, by the configuration. ``these``: what such a layer is, in words. ``others``: what the
+    other ones are, and why they have no such site.
+    """
+
+    names: tuple[str, ...]
+    layers: Callable[[Any], frozenset[int]]
+    these: str
+    others: str
 
 
 @dataclass(frozen=True)
@@ -59,6 +80,7 @@ class Family:
     some of the sites, with the reason. ``out_by_in``: does the output projection keep its matrix as [out, in], as
     ``nn.Linear`` does? ``wide_softmax``: does eager attention take its softmax in float32, or in the model's dtype?
     ``reached``: sites of one level that the family's modules make in another order than the vocabulary has them.
+    ``widths``: the configuration's words for further widths of sites. ``in_some``: sites that not all layers have.
     """
 
     name: str
@@ -75,6 +97,8 @@ class Family:
     out_by_in: bool = True
     wide_softmax: bool = True
     reached: tuple[str, ...] = ()
+    widths: Mapping[str, str] = field(default_factory=dict[str, str])
+    in_some: tuple[InSome, ...] = ()
 
     def refused(self, config: Any) -> str | None:
         """The reason why a configuration of this family cannot be served, if there is one."""

@@ -34,7 +34,7 @@ from tracelens.backends.execute import (
 )
 from tracelens.backends.mesh import Mesh
 from tracelens.backends.selecting import put_tokens, take_tokens
-from tracelens.backends.views import Put, Take
+from tracelens.backends.views import Put, Take, TakeSized
 from tracelens.ir import dims
 from tracelens.ir.infer import resolve, torch_dtype
 from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, local_type
@@ -133,22 +133,24 @@ def body(
     shapes: dict[TensorType, int],
     gradients: Mapping[int, Gradients],
     devices: Devices,
-    view: tuple[Take, Put] | None = None,
+    view: tuple[Take | TakeSized, Put] | None = None,
     cuts: bool = False,
+    sized: bool = False,
 ) -> Body:
     """The function for some steps.
 
     ``devices``: where values are. ``fresh``: the values that no one else holds, so that a write need not copy them.
     ``shapes`` numbers the types whose sizes the run has to know, in ``state.shapes``; types that are new to it are
     added. ``gradients``: what takes the gradients of the program, by the numbers of the operations. ``view`` finds the
-    site in the module's tensor, and makes a new one of it; ``cuts``: there is more in that tensor.
+    site in the module's tensor, and makes a new one of it; ``cuts``: there is more in that tensor; ``sized``: it has to
+    know the sizes of the pass.
     """
     writer = _Writer(steps, types, fresh, shapes, gradients, devices)
     if cuts:
         writer.views |= {step.op.out for step in steps if isinstance(step.op, Read)}
     if view is not None:
         writer.line("whole = tensor")
-        writer.line(f"tensor = {writer.name(view[0])}(tensor)")
+        writer.line(f"tensor = {writer.name(view[0])}(tensor{', state.sizes' if sized else ''})")
     for step in steps:
         writer.write(step)
     if view is not None and any(isinstance(step.op, Write) for step in steps):

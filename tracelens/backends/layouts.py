@@ -46,7 +46,10 @@ def site_layouts(anatomy: ModelAnatomy, styles: Mapping[str, str]) -> dict[str, 
         tap = anatomy.family.taps.get(kind.name)
         if tap is None or kind.name in _AS_PROJECTED:
             continue
-        path = anatomy.module_path(tap, 0 if kind.scope is Scope.LAYER else None)
+        layers = anatomy.layers_with(kind.name) if kind.scope is Scope.LAYER else (None,)
+        if not layers:
+            continue
+        path = anatomy.module_path(tap, layers[0])
         style = style_of(styles, path)
         if style is None:
             continue
@@ -66,6 +69,18 @@ def site_layouts(anatomy: ModelAnatomy, styles: Mapping[str, str]) -> dict[str, 
     return found
 
 
+def expert_ranks(config: Any) -> int:
+    """Over how many ranks whole experts are spread; 1 where each rank has a part of every expert."""
+    asked = getattr(config, "distributed_config", None)
+    return getattr(asked, "ep_size", None) or 1
+
+
+def styles_of(model: Any) -> Mapping[str, str]:
+    """How transformers spreads a model's modules, by path with layers as ``*``."""
+    experts = model.ep_plan if expert_ranks(model.config) > 1 else {}
+    return {**(model.tp_plan or {}), **experts}
+
+
 def style_of(styles: Mapping[str, str], path: str) -> str | None:
     """How transformers spreads a module, if it does."""
     return styles.get(re.sub(r"\.\d+\.", ".*.", path)) or styles.get(path)
@@ -83,25 +98,36 @@ _SPLIT = {
     "embedding_colwise": (1, None),
 }
 
+_ALONE = {"rowwise": -1, "grouped_gemm": 0}
+"""The same for parameters that have a style by their own path."""
+
 
 def parameter_layouts(
     whole: nn.Module, own: nn.Module, styles: Mapping[str, str]
 ) -> tuple[dict[str, Layout], frozenset[str]]:
     """The parameters that ranks have in parts, by path, as the styles say; held to what this rank has of them.
 
-    Beside them those whose parts nobody could put together: of packed matrices, and of experts.
+    Beside them those whose parts nobody could put together: of packed matrices.
     """
     found: dict[str, Layout] = {}
-    for path, _ in whole.named_parameters(remove_duplicate=False):
+    for path, tensor in whole.named_parameters(remove_duplicate=False):
         module, _, name = path.rpartition(".")
         matrix, bias = _SPLIT.get(style_of(styles, module) or "", (None, None))
-        axis = bias if name == "bias" else matrix
+        # The matrices of all experts are one tensor, with a style of its own.
+        alone = _ALONE.get(style_of(styles, path) or "")
+        axis = bias if name == "bias" else matrix if alone is None else alone % tensor.ndim
         if axis is not None:
             found[path] = Shard(axis)
     strange: set[str] = set()
     for path, tensor in own.named_parameters(remove_duplicate=False):
         placements: Any = getattr(tensor, "placements", None)
-        really = None if placements is None or not placements[0].is_shard() else Shard(placements[0].dim)
+        if placements is None or placements[0].is_replicate():
+            really = None
+        else:
+            # Parts that are packed into each other are no shard of one axis.
+            really = (
+                Shard(placements[0].dim % tensor.ndim) if placements[0].is_shard() else str(placements[0])
+            )
         if path in found and found[path] != really:
             raise LayoutError(f"{path!r} lies on its ranks as {placements}, where {found[path]} was expected")
         if really is not None and path not in found:
@@ -109,13 +135,20 @@ def parameter_layouts(
     return found, frozenset(strange)
 
 
-def require_divisible(config: Any, ranks: int) -> None:
-    """Refuses a number of ranks over which heads or neurons cannot be spread evenly, and names those that could."""
+def require_divisible(config: Any, ranks: int, experts: int = 1) -> None:
+    """Refuses a number of ranks over which heads or neurons cannot be spread evenly, and names those that could.
+
+    ``experts``: the number of ranks over which experts are spread, whole ones; where that is one, every rank has a part
+    of each expert's neurons.
+    """
     counts = {
         "num_attention_heads": config.num_attention_heads,
         "num_key_value_heads": getattr(config, "num_key_value_heads", None) or config.num_attention_heads,
         "intermediate_size": getattr(config, "intermediate_size", ranks),
     }
+    if getattr(config, "num_experts", None):
+        word = "num_experts" if experts > 1 else "moe_intermediate_size"
+        counts[word] = getattr(config, word, ranks)
     odd = {name: count for name, count in counts.items() if count % ranks}
     if odd:
         fitting = [n for n in range(1, min(counts.values()) + 1) if all(c % n == 0 for c in counts.values())]

@@ -13,7 +13,7 @@ from torch import nn
 
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.autograd_mode import plain_mode, with_autograd
-from tracelens.backends.base import Side, Tap
+from tracelens.backends.base import HeadsView, RowsView, Side, Tap
 from tracelens.backends.body import Body, Devices, body
 from tracelens.backends.differentiate import gradients_of
 from tracelens.backends.enduring import remember
@@ -23,11 +23,19 @@ from tracelens.backends.inside_hooks import InsideHook, join
 from tracelens.backends.mesh import Mesh
 from tracelens.backends.module_hooks import ModuleHook
 from tracelens.backends.replacing import replacement
-from tracelens.backends.side_hooks import HOOKS, Blamed, ForwardStopped, HookCode, SideHook, done
+from tracelens.backends.side_hooks import (
+    HOOKS,
+    Blamed,
+    DecidingHook,
+    ForwardStopped,
+    HookCode,
+    SideHook,
+    done,
+)
 from tracelens.backends.spread import Keeper, Loading, is_hooked
 from tracelens.backends.stand_in import StandIn, missed
 from tracelens.backends.transfer import Everywhere
-from tracelens.backends.views import taking_and_putting
+from tracelens.backends.views import Put, Take, TakeSized, rows_apart, taking_and_putting
 from tracelens.errors import (
     NestedTraceError,
     OpFailedError,
@@ -109,7 +117,8 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
         else:
             # Sites of one hook point may differ in where the tensor lies in the output: one hook each, in order.
             _, tap, path = anatomy.tap(block.site)
-            points.setdefault((path, Tap("", tap.side, tap.key, tap.view)), []).append(block)
+            point = (path, Tap("", tap.side, tap.key, tap.view, tap.decides))
+            points.setdefault(point, []).append(block)
     seat = seat_of(anatomy.model)
     hooks: list[SideHook | ModuleHook | StandIn | InsideHook] = []
     standing: dict[str, StandIn] = {}
@@ -127,10 +136,9 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
                 shapes,
                 gradients,
                 devices,
-                None
-                if tap.view is None
-                else taking_and_putting(tap.view, anatomy.local_widths(cast(Site, blocks[0].site))),
-                cuts=tap.view is not None and len(tap.view.parts) > 1,
+                _view(anatomy, tap, cast(Site, blocks[0].site)),
+                cuts=isinstance(tap.view, HeadsView) and len(tap.view.parts) > 1,
+                sized=isinstance(tap.view, RowsView),
             ),
             any(block.writes for block in blocks),
             plan.stop is not None and plan.stop in {block.site for block in blocks},
@@ -146,7 +154,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
             calls, copies = anatomy.sides.calls_of(point), anatomy.sides.leaf(point).lent
             hooks.append(ModuleHook(code, seat, calls=calls, copies=copies))
         else:
-            hooks.append(HOOKS[tap.side](code, seat))
+            hooks.append(DecidingHook(code, seat) if tap.decides else HOOKS[tap.side](code, seat))
     inside = [hook for hook in hooks if isinstance(hook, InsideHook)]
     if inside:
         join(inside, seat, replaced_layers(graph), anatomy)
@@ -188,6 +196,13 @@ def _departing(
 
 
 _VIEWING = (Kind.SHAPE, Kind.AXIS, Kind.PATTERN, Kind.GENERAL)
+
+
+def _view(anatomy: ModelAnatomy, tap: Tap, site: Site) -> tuple[Take | TakeSized, Put] | None:
+    """How a site is found in its module's tensor, where it is not that tensor itself."""
+    if isinstance(tap.view, HeadsView):
+        return taking_and_putting(tap.view, anatomy.local_widths(site))
+    return None if tap.view is None else rows_apart()
 
 
 def _written(block: Block) -> Write:

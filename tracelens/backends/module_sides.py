@@ -174,7 +174,7 @@ def copied(model: nn.Module, instead: str) -> nn.Module:
         )
     with seat.lock:
         try:
-            return _without_grouped_experts(meta_copy(model))
+            return without_data_of_experts(meta_copy(model))
         except Exception as error:
             raise MetaForwardError(
                 "what this model's modules receive and return cannot be learned: the model cannot be copied without "
@@ -183,10 +183,14 @@ def copied(model: nn.Module, instead: str) -> nn.Module:
             ) from error
 
 
-def _without_grouped_experts(copy: nn.Module) -> nn.Module:
-    """The copy with experts that compute without data: modules are called as often, with tensors of the same sizes."""
+def without_data_of_experts(copy: nn.Module) -> nn.Module:
+    """The copy with experts that compute without data: what they receive and return is of the same sizes.
+
+    So is what passes the modules inside of them, unless each expert computes alone (``eager``): these are called as
+    often as there are experts with tokens then, which a run finds out.
+    """
     config, put = getattr(copy, "config", None), getattr(copy, "set_experts_implementation", None)
-    if callable(put) and getattr(config, "_experts_implementation", None) == "grouped_mm":
+    if callable(put) and getattr(config, "_experts_implementation", None) in ("grouped_mm", "eager"):
         put("batched_mm")
     return copy
 

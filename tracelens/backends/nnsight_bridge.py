@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from tracelens.backends.anatomy import ModelAnatomy
-from tracelens.backends.base import Side, Tap
+from tracelens.backends.base import RowsView, Side, Tap
 from tracelens.backends.module_hooks import replaced
 from tracelens.backends.views import taking_and_putting
 from tracelens.errors import BridgeError
@@ -102,6 +102,11 @@ class _Place:
             raise BridgeError(
                 f"{site} lies inside the attention function, where the bridge does not reach",
                 instead="q, k, v and z, or model.compile(graph)(prompt) on a model of tracelens",
+            )
+        if isinstance(tap.view, RowsView):
+            raise BridgeError(
+                f"{site} is what a router returns for all tokens in one row, which the bridge does not take apart",
+                instead="mlp_in and mlp_out, or model.compile(graph)(prompt) on a model of tracelens",
             )
         self.tap: Tap = tap
         self.view = None if tap.view is None else taking_and_putting(tap.view, anatomy.widths)

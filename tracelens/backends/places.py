@@ -39,7 +39,8 @@ def placement(anatomy: ModelAnatomy) -> Placement:
         if kind.scope is not Scope.LAYER:
             ends[kind.name] = number[spread.device_of(tap.module)]
             continue
-        for layer, place in enumerate(layers):
+        for layer in anatomy.layers_with(kind.name):
+            place = layers[layer]
             own = number[spread.device_of(anatomy.module_path(tap, layer))]
             if own != place:
                 apart[kind.name, layer] = own

@@ -12,6 +12,7 @@ from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.base import Family
 from tracelens.backends.meta_copy import on_meta
 from tracelens.backends.module_sides import ModuleSides
+from tracelens.backends.some_layers import SomeLayers
 from tracelens.backends.spread import state_of
 from tracelens.errors import NotALanguageModelError
 from tracelens.ir.sites import Site
@@ -34,6 +35,7 @@ class PlainAnatomy(ModelAnatomy):
         self._paths = {}
         self._points = {}
         self._withheld = {}
+        self.some = SomeLayers(self.family, self.config, 0)
         self._rows = 0
         # Only what decides about shapes is kept of the inputs, not their numbers.
         given, named = on_meta(args), on_meta(kwargs)

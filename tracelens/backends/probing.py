@@ -18,9 +18,10 @@ from torch import nn
 
 from tracelens.backends.base import Side
 from tracelens.backends.hooks import seat_of, watch
-from tracelens.backends.layouts import style_of
+from tracelens.backends.layouts import style_of, styles_of
 from tracelens.backends.mesh import local
 from tracelens.backends.meta_copy import aside, meta_copy
+from tracelens.backends.module_sides import without_data_of_experts
 from tracelens.backends.survey import Watcher
 from tracelens.backends.transfer import moved, on_cpu
 from tracelens.errors import LayoutError
@@ -46,7 +47,7 @@ def probe(anatomy: ModelAnatomy, placement: Placement) -> Probed:
     assert mesh is not None
     whole: Shapes = {}
     paths: dict[str, str] = {}
-    skeleton = meta_copy(anatomy._whole)
+    skeleton = without_data_of_experts(meta_copy(anatomy._whole))
     ids = torch.arange(_ROWS * _POSITIONS).reshape(_ROWS, _POSITIONS) % anatomy.widths["V"]
     with aside():
         watcher = _watching(skeleton)
@@ -59,12 +60,12 @@ def probe(anatomy: ModelAnatomy, placement: Placement) -> Probed:
     everywhere = _exchanged({"stage": mesh.stage, "tensors": own}, mesh.device)
     parts: dict[str, InParts] = {}
     unclear: dict[str, str] = {}
-    model: Any = anatomy.model
+    styles = styles_of(anatomy.model)
     for name, shape in whole.items():
         stage = placement.of_path(paths[name])
         seen = [rank["tensors"].get(name) for rank in everywhere if rank["stage"] == stage]
         found = lying(shape, seen, mesh.ranks)
-        style = style_of(model.tp_plan or {}, paths[name])
+        style = style_of(styles, paths[name])
         if isinstance(found, InParts) and style is not None and "packed" in style:
             found = f"is at a module that is spread by the style {style!r}, whose parts are packed into each other"
         if isinstance(found, InParts):
@@ -179,9 +180,11 @@ def check_named(anatomy: ModelAnatomy, placement: Placement, probed: Probed, who
         tap = anatomy.family.taps.get(kind.name)
         if tap is None or tap.side not in (Side.IN, Side.OUT):
             continue
-        for layer in range(anatomy.n_layers) if kind.scope is Scope.LAYER else (None,):
+        for layer in anatomy.layers_with(kind.name) if kind.scope is Scope.LAYER else (None,):
             path = anatomy.module_path(tap, layer)
-            keys = [(), (0,)] if tap.side is Side.OUT else [(0,), ("hidden_states",)]
+            keys = [(0,), ("hidden_states",)]
+            if tap.side is Side.OUT:
+                keys = [(tap.key,)] if isinstance(tap.key, int) else [(), (0,)]
             side = INPUT if tap.side is Side.IN else "output"
             name = next((name for key in keys if (name := _name(path, side, key, None)) in whole), None)
             if name is None:

@@ -8,6 +8,8 @@ from typing import Any
 
 from torch import nn
 
+from tracelens.backends.mesh import local
+
 
 def load_part(source: str, *, tp: int, pp: int, ep: int, dtype: Any, options: Mapping[str, Any]) -> nn.Module:
     """What this rank has of the model; every rank of the process group calls it. Only that part is read."""
@@ -21,7 +23,24 @@ def load_part(source: str, *, tp: int, pp: int, ep: int, dtype: Any, options: Ma
         model = AutoModelForCausalLM.from_pretrained(
             source, distributed_config=DistributedConfig(**sizes), dtype=dtype, **options
         )
+    if "experts_implementation" not in options:
+        _suit_experts(model)
     return model.eval()
+
+
+_ALIGNMENT = 16
+
+
+def _suit_experts(model: Any) -> None:
+    """Has experts computed one row at a time where this rank's rows are too short for torch's grouped product.
+
+    That one takes rows of whole 16 bytes: in bfloat16 a rank's share of an expert must be a multiple of 8 neurons.
+    """
+    if getattr(model.config, "_experts_implementation", None) != "grouped_mm":
+        return
+    own = [local(parameter) for parameter in model.parameters() if parameter.ndim == 3]
+    if any(tensor.shape[-1] * tensor.element_size() % _ALIGNMENT for tensor in own):
+        model.set_experts_implementation("batched_mm")
 
 
 @contextmanager

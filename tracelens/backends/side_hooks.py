@@ -184,6 +184,29 @@ class _After(SideHook):
         return tensor if self.writes else None
 
 
+class DecidingHook(_After):
+    """At a tensor in a module's output of which the module has made the rest: what is written decides that anew."""
+
+    __slots__ = ()
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> Any:
+        run, decides = self.seat.run, self.code.tap.decides
+        if not self.writes or run is None or get_ident() != run.thread:
+            return super().__call__(module, args, output)
+        assert decides is not None
+        first, *rest = output
+        if not all(map(torch.equal, decides(module, first), rest)):
+            error = SiteMismatchError(
+                f"module {self.code.path!r} makes something else of {self.code.site} than its kind does, so that what "
+                "follows from another value is not known",
+                instead="a write to what the module makes of it, which model.sites() lists",
+            )
+            self.code.failed(run.state, first, error)
+            return None
+        made = self.passed(run, first)
+        return (made, *decides(module, made))
+
+
 HOOKS: dict[Side, Callable[[HookCode, Seat], SideHook | InsideHook]] = {
     Side.IN: _Before,
     Side.OUT: _After,

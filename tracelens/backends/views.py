@@ -9,6 +9,7 @@ import torch
 from tracelens.backends.base import HeadsView
 
 Take = Callable[[torch.Tensor], torch.Tensor]
+TakeSized = Callable[[torch.Tensor, Mapping[str, int]], torch.Tensor]
 Put = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
@@ -50,3 +51,15 @@ def taking_and_putting(view: HeadsView, widths: Mapping[str, int]) -> tuple[Take
 def _heads_inside(tensor: torch.Tensor) -> torch.Tensor:
     """[B, H, P, d] as [B, P, H, d], and back."""
     return tensor.transpose(1, 2)
+
+
+def rows_apart() -> tuple[TakeSized, Put]:
+    """The same for sites of rows that lie one after the other; what takes them is given the sizes of the pass, too."""
+    return _rows_apart, lambda whole, new: new.flatten(0, 1)
+
+
+def _rows_apart(tensor: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
+    """[B * P, ...] as [B, P, ...]."""
+    if not tensor.ndim or tensor.shape[0] != sizes["B"] * sizes["P"]:
+        return tensor  # the read that follows says what is wrong
+    return tensor.unflatten(0, (sizes["B"], sizes["P"]))

@@ -13,6 +13,7 @@ from enum import Enum
 from functools import lru_cache
 
 from tracelens.ir.dims import B, P, S, Sym
+from tracelens.ir.types import DType
 
 
 class Effect(Enum):
@@ -37,8 +38,10 @@ class Kind:
     """One row of the vocabulary.
 
     ``shape`` uses the size symbols and the model's own widths by name: ``D`` (d_model), ``M`` (neurons), ``V``
-    (vocabulary), ``H`` (heads), ``K`` (key and value heads), ``d`` (the width of a head). ``level`` orders the rows;
-    rows of one level cannot feed each other, and stand in the order in which modules make them.
+    (vocabulary), ``H`` (heads), ``K`` (key and value heads), ``d`` (the width of a head), ``E`` (experts), ``k``
+    (experts for each token). ``level`` orders the rows; rows of one level cannot feed each other, and stand in the
+    order in which modules make them. ``dtype``: where it is another than that of the model. ``instead``: what to write
+    to, where the site is read-only.
     """
 
     name: str
@@ -48,6 +51,8 @@ class Kind:
     effect: Effect
     meaning: str
     aliases: tuple[str, ...] = ()
+    dtype: DType | None = None
+    instead: str | None = None
 
 
 _RESIDUAL: tuple[Sym | str, ...] = (B, P, "D")
@@ -56,9 +61,19 @@ _TOKENS: tuple[Sym | str, ...] = (B, P, "V")
 _HEADS: tuple[Sym | str, ...] = (B, P, "H", "d")
 _KV_HEADS: tuple[Sym | str, ...] = (B, P, "K", "d")
 _LOOKS: tuple[Sym | str, ...] = (B, "H", P, S)
+_EXPERTS: tuple[Sym | str, ...] = (B, P, "E")
+_CHOSEN: tuple[Sym | str, ...] = (B, P, "k")
 
 KINDS: tuple[Kind, ...] = (
-    Kind("token_mask", Scope.INPUT, 0, (B, P), Effect.NONE, "True at real tokens, False at padding"),
+    Kind(
+        "token_mask",
+        Scope.INPUT,
+        0,
+        (B, P),
+        Effect.NONE,
+        "True at real tokens, False at padding",
+        dtype=DType.BOOL,
+    ),
     Kind("embed", Scope.BEFORE, 0, _RESIDUAL, Effect.STREAM, "what the token embedding returns"),
     Kind("pos_embed", Scope.BEFORE, 1, _RESIDUAL, Effect.STREAM, "the learned position embedding"),
     Kind("resid_pre", Scope.LAYER, 0, _RESIDUAL, Effect.STREAM, "the tensor entering the block"),
@@ -115,22 +130,50 @@ KINDS: tuple[Kind, ...] = (
         ("post_ln",),
     ),
     Kind("mlp_in", Scope.LAYER, 15, _RESIDUAL, Effect.BRANCH, "what the MLP module receives"),
-    Kind("mlp_pre", Scope.LAYER, 16, _NEURONS, Effect.BRANCH, "the neurons before the activation function"),
-    Kind("mlp_up", Scope.LAYER, 16, _NEURONS, Effect.BRANCH, "the linear branch of a gated MLP"),
+    # The router's, in layers that are mixtures of experts. Which experts there are comes before how much each counts,
+    # so that one's weight can be taken away.
     Kind(
-        "mlp_act", Scope.LAYER, 17, _NEURONS, Effect.BRANCH, "the neurons: the input of the down projection"
+        "router_logits",
+        Scope.LAYER,
+        16,
+        _EXPERTS,
+        Effect.BRANCH,
+        "the router's score of each expert; experts and weights are chosen anew from what is written",
     ),
-    Kind("mlp_out", Scope.LAYER, 18, _RESIDUAL, Effect.BRANCH, "the raw output of the MLP"),
+    Kind(
+        "expert_index",
+        Scope.LAYER,
+        17,
+        _CHOSEN,
+        Effect.NONE,
+        "which experts each token goes to, best first",
+        dtype=DType.INT64,
+        instead="router_logits, from which experts are chosen; or expert_weights, where 0 takes one out",
+    ),
+    Kind(
+        "expert_weights",
+        Scope.LAYER,
+        18,
+        _CHOSEN,
+        Effect.BRANCH,
+        "what the outputs of these experts are multiplied by, in the same order",
+    ),
+    Kind("mlp_pre", Scope.LAYER, 19, _NEURONS, Effect.BRANCH, "the neurons before the activation function"),
+    Kind("mlp_up", Scope.LAYER, 19, _NEURONS, Effect.BRANCH, "the linear branch of a gated MLP"),
+    Kind(
+        "mlp_act", Scope.LAYER, 20, _NEURONS, Effect.BRANCH, "the neurons: the input of the down projection"
+    ),
+    Kind("mlp_out", Scope.LAYER, 21, _RESIDUAL, Effect.BRANCH, "the raw output of the MLP"),
     Kind(
         "mlp_post_norm",
         Scope.LAYER,
-        19,
+        22,
         _RESIDUAL,
         Effect.BRANCH,
         "the output of the norm between the MLP and the stream",
     ),
-    Kind("mlp_add", Scope.LAYER, 20, _RESIDUAL, Effect.BRANCH, "what the MLP really adds to the stream"),
-    Kind("resid_post", Scope.LAYER, 21, _RESIDUAL, Effect.STREAM, "the tensor leaving the block"),
+    Kind("mlp_add", Scope.LAYER, 23, _RESIDUAL, Effect.BRANCH, "what the MLP really adds to the stream"),
+    Kind("resid_post", Scope.LAYER, 24, _RESIDUAL, Effect.STREAM, "the tensor leaving the block"),
     Kind(
         "final_norm",
         Scope.AFTER,

@@ -1,5 +1,6 @@
 """Gemma-3 (text): norms on both ends of each sublayer, layers with a sliding window, logits that may be soft-capped."""
 
+from tracelens.backends.architectures.dense import NO_EXPERTS
 from tracelens.backends.base import Family, HeadsView, Side, Tap
 
 GEMMA3 = Family(
@@ -42,7 +43,10 @@ GEMMA3 = Family(
         # Soft-capped, where the configuration has final_logit_softcapping.
         "logits": Tap("", Side.OUT, "logits"),
     },
-    {"pos_embed": "positions enter by rotation inside attention (RoPE), so there is no position embedding"},
+    {
+        "pos_embed": "positions enter by rotation inside attention (RoPE), so there is no position embedding",
+        **NO_EXPERTS,
+    },
     refusals={
         "use_bidirectional_attention": "its attention looks ahead, so that a token depends on those after it, which "
         "positions and generation steps do not allow for"

@@ -1,5 +1,6 @@
 """GPT-2: learned positions, LayerNorm, and an MLP without a gate."""
 
+from tracelens.backends.architectures.dense import NO_EXPERTS
 from tracelens.backends.base import Family, HeadsView, Side, Tap
 
 # One matrix makes queries, keys and values, side by side.
@@ -36,6 +37,7 @@ GPT2 = Family(
         "logits": Tap("", Side.OUT, "logits"),
     },
     {
+        **NO_EXPERTS,
         "mlp_up": "its MLP has no gate; use mlp_pre",
         "attn_post_norm": "what attention returns is added as it is, without a norm in between; use attn_add",
         "mlp_post_norm": "what the MLP returns is added as it is, without a norm in between; use mlp_add",

@@ -1,5 +1,6 @@
-"""Llama and the families that share its block: Mistral, Qwen2, Qwen3, Qwen3-MoE."""
+"""Llama and the families that share its block: Mistral, Qwen2, Qwen3."""
 
+from tracelens.backends.architectures.dense import NO_EXPERTS
 from tracelens.backends.base import Family, HeadsView, Side, Tap
 
 _TAPS = {
@@ -47,6 +48,7 @@ _PRE_NORM = {
 _ABSENT = {
     **_NO_POSITIONS,
     **_PRE_NORM,
+    **NO_EXPERTS,
     "q_normed": "its queries have no norm of their own; use q",
     "k_normed": "its keys have no norm of their own; use k",
 }
@@ -54,26 +56,10 @@ _ABSENT = {
 LLAMA = Family("Llama", ("llama",), "model.layers.{}", _TAPS, _ABSENT)
 MISTRAL = Family("Mistral", ("mistral",), "model.layers.{}", _TAPS, _ABSENT)
 QWEN2 = Family("Qwen2", ("qwen2",), "model.layers.{}", _TAPS, _ABSENT)
-QWEN3 = Family("Qwen3", ("qwen3",), "model.layers.{}", {**_TAPS, **_QK_NORMS}, {**_NO_POSITIONS, **_PRE_NORM})
-
-_ROWS = (
-    "experts work on the rows of the tokens that come to them, so there is no [B, P, neurons]; the MLPs of dense "
-    "layers (mlp_only_layers) by path: model.module('model.layers.i.mlp.{}').{}"
-)
-# What layers of both kinds have. Its own MLP module is either one, and what that returns is added as it is.
-_NEURONS = {
-    "mlp_pre": _ROWS.format("gate_proj", "output"),
-    "mlp_up": _ROWS.format("up_proj", "output"),
-    "mlp_act": _ROWS.format("down_proj", "input"),
-}
-QWEN3_MOE = Family(
-    "Qwen3-MoE",
-    ("qwen3_moe",),
+QWEN3 = Family(
+    "Qwen3",
+    ("qwen3",),
     "model.layers.{}",
-    {
-        **{name: tap for name, tap in QWEN3.taps.items() if name not in _NEURONS},
-        "mlp_in": Tap("mlp", Side.IN, "hidden_states"),
-        "mlp_out": Tap("mlp", Side.OUT),
-    },
-    {**QWEN3.absent, **_NEURONS},
+    {**_TAPS, **_QK_NORMS},
+    {**_NO_POSITIONS, **_PRE_NORM, **NO_EXPERTS},
 )
