@@ -15,14 +15,12 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from transformers import Qwen3MoeConfig
 
 import tracelens as tl
 from tests.support.families import FAMILIES
 from tests.support.ranks import PoolOf, fragile
 from tracelens.errors import (
     ExtraMemoryError,
-    LayoutError,
     ModelClosedError,
     OptionError,
     PlansDifferError,
@@ -31,7 +29,6 @@ from tracelens.errors import (
     UntrustedApplyError,
 )
 from tracelens.model import Model
-from tracelens.rank_loading import require_fit
 
 PROMPT = [[5, 6, 7, 8]]
 
@@ -291,11 +288,3 @@ def test_plans_that_differ_are_refused_before_anything_runs(shared: Model, one: 
         del vars(compiled)["plan_digest"]
     torch.testing.assert_close(neurons(shared), neurons(one), rtol=1e-5, atol=1e-5)
     assert ranks.pids == pids
-
-
-def test_experts_are_not_shared_by_ranks_yet() -> None:
-    """On the CPU their products want bfloat16 there; nothing is launched before that is said."""
-    config = Qwen3MoeConfig(num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2)
-    with pytest.raises(LayoutError, match="experts of qwen3_moe"):
-        require_fit(config, {"tp": 2, "pp": 1, "ep": 2})
-    require_fit(config, {"tp": 1, "pp": 2, "ep": 1})

@@ -54,7 +54,8 @@ def load(
     ``offload_folder``: where the weights of parts on ``"disk"`` are kept.
 
     ``tp``, ``pp``: spreads the model over ranks, which are processes that this one launches and owns: ``tp`` of them
-    share each layer (tensor parallelism), in ``pp`` stages of layers (a pipeline). ``ep``: spreads experts over them.
+    share each layer (tensor parallelism), in ``pp`` stages of layers (a pipeline). ``ep``: as many ranks as ``tp``, of
+    which each has some whole experts, rather than a part of each.
     ``ranks``: ranks that are there already (:class:`Ranks`), as many as ``tp * pp``. ``timeout``: seconds that a run
     may take. ``model.close()`` ends them, and so does the end of the model or of this process. Under ``torchrun`` the
     ranks are the processes of the script, and the first of them has the results.

@@ -1,0 +1,319 @@
+"""Mixtures of experts on ranks, beside one process: experts in parts (``tp=2``), whole ones (``ep=2``), and stages."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import Qwen3Config, Qwen3MoeConfig
+from transformers.distributed.configuration_utils import DistributedConfig
+
+import tracelens as tl
+from tests.conformance.test_reads import read
+from tests.parallel.writes import EDITS
+from tests.support.families import FAMILIES
+from tests.support.hand_forward import hand_sites
+from tests.support.ranks import PoolOf
+from tracelens.errors import AbsentSiteError, LayoutError, OptionError
+from tracelens.ir.layout import Replicate, Shard
+from tracelens.ir.ops import Save
+from tracelens.ir.sites import Effect, Site
+from tracelens.model import Model
+from tracelens.rank_loading import require_fit
+
+ROWS = [[5, 6, 7, 8], [9, 10, 11, 12]]
+RAGGED = [[5, 6, 7, 8], [9, 10]]
+TOLERANCE = 1e-5
+
+knows_ep = pytest.mark.skipif(
+    "ep_size" not in DistributedConfig.__dataclass_fields__,
+    reason="this version of transformers does not know ep_size, by which each rank has some of the experts",
+)
+SIZES = {"pp2": {"pp": 2}, "tp2": {"tp": 2}, "ep2": {"tp": 2, "ep": 2}}
+every_spread = pytest.mark.parametrize(
+    "spread", ["pp2", "tp2", pytest.param("ep2", marks=knows_ep)], indirect=True, scope="module"
+)
+shared = pytest.mark.parametrize(
+    "spread", ["tp2", pytest.param("ep2", marks=knows_ep)], indirect=True, scope="module"
+)
+
+
+@dataclass(frozen=True)
+class Both:
+    """One model in this process and on ranks."""
+
+    name: str
+    hf: Any
+    one: Model
+    there: Model
+
+    def beside(self, block: Any) -> list[tuple[Any, Any]]:
+        """What a block gives on the ranks and in one process."""
+        return list(zip(block(self.there), block(self.one), strict=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    found = tmp_path_factory.mktemp("experts")
+    FAMILIES["qwen3_moe"].build().save_pretrained(found)
+    return found
+
+
+@pytest.fixture(scope="module")
+def spread(request: pytest.FixtureRequest, folder: Path, ranks_of: PoolOf) -> Iterator[Both]:
+    with tl.load(folder, ranks=ranks_of(2), **SIZES[request.param]) as there:
+        yield Both(request.param, FAMILIES["qwen3_moe"].build(), tl.load(folder), there)
+
+
+def relative(actual: Tensor, expected: Tensor) -> float:
+    return float((actual.double() - expected.double()).abs().max() / expected.double().abs().max())
+
+
+# --- beside one process ----------------------------------------------------------------------------------------------
+
+
+@every_spread
+def test_every_site_is_that_of_one_process(spread: Both) -> None:
+    report = spread.there.check_parallel(RAGGED)
+    present = {row.name for row in spread.there.sites() if row.absent is None} - {"head_out"}
+    assert {row.site for row in report} == present
+    assert {"router_logits", "expert_index", "expert_weights", "mlp_act"} <= present
+    assert all(row.refused is None for row in report)
+    assert report.ok
+    assert report.worst.error < 5e-6
+    # The router is whole on each rank, and what it returns is of all tokens.
+    for name in ("router_logits", "expert_index", "expert_weights"):
+        assert report[name].alike in (True, None)
+    assert report["expert_index"].error == 0.0
+
+
+@every_spread
+def test_every_site_is_written(spread: Both) -> None:
+    """Each by one kind of edit, another one in each layer; what the router returns by all."""
+    sites = [site for site in hand_sites(spread.hf)[1:] if site.kind.effect is not Effect.NONE]
+    edits = list(EDITS.values())
+    with spread.one.trace(ROWS):
+        clean = {site: read(spread.one, site).save() for site in sites}
+    for number, site in enumerate(sites):
+        router = site.name in ("router_logits", "expert_weights")
+        for edit in edits if router else [edits[number % len(edits)]]:
+            if site.name == "router_logits" and edit.name == "centred":
+                continue  # a soft-max forgets what is taken from all logits of a token
+            shape = clean[site].value.shape
+
+            def block(model: Model, site: Site = site, edit: Any = edit, shape: Any = shape) -> list[Tensor]:
+                with model.trace(ROWS):
+                    edit.run(model, site, shape)
+                    saved = [read(model, site).save(), model.logits.save()]
+                return [value.value for value in saved]
+
+            (site_there, site_here), (logits_there, logits_here) = spread.beside(block)
+            assert relative(logits_here, clean[Site("logits")].value) > 100 * TOLERANCE, (site, edit.name)
+            assert relative(site_there, site_here) <= TOLERANCE, (site, edit.name)
+            assert relative(logits_there, logits_here) <= TOLERANCE, (site, edit.name)
+
+
+@every_spread
+def test_an_expert_is_taken_out_and_another_is_never_chosen(spread: Both) -> None:
+    def block(model: Model) -> list[Any]:
+        with model.trace(RAGGED):
+            first, second = model.layers[0], model.layers[1]
+            first.expert_weights = first.expert_weights * (first.expert_index != 2)
+            second.router_logits[..., 3] = -1e9
+            index = second.expert_index.save()
+            logits = model.logits.tok[-1].save()
+        return [torch.cat([part.flatten() for part in index.value]), logits.value]
+
+    (index, index_here), (logits, logits_here) = spread.beside(block)
+    assert torch.equal(index, index_here)
+    assert not (index == 3).any()
+    assert relative(logits, logits_here) <= TOLERANCE
+
+
+@every_spread
+def test_layers_without_a_site_say_so_before_anything_runs(spread: Both) -> None:
+    with spread.there.trace(ROWS):
+        spread.there.logits.save()
+        with pytest.raises(AbsentSiteError, match="layer 1 is a mixture of experts"):
+            spread.there.layers[1].mlp_act  # it raises
+        with pytest.raises(AbsentSiteError, match="layer 2 has one MLP for all tokens"):
+            spread.there.layers[2].router_logits
+
+
+@shared
+def test_gradients_and_text_are_those_of_one_process(spread: Both) -> None:
+    def gradients(model: Model) -> list[Tensor]:
+        with model.trace(ROWS):
+            loss = model.logits[:, -1].pow(2).mean()
+            wrt = [
+                model.layers[0].resid_post,
+                model.layers[0].router_logits,
+                model.layers[1].expert_weights,
+                model.layers[2].mlp_act,
+            ]
+            found = [value.save() for value in tl.grad(loss, wrt)]
+        return [value.value for value in found]
+
+    for there, here in spread.beside(gradients):
+        assert here.abs().max() > 1e-3
+        assert relative(there, here) <= TOLERANCE
+
+    def text(model: Model) -> list[list[int]]:
+        with model.generate(ROWS, max_new_tokens=5) as t:
+            model.layers[1].router_logits[..., 1] -= 3.0
+            model.layers[0].expert_weights *= 1.5
+        return t.tokens
+
+    with spread.one.generate(ROWS, max_new_tokens=5) as plain:
+        pass
+    assert text(spread.there) == text(spread.one) != plain.tokens
+
+
+# --- where it lies ---------------------------------------------------------------------------------------------------
+
+
+@every_spread
+def test_the_model_really_lies_on_its_ranks(spread: Both) -> None:
+    assert spread.there._parts is not None
+    assert spread.there._parts.bytes == tuple(
+        sum(own_bytes(name, parameter, spread.name, rank) for name, parameter in spread.hf.named_parameters())
+        for rank in range(2)
+    )
+
+
+def own_bytes(name: str, parameter: Tensor, spread: str, rank: int) -> int:
+    """What a rank ought to have of a parameter, by its name alone."""
+    if spread == "pp2":
+        late = name.startswith(("model.layers.1", "model.layers.2", "model.norm", "lm_head"))
+        return parameter.nbytes if late == (rank == 1) else 0
+    words = name.split(".")
+    if "embed_tokens" in words or "lm_head" in words:
+        return parameter[: parameter.shape[0] // 2 + (rank == 0)].nbytes  # 97 tokens
+    if any(word.endswith("_proj") for word in words):
+        return parameter.nbytes // 2
+    return parameter.nbytes  # norms, and the router
+
+
+@shared
+def test_matrices_of_experts_are_values(spread: Both) -> None:
+    """By the number of the expert, whichever rank has it or a part of it."""
+    parts = spread.there.anatomy.elsewhere
+    assert parts is not None
+    down, up = (f"model.layers.0.mlp.experts.{name}" for name in ("down_proj", "gate_up_proj"))
+    assert parts.parameters[down] == Shard(0 if spread.name == "ep2" else 2)
+    assert parts.parameters.get(up) == (Shard(0) if spread.name == "ep2" else None)
+
+    def written(model: Model) -> list[Tensor]:
+        with model.trace(ROWS):
+            found = (model.layers[1].mlp_in @ model.param(down)[3]).save()
+            model.layers[1].resid_post += model.param(down)[1].sum(-1)
+            logits = model.logits.save()
+        return [found.value, logits.value]
+
+    for there, here in spread.beside(written):
+        assert relative(there, here) <= TOLERANCE
+
+    def gates(model: Model) -> list[Tensor]:
+        with model.trace(ROWS):
+            found = (model.layers[1].mlp_in @ model.param(up)[3].T).save()
+        return [found.value]
+
+    if spread.name == "tp2":
+        # Gates and linear branches lie side by side, and each rank has a part of both.
+        with pytest.raises(LayoutError, match="packed into each other"):
+            gates(spread.there)
+        return
+    ((there, here),) = spread.beside(gates)
+    assert relative(there, here) <= TOLERANCE
+
+
+@shared
+def test_what_the_router_returns_is_planned_whole(spread: Both) -> None:
+    with spread.there.record() as r:
+        spread.there.layers[1].router_logits.save("logits")
+        spread.there.layers[1].expert_index.save("index")
+        spread.there.layers[2].mlp_act.save("neurons")
+    plan = r.plan().plan
+    saved = {op.name: plan.layouts[op.values[0]] for op in plan.graph.ops if isinstance(op, Save)}
+    assert saved == {"logits": Replicate(), "index": Replicate(), "neurons": Shard(2)}
+
+
+# --- ways of computing experts ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "sizes", [{"tp": 2}, pytest.param({"tp": 2, "ep": 2}, marks=knows_ep)], ids=["tp2", "ep2"]
+)
+def test_parts_of_experts_that_the_grouped_product_does_not_take(
+    sizes: dict[str, int], tmp_path: Path, ranks_of: PoolOf
+) -> None:
+    """Rows of 20 numbers are whole 16 bytes, and half of one is not: ranks compute those token by token."""
+    FAMILIES["qwen3_moe"].build(moe_intermediate_size=20).save_pretrained(tmp_path)
+    with tl.load(tmp_path, ranks=ranks_of(2), **sizes) as model:
+        assert model.check_parallel(ROWS).ok
+
+
+def test_experts_one_after_the_other(folder: Path, ranks_of: PoolOf) -> None:
+    with tl.load(folder, ranks=ranks_of(2), tp=2, experts_implementation="eager") as model:
+        report = model.check_parallel(RAGGED)
+    assert report.ok
+    assert report["expert_weights"].error < 5e-6
+
+
+# --- what is refused before anything is launched ---------------------------------------------------------------------
+
+TINY = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 32}
+
+
+def refused(settings: dict[str, Any], sizes: dict[str, int], config: type = Qwen3MoeConfig) -> LayoutError:
+    with pytest.raises(LayoutError) as failure:
+        require_fit(config(**TINY, **settings), {"tp": 1, "pp": 1, "ep": 1, **sizes})
+    return failure.value
+
+
+def test_numbers_that_do_not_divide_experts_are_refused() -> None:
+    # Heads allow 1 and 2 ranks.
+    assert "moe_intermediate_size is 15" in refused({"moe_intermediate_size": 15}, {"tp": 2}).problem
+    require_fit(Qwen3MoeConfig(**TINY, moe_intermediate_size=15, num_experts=4), {"tp": 2, "pp": 1, "ep": 2})
+
+
+@knows_ep
+def test_numbers_that_do_not_divide_the_number_of_experts_are_refused() -> None:
+    assert "num_experts is 5" in refused({"num_experts": 5}, {"tp": 2, "ep": 2}).problem
+    require_fit(Qwen3MoeConfig(**TINY, num_experts=5, moe_intermediate_size=16), {"tp": 2, "pp": 1, "ep": 1})
+
+
+def test_experts_are_spread_where_there_are_some() -> None:
+    error = refused({}, {"tp": 2, "ep": 2}, Qwen3Config)
+    assert "no plan by which ranks share experts of qwen3" in error.problem
+    assert str(error.instead).startswith("tl.load(name, tp=2)")
+
+
+@knows_ep
+def test_experts_over_ranks_and_stages_do_not_go_together() -> None:
+    error = refused({"num_experts": 4}, {"tp": 2, "ep": 2, "pp": 2})
+    assert "ep=2 and pp=2 do not go together" in error.problem
+    assert str(error.instead).startswith("tl.load(name, pp=2, tp=2)")
+
+
+def test_a_version_of_transformers_without_ep_size_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    fields = {
+        name: field for name, field in DistributedConfig.__dataclass_fields__.items() if name != "ep_size"
+    }
+    monkeypatch.setattr(DistributedConfig, "__dataclass_fields__", fields)
+    error = refused({"num_experts": 4}, {"tp": 2, "ep": 2})
+    assert "does not know ep_size" in error.problem
+    assert "transformers 5.23" in str(error.instead)
+
+
+def test_experts_are_spread_over_the_ranks_that_share_a_layer(folder: Path) -> None:
+    with pytest.raises(OptionError, match="ep=2 needs tp=2, not 1") as failure:
+        tl.load(folder, ep=2)
+    assert failure.value.instead == "tl.load(name, tp=2, ep=2)"
+    assert failure.value.at is not None
+    assert failure.value.at.filename == __file__
