@@ -97,8 +97,8 @@ def require_fit(config: Any, sizes: Sizes) -> None:
                     f"transformers has no plan by which ranks share a layer of {config.model_type}",
                     instead='tl.load(name, device_map="auto"), which spreads the layers over devices',
                 )
-            require_divisible(config, sizes["tp"], sizes["ep"])
-        if sizes["ep"] > 1:
+            require_divisible(config, sizes["tp"], sizes.get("ep", 1))
+        if sizes.get("ep", 1) > 1:
             _require_experts(config, sizes)
         if sizes["pp"] > 1 and not getattr(config, "base_model_pp_plan", None):
             raise LayoutError(
