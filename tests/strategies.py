@@ -11,7 +11,17 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.support.batches import Batch
-from tests.support.families import D_MODEL, HEAD_DIM, HEADS, KV_HEADS, LAYERS, NEURONS, VOCABULARY
+from tests.support.families import (
+    CHOSEN,
+    D_MODEL,
+    EXPERTS,
+    HEAD_DIM,
+    HEADS,
+    KV_HEADS,
+    LAYERS,
+    NEURONS,
+    VOCABULARY,
+)
 from tracelens.constants import Captured, capture
 from tracelens.errors import TracelensError
 from tracelens.ir.dims import B, P
@@ -59,7 +69,16 @@ def as_held(number: float) -> float | Special:
 
 # --- graphs that obey the law ------------------------------------------------------------------------------------
 
-WIDTHS = {"D": D_MODEL, "M": NEURONS, "V": VOCABULARY, "H": HEADS, "K": KV_HEADS, "d": HEAD_DIM}
+WIDTHS = {
+    "D": D_MODEL,
+    "M": NEURONS,
+    "V": VOCABULARY,
+    "H": HEADS,
+    "K": KV_HEADS,
+    "d": HEAD_DIM,
+    "E": EXPERTS,
+    "k": CHOSEN,
+}
 _ABSENT = ("pos_embed", "q_normed", "k_normed", "attn_post_norm", "mlp_post_norm")
 _ABSENT += ("router_logits", "expert_index", "expert_weights")
 READABLE = tuple(

@@ -31,7 +31,7 @@ from tests.properties.programs import (
 from tests.strategies import WIDTHS
 from tests.support.families import HEADS, LAYERS
 from tests.support.hand_forward import hand_sites
-from tracelens.ir.sites import Effect, Order, Scope, Site
+from tracelens.ir.sites import Effect, Order, Site
 
 Shape = tuple[Any, ...]
 
@@ -207,5 +207,5 @@ def permutations(draw: Callable[[st.SearchStrategy], Any], program: Program) -> 
 
 
 def traceable_sites(hf: Any) -> list[Site]:
-    """The sites of a model that a block can name."""
-    return [site for site in hand_sites(hf) if site.kind.scope is not Scope.INPUT]
+    """The sites of a model that a block can read and write."""
+    return [site for site in hand_sites(hf) if site.kind.effect is not Effect.NONE]

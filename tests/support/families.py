@@ -26,6 +26,7 @@ from transformers import (
 
 LAYERS, D_MODEL, HEADS, KV_HEADS, HEAD_DIM, NEURONS = 3, 48, 4, 2, 12, 80
 VOCABULARY, POSITIONS = 97, 64
+EXPERTS, CHOSEN = 4, 2
 
 _SPECIAL_TOKENS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 
@@ -58,8 +59,8 @@ _GEMMA3: dict[str, Any] = {
 _QWEN3_MOE: dict[str, Any] = {
     **_ROTARY,
     "head_dim": HEAD_DIM,
-    "num_experts": 4,
-    "num_experts_per_tok": 2,
+    "num_experts": EXPERTS,
+    "num_experts_per_tok": CHOSEN,
     "moe_intermediate_size": 40,
     "norm_topk_prob": True,
     # One layer without experts.
