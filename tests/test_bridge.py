@@ -154,6 +154,16 @@ def test_graphs_that_look_into_the_attention_function_are_refused() -> None:
         tl.run_with_nnsight(r, NNSIGHT["llama"], IDS)
 
 
+def test_routers_are_refused() -> None:
+    """Written logits would not choose anything there."""
+    model = MODELS["qwen3_moe"]
+    with model.record() as r:
+        model.layers[1].router_logits += 1.0
+        model.logits.save()
+    with pytest.raises(errors.BridgeError, match="what a router returns"):
+        tl.run_with_nnsight(r, NNSIGHT["qwen3_moe"], IDS)
+
+
 def test_another_shape_is_refused_before_the_run() -> None:
     with MODELS["llama"].record() as r:
         MODELS["llama"].layers[2].resid_post.save()

@@ -91,6 +91,11 @@ ON_A_LAYER: dict[str, str] = {
     ),
     **dict.fromkeys(("hook_post", "act_fn"), "{owner}.mlp_act"),
     "hook_pre": "{owner}.mlp_pre",
+    # Another tensor than ours of that name: theirs has the chances of all experts.
+    "hook_expert_weights": "{owner}.router_logits.softmax(-1); or .expert_weights of the chosen ones",
+    "hook_expert_indices": "{owner}.expert_index",
+    **dict.fromkeys(("gate", "router"), "{owner}.router_logits, or .expert_index for what it chooses"),
+    "experts": "{owner}.mlp_out for what they make together, or .expert_weights",
     "heads": "{owner}.head(3) or {owner}.head([0, 3])",
     **dict.fromkeys(("input_layernorm", "ln1", "ln_1"), "{owner}.attn_norm"),
     **dict.fromkeys(

@@ -38,6 +38,10 @@ def test_names_on_the_model(name: str, said: str) -> None:
         ("hook_resid_post", "model.layers[1].resid_post"),
         ("self_attn", "model.layers[1].attn_out"),
         ("mlp", "model.layers[1].mlp_out"),
+        ("hook_expert_weights", "model.layers[1].router_logits.softmax(-1)"),
+        ("hook_expert_indices", "model.layers[1].expert_index"),
+        ("router", "model.layers[1].router_logits"),
+        ("experts", "model.layers[1].mlp_out"),
     ],
 )
 def test_names_on_a_layer(name: str, said: str) -> None:

@@ -44,6 +44,8 @@ KEYS = ("tests/conformance/test_keys.py",)
 RANKS = ("tests/test_ranks.py",)
 RULES = ("tests/test_sharding_rules.py",)
 COLLECTIVES = ("tests/test_collectives.py",)
+EXPERTS = ("tests/conformance/test_experts.py",)
+EXPERTS_ON_RANKS = ("tests/parallel/test_experts.py",)
 PROBING = ("tests/test_probing.py",)
 STEPS = ("tests/test_sharding_steps.py",)
 OWN_PART = ("tests/test_own_part.py",)
@@ -1269,5 +1271,74 @@ MUTANTS = (
         "    if sizes[0] != -1 or not isinstance(size, int)",
         "    if not isinstance(size, int)",
         RULES,
+    ),
+    Mutant(
+        "written logits of a router choose nothing",
+        "backends/side_hooks.py",
+        "return (made, *decides(module, made))",
+        "return (made, *rest)",
+        EXPERTS,
+    ),
+    Mutant(
+        "a router of another kind is taken for ours",
+        "backends/side_hooks.py",
+        "if not all(map(torch.equal, decides(module, first), rest)):",
+        "if False:",
+        EXPERTS,
+    ),
+    Mutant(
+        "what one layer has, all layers have",
+        "recorder.py",
+        "if self.anatomy.in_all_layers(site.name):",
+        "if True:",
+        EXPERTS,
+    ),
+    Mutant(
+        "weights of experts are made to add up where the model leaves them",
+        "backends/architectures/qwen3_moe.py",
+        "if router.norm_topk_prob:",
+        "if True:",
+        EXPERTS,
+    ),
+    Mutant(
+        "mixtures of experts are looked for one layer too early",
+        "backends/architectures/qwen3_moe.py",
+        "(layer + 1) % config.decoder_sparse_step == 0",
+        "layer % config.decoder_sparse_step == 0",
+        EXPERTS,
+    ),
+    Mutant(
+        "experts are there after their weights",
+        "ir/sites.py",
+        """        "expert_index",
+        Scope.LAYER,
+        17,""",
+        """        "expert_index",
+        Scope.LAYER,
+        18,""",
+        EXPERTS,
+    ),
+    Mutant(
+        "matrices that are packed into each other are read as if each rank had all",
+        "backends/layouts.py",
+        "if placements is None or placements[0].is_replicate():",
+        "if placements is None or not placements[0].is_shard():",
+        (*EXPERTS_ON_RANKS, "-k", "matrices"),
+    ),
+    Mutant(
+        "parts of experts that the grouped product does not take are given to it",
+        "backends/sharded_loading.py",
+        "if any(tensor.shape[-1] * tensor.element_size() % _ALIGNMENT for tensor in own):",
+        "if False:",
+        (*EXPERTS_ON_RANKS, "-k", "grouped"),
+    ),
+    Mutant(
+        "experts over ranks and stages are tried",
+        "rank_loading.py",
+        """    if sizes["pp"] > 1:
+        raise""",
+        """    if False:
+        raise""",
+        (*EXPERTS_ON_RANKS, "-k", "together"),
     ),
 )
