@@ -194,7 +194,7 @@ class DecidingHook(_After):
         if not self.writes or run is None or get_ident() != run.thread:
             return super().__call__(module, args, output)
         assert decides is not None
-        first, *rest = output
+        first, *rest = map(self.brought, output)
         if not all(map(torch.equal, decides(module, first), rest)):
             error = SiteMismatchError(
                 f"module {self.code.path!r} makes something else of {self.code.site} than its kind does, so that what "
