@@ -13,7 +13,8 @@ import torch
 from torch import nn
 
 from tracelens.backends.anatomy import no_table
-from tracelens.errors import OptionError, UnknownArchitectureError
+from tracelens.backends.places import look_at
+from tracelens.errors import Blaming, OptionError, UnknownArchitectureError
 from tracelens.location import here
 from tracelens.model import Model
 from tracelens.plain_model import PlainModel
@@ -40,6 +41,7 @@ def load(
     ep: int = 1,
     ranks: Ranks | None = None,
     timeout: float | None = None,
+    parallelize: str | None = None,
     **options: Any,
 ) -> Model:
     """Loads a model and its tokenizer: ``tl.load("smollm2-135m")``, ``tl.load("Qwen/Qwen3-4B")``, ``tl.load("./dir")``.
@@ -60,6 +62,10 @@ def load(
     may take. ``model.close()`` ends them, and so does the end of the model or of this process. Under ``torchrun`` the
     ranks are the processes of the script, and the first of them has the results.
 
+    ``parallelize``: a function of yours that spreads the model, in place of transformers' own plan:
+    ``"my_plans:tutorial"`` for ``def tutorial(model, mesh)`` in the module ``my_plans``. Every rank imports it, reads
+    the whole model into the host's memory, and calls it with a mesh of ``tp`` ranks; it calls ``parallelize_module``.
+
     A family without a table gives a :class:`PlainModel`. Raises :class:`~tracelens.errors.OptionError` for a folder
     that is not there and for options that have no effect, and what transformers raises where a model cannot be found on
     the hub or does not fit.
@@ -75,9 +81,10 @@ def load(
         )
     if isinstance(name, Path) or name.startswith((".", "/", "~")):
         _require_folder(Path(name))
-    if tp != 1 or pp != 1 or ep != 1:
-        sizes = checked_sizes(tp, pp, ep, ranks, apart=device_map is not None or not weights)
-        return load_over_ranks(name, sizes, dtype, ranks, timeout, options)
+    if tp != 1 or pp != 1 or ep != 1 or parallelize is not None:
+        apart = device_map is not None or not weights
+        sizes = checked_sizes(tp, pp, ep, ranks, apart=apart, parallelize=parallelize)
+        return load_over_ranks(name, sizes, dtype, ranks, timeout, options, parallelize)
     from transformers import AutoConfig, AutoModelForCausalLM
 
     embedded = str(name) in SOURCES
@@ -151,8 +158,11 @@ def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> 
     A language model of transformers of a family that has a table gives a :class:`Model`; without a tokenizer, prompts
     are token ids. Any other module gives a :class:`PlainModel`, whose submodules are read and changed by path.
 
+    Under ``torchrun`` the model may be spread over the ranks, by transformers or by ``parallelize_module``; then all of
+    its ranks call this together, and run one forward pass to see how its tensors lie on them.
+
     Raises :class:`~tracelens.errors.UnknownArchitectureError` for models of a family with a table that are not as it
-    says.
+    says, and :class:`~tracelens.errors.LayoutError` for one that is spread in a way of which nothing is known.
     """
     if not isinstance(model, nn.Module):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
         raise UnknownArchitectureError(
@@ -167,4 +177,9 @@ def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> 
             instead="the module before it was scripted or traced",
         )
     reason = no_table(model)
-    return Model(model, tokenizer) if reason is None else PlainModel(model, reason)
+    if reason is not None:
+        return PlainModel(model, reason)
+    found = Model(model, tokenizer)
+    with Blaming(here()):
+        look_at(found.anatomy)
+    return found

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from tracelens.errors import LayoutError
-from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, Shard
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, Partial, Shard
 from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import Scope, Site
 
@@ -36,11 +36,29 @@ class InParts:
 class Probed:
     """What a forward pass has shown of the tensors at modules, by the names of their sites; all others are whole.
 
-    ``unclear``: those that nobody knows how to put together, with the reason.
+    ``unclear``: those that nobody knows how to put together, with the reason. ``sums``: those of which every rank has
+    a part that the others' are added to.
     """
 
     parts: Mapping[str, InParts]
     unclear: Mapping[str, str]
+    sums: frozenset[str] = frozenset()
+
+    def layout_of(self, name: str) -> Layout:
+        """How the tensor of a module's site lies."""
+        found = self.parts.get(name)
+        if found is not None:
+            return Shard(found.dim)
+        return Partial() if name in self.sums else WHOLE_EVERYWHERE
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """How named sites lie where only a forward pass tells: what a :class:`Placement` has under the same names."""
+
+    layouts: Mapping[str, Layout]
+    own_layouts: Mapping[tuple[str, int], Layout]
+    unknown: Mapping[tuple[str, int | None], str]
 
 
 @dataclass(frozen=True)
@@ -65,6 +83,10 @@ class Placement:
     """The same for parameters and buffers, by path."""
     probed: Probed | None = None
     """How tensors at modules lie, where that has been looked at."""
+    own_layouts: Mapping[tuple[str, int], Layout] = field(default_factory=dict[tuple[str, int], Layout])
+    """How named sites of single layers lie that do not as ``layouts`` says, by name and layer."""
+    unknown: Mapping[tuple[str, int | None], str] = field(default_factory=dict[tuple[str, int | None], str])
+    """The named sites that nobody knows how to put together, by name and layer, with the reason."""
 
     @classmethod
     def single(cls, device: str, n_layers: int) -> Placement:
@@ -89,9 +111,9 @@ class Placement:
     def layout_of(self, site: Site) -> Layout:
         """How a site lies on the ranks of its place."""
         if not isinstance(site, ModuleSite):
-            return self.layouts.get(site.name, WHOLE_EVERYWHERE)
-        found = None if self.probed is None else self.probed.parts.get(site.name)
-        return WHOLE_EVERYWHERE if found is None else Shard(found.dim)
+            own = None if site.layer is None else self.own_layouts.get((site.name, site.layer))
+            return own or self.layouts.get(site.name, WHOLE_EVERYWHERE)
+        return WHOLE_EVERYWHERE if self.probed is None else self.probed.layout_of(site.name)
 
     def ndim_of(self, site: Site) -> int:
         """How many axes a site has that is in parts."""
@@ -100,9 +122,18 @@ class Placement:
         assert self.probed is not None
         return self.probed.parts[site.name].ndim
 
-    def require_known(self, site: ModuleSite) -> None:
-        """Raises :class:`~tracelens.errors.LayoutError` for a module's tensor of which nobody knows how it lies."""
+    def require_known(self, site: Site) -> None:
+        """Raises :class:`~tracelens.errors.LayoutError` for a tensor of which nobody knows how it lies."""
         if all(place.ranks == 1 for place in self.places):
+            return
+        if not isinstance(site, ModuleSite):
+            reason = self.unknown.get((site.name, site.layer))
+            if reason is not None:
+                raise LayoutError(
+                    f"{site} {reason}, so that it cannot be read or written as a whole",
+                    instead="sites around it; or a plan by which the tensor is a DTensor that says how it lies "
+                    "(use_local_output=False), or is whole (output_layouts=Replicate())",
+                )
             return
         problem = (
             "has not been looked at on all ranks"

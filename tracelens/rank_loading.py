@@ -12,6 +12,7 @@ import torch
 from tracelens.backends.layouts import require_divisible
 from tracelens.backends.places import look_at
 from tracelens.backends.sharded_loading import load_part
+from tracelens.backends.users_plan import load_parallelized, require_name
 from tracelens.errors import Blaming, LayoutError, OptionError
 from tracelens.location import here
 from tracelens.model import Model
@@ -25,7 +26,9 @@ if TYPE_CHECKING:
 Sizes = Mapping[str, int]
 
 
-def checked_sizes(tp: int, pp: int, ep: int, ranks: Ranks | None, *, apart: bool) -> dict[str, int]:
+def checked_sizes(
+    tp: int, pp: int, ep: int, ranks: Ranks | None, *, apart: bool, parallelize: object = None
+) -> dict[str, int]:
     """The numbers of ranks that were asked for, if they make sense together."""
     with Blaming(here()):
         for name, size in (("tp", tp), ("pp", pp), ("ep", ep)):
@@ -42,6 +45,14 @@ def checked_sizes(tp: int, pp: int, ep: int, ranks: Ranks | None, *, apart: bool
                 f"experts are spread over the ranks that share a layer: ep={ep} needs tp={ep}, not {tp}",
                 instead=f"tl.load(name, tp={ep}, ep={ep})",
             )
+        if parallelize is not None:
+            require_name(parallelize)
+            if tp == 1 or pp != 1 or ep != 1:
+                raise OptionError(
+                    f"parallelize={parallelize!r} spreads layers over ranks that share each of them: it goes with tp= "
+                    "alone",
+                    instead=f"tl.load(name, tp=2, parallelize={parallelize!r})",
+                )
         if ranks is not None and ranks.world != tp * pp:
             raise OptionError(
                 f"tp={tp} and pp={pp} take {tp * pp} ranks, and there are {ranks.world}",
@@ -57,17 +68,23 @@ def load_over_ranks(
     ranks: Ranks | None,
     timeout: float | None,
     options: Mapping[str, Any],
+    parallelize: str | None = None,
 ) -> Model:
     """The model, spread over ranks. What the configuration rules out is refused before anything is launched."""
     from transformers import AutoConfig
 
     source = str(embedded_model(str(name))) if str(name) in SOURCES else str(name)
     config = AutoConfig.from_pretrained(source)
-    require_fit(config, sizes)
+    if parallelize is None:
+        require_fit(config, sizes)
     tokenizer = tokenizer_of(source)
     if ranks is None and under_torchrun():
-        model = Model(load_part(source, **sizes, dtype=dtype, options=options), tokenizer)
         with Blaming(here()):
+            if parallelize is None:
+                part = load_part(source, **sizes, dtype=dtype, options=options)
+            else:
+                part = load_parallelized(source, parallelize, ranks=sizes["tp"], dtype=dtype, options=options)
+            model = Model(part, tokenizer)
             look_at(model.anatomy)
         return model
     from transformers import AutoModelForCausalLM
@@ -80,7 +97,7 @@ def load_over_ranks(
             owns=ranks is None,
             timeout=timeout,
         )
-        about = parts.load(source, sizes, str(dtype).removeprefix("torch."), options)
+        about = parts.load(source, sizes, str(dtype).removeprefix("torch."), options, parallelize)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, about["dtype"])).eval()
     if str(name) in SOURCES:

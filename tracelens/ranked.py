@@ -195,11 +195,23 @@ class Parts:
         """Of weights, on each rank."""
 
     def load(
-        self, source: str, sizes: Mapping[str, int], dtype: str, options: Mapping[str, Any]
+        self,
+        source: str,
+        sizes: Mapping[str, int],
+        dtype: str,
+        options: Mapping[str, Any],
+        parallelize: str | None = None,
     ) -> Mapping[str, Any]:
         """Has every rank load its part; gives what the first one said of the whole."""
         self.source, self.options = source, options
-        header = {"model": self.model, "source": source, **sizes, "dtype": dtype, "options": dict(options)}
+        header = {
+            "model": self.model,
+            "source": source,
+            **sizes,
+            "dtype": dtype,
+            "options": dict(options),
+            "parallelize": parallelize,
+        }
         try:
             replies = self.ranks.load(self.model, Request("load", header))
         except RankFailedError as failed:

@@ -15,7 +15,7 @@ from tracelens.constants import Captured, capture, from_payload
 from tracelens.errors import ForbiddenFunctionError
 from tracelens.ir.functions import FUNCTIONS
 from tracelens.ir.graph import Graph
-from tracelens.ir.layout import Layout, Replicate, Shard
+from tracelens.ir.layout import Joined, Layout, Partial, Replicate, Shard
 from tracelens.ir.ops import Call, TokenSelector
 from tracelens.ir.parse import parse
 from tracelens.placement import InParts, Place, Placement, Probed
@@ -100,12 +100,15 @@ def placement_data(placement: Placement) -> dict[str, Any]:
         "ends": dict(placement.ends),
         "modules": dict(placement.modules),
         "layouts": {name: _axis(layout) for name, layout in placement.layouts.items()},
+        "own_layouts": [[*key, _axis(layout)] for key, layout in placement.own_layouts.items()],
+        "unknown": [[*key, reason] for key, reason in placement.unknown.items()],
         "parameters": {path: _axis(layout) for path, layout in placement.parameters.items()},
         "probed": None
         if (probed := placement.probed) is None
         else {
             "parts": {name: [one.dim, one.ndim] for name, one in probed.parts.items()},
             "unclear": dict(probed.unclear),
+            "sums": sorted(probed.sums),
         },
     }
 
@@ -121,15 +124,25 @@ def placement_from(data: Mapping[str, Any]) -> Placement:
         parameters={path: _layout(axis) for path, axis in data["parameters"].items()},
         probed=None
         if (probed := data["probed"]) is None
-        else Probed({name: InParts(*one) for name, one in probed["parts"].items()}, probed["unclear"]),
+        else Probed(
+            {name: InParts(*one) for name, one in probed["parts"].items()},
+            probed["unclear"],
+            frozenset(probed["sums"]),
+        ),
+        own_layouts={(name, layer): _layout(axis) for name, layer, axis in data["own_layouts"]},
+        unknown={(name, layer): reason for name, layer, reason in data["unknown"]},
     )
 
 
-def _axis(layout: Layout) -> int | None:
+def _axis(layout: Layout) -> int | str | None:
+    if isinstance(layout, Partial):
+        return layout.joined.value
     return layout.dim if isinstance(layout, Shard) else None
 
 
-def _layout(axis: int | None) -> Layout:
+def _layout(axis: int | str | None) -> Layout:
+    if isinstance(axis, str):
+        return Partial(Joined(axis))
     return Replicate() if axis is None else Shard(axis)
 
 

@@ -14,6 +14,7 @@ from tracelens.backends.places import look_at, placement
 from tracelens.backends.ranks.channel import Message
 from tracelens.backends.ranks.instep import InStepError
 from tracelens.backends.sharded_loading import load_part
+from tracelens.backends.users_plan import load_parallelized
 from tracelens.compiled import Compiled
 from tracelens.errors import PlansDifferError
 from tracelens.generating import generate as generated
@@ -55,14 +56,14 @@ class Loaded:
 def load(served: Served, request: Message) -> Message:
     """This rank's part of a model; the answer says how all of it lies."""
     header = request.header
-    part = load_part(
-        header["source"],
-        tp=header["tp"],
-        pp=header["pp"],
-        ep=header["ep"],
-        dtype=_dtype(header["dtype"]),
-        options=header["options"],
-    )
+    source, dtype, options = header["source"], _dtype(header["dtype"]), header["options"]
+    if header["parallelize"] is None:
+        sizes = {name: header[name] for name in ("tp", "pp", "ep")}
+        part = load_part(source, **sizes, dtype=dtype, options=options)
+    else:
+        part = load_parallelized(
+            source, header["parallelize"], ranks=header["tp"], dtype=dtype, options=options
+        )
     model = Model(part)
     look_at(model.anatomy)
     model._compiler.owned = True

@@ -10,9 +10,11 @@ Below a gradient's start everything is whole: autograd then gives every rank the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from tracelens.errors import LayoutError
 from tracelens.ir.gradients import LEAF
 from tracelens.ir.graph import Graph
 from tracelens.ir.layout import WHOLE_EVERYWHERE, Joined, Layout, Partial, Replicate, Shard
@@ -77,13 +79,29 @@ class _LayingOut:
         self.known: dict[tuple[int, Layout], int] = {}
         """The number of a value in another layout than its own."""
         self.differentiable = _from_gradients(placed.graph)
+        self.added_up = _added_up(placed.graph, placement)
 
     def laid(self) -> Laid:
         for number, op in enumerate(self.graph.ops):
+            if isinstance(op, Read | Write):
+                self._require_known(number, op)
             for step in self._steps(number, op):
                 self._lay(number, step)
         graph = rebuild(self.graph, self.kept)
         return Laid(Placed(graph, tuple(self.at), self.home), self.layouts)
+
+    def _require_known(self, number: int, op: Read | Write) -> None:
+        """Refuses a site of which nobody knows how it lies, and what would give each rank another derivative."""
+        try:
+            self.placement.require_known(op.site)
+            if self.differentiable and _is_summed(self.placement.layout_of(op.site)):
+                raise LayoutError(
+                    f"{op.site} lies in parts that ranks add up, and no gradient is taken through a read or a write "
+                    "of such a site",
+                    instead="the sites around it; or a plan that adds them up (output_layouts=Replicate())",
+                )
+        except LayoutError as error:
+            raise self.graph.blame(error, number) from None
 
     def _steps(self, number: int, op: Op) -> Sequence[Op]:
         """What is done for an operation: itself, or several that need less of what other ranks have."""
@@ -158,6 +176,8 @@ class _LayingOut:
                 return self._indexed(op) or whole
             case IndexPut():
                 return self._put(op) or whole
+            case Call() if op.outs[0] in self.added_up:
+                return self._linear(op)
             case Call():
                 layouts = {value: self._joined(value) for value in operands(op)}
                 return on_parts(op, layouts, self.types, self._ranks(op)) or whole
@@ -165,9 +185,20 @@ class _LayingOut:
                 raise AssertionError("a graph is laid out once")
 
     def _joined(self, value: int) -> Layout:
-        """A value's layout once partial results have been joined."""
+        """A value's layout once partial results have been joined, and positions that ranks share put together."""
         own = self.layouts[value]
-        return WHOLE_EVERYWHERE if isinstance(own, Partial) else own
+        if isinstance(own, Shard) and isinstance(self.types[value].shape[own.dim], int):
+            return own
+        return WHOLE_EVERYWHERE
+
+    def _linear(self, op: Call) -> Choice:
+        """What is done to partial results before they are added up: what is added to them is added once."""
+        summed = Partial(Joined.SUM)
+        adds = op.function in _ADDING
+        needs = {
+            value: summed if adds or value in self.added_up else WHOLE_EVERYWHERE for value in operands(op)
+        }
+        return Choice(needs, (summed,))
 
     def _ranks(self, op: Op) -> int:
         return self.placement.places[self.home[operands(op)[0]]].ranks
@@ -288,6 +319,74 @@ def own_part(
     size = types[op.base].shape[layout.dim]
     assert isinstance(size, int)
     return OwnPart(layout.dim, found.there, found.entry, size, ranks, rank)
+
+
+_ADDING = ("torch.add", "torch.sub")
+
+
+def _added_up(graph: Graph, placement: Placement) -> frozenset[int]:
+    """The values that stay partial results on their way from a site that ranks add up to such a site.
+
+    There what is done to the sum can be done to its parts, and nothing need be exchanged: adding, and scaling. A value
+    that anything else needs is summed first.
+    """
+    uses: dict[int, list[Op]] = {}
+    for op in graph.ops:
+        for value in operands(op):
+            uses.setdefault(value, []).append(op)
+    reads = {op.out for op in graph.ops if isinstance(op, Read) and _is_summed(placement.layout_of(op.site))}
+    kept = set(reads)
+    for op in graph.ops:
+        if isinstance(op, Call) and _keeps_sums(op, kept, graph.types):
+            kept.update(op.outs)
+    while True:
+        # Those of which every use is such a step too, or the write.
+        left = {
+            value
+            for value in kept
+            if value in reads
+            or all(
+                _is_summed(placement.layout_of(use.site))
+                if isinstance(use, Write)
+                else isinstance(use, Call) and use.outs[0] in kept
+                for use in uses.get(value, ())
+            )
+        }
+        left = {
+            value
+            for value in left
+            if value in reads or any(source in left for source in operands(graph.ops[graph.producer[value]]))
+        }
+        if left == kept:
+            return frozenset(left)
+        kept = left
+
+
+def _is_summed(layout: Layout) -> bool:
+    return layout == Partial(Joined.SUM)
+
+
+def _keeps_sums(op: Call, kept: set[int], types: Mapping[int, TensorType]) -> bool:
+    """Is a call, done to the parts of sums, a part of what it makes of the sums?"""
+    if op.kwargs or len(op.outs) != 1 or not op.types[0].dtype.is_floating:
+        return False
+    given = [arg.id for arg in op.args if isinstance(arg, Ref) and arg.id in kept]
+    if any(types[value].dtype is not op.types[0].dtype for value in given):
+        return False
+    match op.args:
+        case (Ref(), Ref()) if op.function in _ADDING:
+            return bool(given)
+        case (Ref(),) if op.function == "torch.neg":
+            return bool(given)
+        case (Ref(), int() | float() as number) | (int() | float() as number, Ref()) if (
+            op.function == "torch.mul"
+        ):
+            return bool(given) and math.isfinite(number)
+        case (Ref(), int() | float() as number) if op.function == "torch.div":
+            # By zero, what is infinite in one part and in another does not add up.
+            return bool(given) and math.isfinite(number) and number != 0
+        case _:
+            return False
 
 
 def _is_leaf(op: Op) -> bool:

@@ -25,6 +25,7 @@ from tracelens.ir.ops import (
     Op,
     Param,
     Redistribute,
+    Ref,
     Save,
     TokenSelector,
     Transfer,
@@ -236,6 +237,8 @@ class _Simulation:
         layout = self.placement.layout_of(op.site)
         parts = split(self.tensor, layout, len(ranks))
         written = [evaluator.written(op, part) for evaluator, part in zip(ranks, parts, strict=True)]
+        if isinstance(layout, Partial) and not isinstance(op.value, Ref):
+            written = split(written[0], layout, len(ranks))  # a number is written once
         self.tensor = join(written, layout)
         self._seen(op.site, op.version, self.tensor)
 

@@ -12,7 +12,7 @@ from tests.properties.test_pass_meaning import GRAPHS, HF, meaning
 from tests.properties.test_places import AFTER, BEFORE, MODULES, planned, simulated
 from tests.support.families import LAYERS
 from tracelens.checking import check
-from tracelens.ir.layout import Layout, Shard
+from tracelens.ir.layout import Layout, Partial, Replicate, Shard
 from tracelens.ir.verify import complaints
 from tracelens.placement import Place, Placement
 from tracelens.program import lower
@@ -38,12 +38,20 @@ def meshes(draw: Any) -> Placement:
     names = draw(st.sets(st.sampled_from(sorted(HEADS_APART)), min_size=4))
     # Head norms and the like aside, queries and keys go together in a model, but a plan need not know.
     layouts = {name: HEADS_APART[name] for name in names}
+    # As plans of users have them: what ranks add up, streams of which each rank has some positions, single layers.
+    streams = ["attn_add", "attn_out", "mlp_add", "mlp_out", "resid_mid", "resid_post", "final_norm"]
+    for name in draw(st.sets(st.sampled_from(streams), max_size=4)):
+        layouts[name] = draw(st.sampled_from([Partial(), Shard(1)]))
+    own: dict[tuple[str, int], Layout] = {
+        (name, draw(st.integers(0, LAYERS - 1))): draw(st.sampled_from([Partial(), Shard(1), Replicate()]))
+        for name in draw(st.sets(st.sampled_from(streams[:-1]), max_size=2))
+    }
     parameters: dict[str, Layout] = {
         path: Shard(draw(st.integers(0, parameter.ndim - 1)))
         for path, parameter in HF.named_parameters()
         if draw(st.booleans())
     }
-    return Placement(places, layers, ends, modules, layouts=layouts, parameters=parameters)
+    return Placement(places, layers, ends, modules, layouts=layouts, parameters=parameters, own_layouts=own)
 
 
 @settings(max_examples=150)

@@ -10,6 +10,7 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from tracelens.backends import users_plan
 from tracelens.backends.architectures import FAMILIES, FAMILY_OF
 from tracelens.backends.base import Family, Side, Tap
 from tracelens.backends.layouts import (
@@ -33,11 +34,11 @@ from tracelens.errors import (
     UnknownParameterError,
 )
 from tracelens.ir.infer import dtype_of
-from tracelens.ir.layout import Layout
+from tracelens.ir.layout import Layout, Shard
 from tracelens.ir.module_sites import INPUT, OUTPUT, Key, ModuleSite
 from tracelens.ir.sites import KIND, KINDS, Scope, Site, near
 from tracelens.ir.types import TensorType
-from tracelens.placement import Placement, Probed
+from tracelens.placement import Placement, Probed, Seen
 
 
 def family_of(config: Any) -> Family:
@@ -79,6 +80,8 @@ class ModelAnatomy:
     """Where ranks that this process owns have the model's parts; here it is a model without numbers."""
     probed: Probed | None = None
     """How tensors at modules lie on the ranks of this process, where that has been looked at."""
+    seen: Seen | None = None
+    """How named sites lie there, where only that tells."""
     _skeleton: nn.Module | None = None
 
     @property
@@ -324,7 +327,7 @@ class ModelAnatomy:
     @cached_property
     def site_layouts(self) -> Mapping[str, Layout]:
         """The sites that ranks have in parts, by name."""
-        if self.mesh is None or self.mesh.ranks == 1:
+        if self.mesh is None or self.mesh.ranks == 1 or self.mesh.by_user:
             return {}
         require_divisible(self.config, self.mesh.ranks, expert_ranks(self.config))
         return site_layouts(self, styles_of(self.model))
@@ -338,11 +341,16 @@ class ModelAnatomy:
     def _parameters_apart(self) -> tuple[Mapping[str, Layout], frozenset[str]]:
         if self.mesh is None or self.mesh.ranks == 1:
             return {}, frozenset()
+        if self.mesh.by_user:
+            return users_plan.parameter_layouts(self.model)
         return parameter_layouts(self._whole, self.model, styles_of(self.model))
 
     def local_widths(self, site: Site) -> Mapping[str, int]:
         """The widths of a site's tensor as one rank has it."""
-        if self.mesh is None or site.name not in self.site_layouts:
+        if self.mesh is None:
+            return self.widths
+        by_user = self.mesh.by_user and self.mesh.ranks > 1
+        if placement(self).layout_of(site) != Shard(2) if by_user else site.name not in self.site_layouts:
             return self.widths
         return {
             name: width // self.mesh.ranks if name in ("H", "K", "M") else width

@@ -37,7 +37,7 @@ from tracelens.backends.selecting import put_tokens, take_tokens
 from tracelens.backends.views import Put, Take, TakeSized
 from tracelens.ir import dims
 from tracelens.ir.infer import resolve, torch_dtype
-from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, local_type
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, OwnType, Partial, local_type
 from tracelens.ir.ops import (
     Apply,
     Arg,
@@ -60,6 +60,7 @@ from tracelens.ir.ops import (
     Write,
     results,
 )
+from tracelens.ir.sites import Site
 from tracelens.ir.types import DType, TensorType
 from tracelens.own_part import OwnPart
 from tracelens.program import Side, Step
@@ -107,8 +108,10 @@ class Devices:
     """The ranks that have the place of this process together."""
     layouts: Mapping[int, Layout] = field(default_factory=dict[int, Layout])
     """How values lie on them."""
+    layout_of: Callable[[Site], Layout] = lambda site: WHOLE_EVERYWHERE
+    """How sites do."""
 
-    def local(self, type_: TensorType, layout: Layout) -> TensorType:
+    def local(self, type_: TensorType, layout: Layout) -> TensorType | OwnType:
         """The type of what this rank has of a value."""
         return type_ if self.mesh is None else local_type(type_, layout, self.mesh.ranks, self.mesh.rank)
 
@@ -130,7 +133,7 @@ def body(
     steps: Sequence[Step],
     types: Mapping[int, TensorType],
     fresh: frozenset[int],
-    shapes: dict[TensorType, int],
+    shapes: dict[TensorType | OwnType, int],
     gradients: Mapping[int, Gradients],
     devices: Devices,
     view: tuple[Take | TakeSized, Put] | None = None,
@@ -170,7 +173,7 @@ class _Writer:
         steps: Sequence[Step],
         types: Mapping[int, TensorType],
         fresh: frozenset[int],
-        shapes: dict[TensorType, int],
+        shapes: dict[TensorType | OwnType, int],
         gradients: Mapping[int, Gradients],
         devices: Devices,
     ) -> None:
@@ -424,7 +427,11 @@ class _Writer:
 
     def _write(self, op: Write) -> None:
         if not isinstance(op.value, Ref):
-            self.line(f"tensor = {self.name(full)}(tensor, {self.name(plain_number(op.value))})")
+            number = plain_number(op.value)
+            mesh = self.devices.mesh
+            if mesh is not None and not mesh.leads and isinstance(self.devices.layout_of(op.site), Partial):
+                number = 0  # the first rank's is added to it
+            self.line(f"tensor = {self.name(full)}(tensor, {self.name(number)})")
             return
         new = self.ref(op.value.id)
         fit = f"{self.name(fitted)}({new}, tensor)"

@@ -35,7 +35,8 @@ from tracelens.backends.side_hooks import (
 from tracelens.backends.spread import Keeper, Loading, is_hooked
 from tracelens.backends.stand_in import StandIn, missed
 from tracelens.backends.transfer import Everywhere
-from tracelens.backends.views import Put, Take, TakeSized, rows_apart, taking_and_putting
+from tracelens.backends.users_plan import LocalHookCode, refuse_stand_in
+from tracelens.backends.views import Put, Take, TakeSized, rows_apart, shown, taking_and_putting
 from tracelens.errors import (
     NestedTraceError,
     OpFailedError,
@@ -43,6 +44,7 @@ from tracelens.errors import (
 )
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
+from tracelens.ir.layout import OwnType
 from tracelens.ir.module_sites import INPUT, ModuleSite
 from tracelens.ir.ops import Apply, Call, Index, IndexPut, Keep, Save, Write, results
 from tracelens.ir.sites import Site
@@ -65,7 +67,7 @@ class LocalCode:
     differentiates: bool
     keepers: tuple[Keeper, ...]
     """What loads offloaded weights during a forward pass."""
-    shapes: tuple[TensorType, ...]
+    shapes: tuple[TensorType | OwnType, ...]
     """The types of the sites that are read; their sizes in a pass are what the hooks compare with."""
     after: Body | None = None
     """What is done when the pass is over, for sites that are on another place."""
@@ -92,7 +94,8 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
     graph = plan.graph
     places = tuple(torch.device(place.device) for place in plan.placement.places)
     departing = _departing(programs, places) if anatomy.mesh is None else {}
-    devices = Devices(places, plan.home, _views(graph), departing, anatomy.mesh, plan.layouts)
+    lying = plan.placement.layout_of
+    devices = Devices(places, plan.home, _views(graph), departing, anatomy.mesh, plan.layouts, lying)
     fresh = frozenset(
         value
         for op in graph.ops
@@ -102,7 +105,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
     gradients = gradients_of(graph)
     before: Body | None = None
     points: dict[tuple[str, Tap] | ModuleSite, list[Block]] = {}
-    shapes: dict[TensorType, int] = {}
+    shapes: dict[TensorType | OwnType, int] = {}
     mesh = anatomy.mesh
     after: tuple[Step, ...] = ()
     if mesh is None:
@@ -124,7 +127,11 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
     standing: dict[str, StandIn] = {}
     for point, blocks in points.items():
         path, tap = _ends(point) if isinstance(point, ModuleSite) else point
-        code = HookCode(
+        making: Callable[..., HookCode] = HookCode
+        if mesh is not None and mesh.by_user:
+            layout = plan.placement.layout_of(cast(Site, blocks[0].site))
+            making = partial(LocalHookCode, layout=shown(layout, tap.view) if mesh.ranks > 1 else None)
+        code = making(
             anatomy.module(path),
             path,
             tap,
@@ -146,6 +153,8 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
             is_hooked(anatomy.module(path)),
         )
         if isinstance(point, ModuleSite) and blocks[0].stands_in:
+            if mesh is not None and mesh.by_user:
+                refuse_stand_in(code.module, path)
             if path not in standing:
                 standing[path] = StandIn(code.module, path, seat, anatomy.spread.device_of(path))
                 hooks.append(standing[path])

@@ -8,6 +8,7 @@ function.
 from __future__ import annotations
 
 import copy
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, cast
@@ -21,7 +22,7 @@ from tracelens.backends.pipeline import Pipeline, pipeline_of
 from tracelens.errors import LayoutError
 from tracelens.ir.dims import Sizes
 from tracelens.ir.infer import torch_dtype
-from tracelens.ir.layout import Joined, Layout, Partial, Replicate, Shard, owned
+from tracelens.ir.layout import Joined, Layout, OwnType, Partial, Replicate, Shard, owned
 from tracelens.ir.types import TensorType
 
 _OPS = {Joined.SUM: "sum", Joined.MEAN: "avg"}
@@ -35,8 +36,10 @@ _SEEN: Mapping[Joined, Callable[[torch.Tensor], torch.Tensor]] = {
 class Mesh:
     """The ranks of a place, seen from one of them."""
 
-    def __init__(self, device_mesh: Any, pipeline: Pipeline | None = None) -> None:
+    def __init__(self, device_mesh: Any, pipeline: Pipeline | None = None, *, by_user: bool = False) -> None:
         self._mesh = device_mesh
+        self.by_user = by_user
+        """Did the user spread the model (``parallelize_module``)? Nobody has said then how its tensors lie."""
         self.ranks: int = device_mesh.size()
         self.rank: int = device_mesh.get_local_rank()
         self.pipeline = pipeline
@@ -108,7 +111,7 @@ class Mesh:
         dist.gather(tensor, parts, group=group, group_dst=0)
         return None if parts is None else torch.cat(parts, dim=dim).narrow(dim, 0, size)
 
-    def zeros(self, type_: TensorType, sizes: Sizes) -> torch.Tensor:
+    def zeros(self, type_: TensorType | OwnType, sizes: Sizes) -> torch.Tensor:
         """What a rank that has failed gives in the place of a value."""
         return torch.zeros(type_.sizes(sizes), dtype=torch_dtype(type_.dtype), device=self.device)
 
@@ -134,6 +137,23 @@ class Mesh:
         dist.all_reduce(first, dist.ReduceOp.MIN, group=group)
         found = int(first.item())
         return None if found == none else found
+
+    def exchanged(self, own: object) -> list[Any]:
+        """What all ranks of the model say, as JSON's types, in their order."""
+        import torch.distributed as dist
+
+        group = self._all
+        data = torch.frombuffer(bytearray(json.dumps(own).encode()), dtype=torch.uint8)
+        data = data.to(self._mesh.device_type)
+        size = torch.tensor([len(data)], device=data.device)
+        sizes = [torch.zeros_like(size) for _ in range(self.world)]
+        dist.all_gather(sizes, size, group=group)
+        longest = int(max(one.item() for one in sizes))
+        padded = torch.cat((data, data.new_zeros(longest - len(data))))
+        found = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(found, padded, group=group)
+        texts = [bytes(one[: int(count.item())].tolist()) for one, count in zip(found, sizes, strict=True)]
+        return [json.loads(text) for text in texts]
 
     def told(self, data: bytes, source: int) -> bytes:
         """What rank ``source`` of the model has to tell all others."""
@@ -162,11 +182,12 @@ class Mesh:
         """Have all ranks the same digest?"""
         import torch.distributed as dist
 
+        group = self._all
         own = torch.frombuffer(bytearray(digest), dtype=torch.uint8).clone().to(self._mesh.device_type)
         first = own.clone()
-        dist.broadcast(first, 0)
+        dist.broadcast(first, group=group, group_src=0)
         same = torch.tensor([int(torch.equal(own, first))], device=own.device)
-        dist.all_reduce(same, dist.ReduceOp.MIN)
+        dist.all_reduce(same, dist.ReduceOp.MIN, group=group)
         return bool(same.item())
 
 
@@ -185,18 +206,52 @@ def _placement(layout: Layout) -> Any:
 
 
 def mesh_of(model: nn.Module) -> Mesh | None:
-    """The ranks that transformers spread a model's layers over; ``None`` for a model that one rank has whole."""
+    """The ranks that a model's layers are spread over; ``None`` for a model that one rank has whole.
+
+    Raises :class:`~tracelens.errors.LayoutError` for a model that is spread in a way of which nothing is known.
+    """
     pipeline = pipeline_of(model)
     if pipeline is None and not has_distributed(model):
         return None
     found: Any = getattr(model, "_device_mesh", None)
     names: tuple[str, ...] = getattr(found, "mesh_dim_names", None) or ()
-    if found is None or "tp" not in names:
+    if found is not None and "tp" in names:
+        return Mesh(found["tp"], pipeline)
+    if pipeline is not None:
         raise LayoutError(
-            "the model's parameters are spread over ranks, and not by transformers' own tensor parallelism",
-            instead="AutoModelForCausalLM.from_pretrained(name, distributed_config=DistributedConfig(tp_size=...))",
+            "the layers of a stage are spread over ranks, and not by transformers' own tensor parallelism",
+            instead="tl.load(name, pp=..., tp=...)",
         )
-    return Mesh(found["tp"], pipeline)
+    return Mesh(users_mesh(model), by_user=True)
+
+
+def users_mesh(model: nn.Module) -> Any:
+    """The one row of ranks that a user spread a model's layers over with ``parallelize_module``."""
+    fsdp: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    if fsdp is not None and any(isinstance(module, fsdp) for module in model.modules()):
+        raise LayoutError(
+            "the model's parameters are gathered for each layer by FSDP (fully_shard), which is not supported",
+            instead="ranks that share each layer: tl.load(name, tp=...), or parallelize_module(model, mesh, plan)",
+        )
+    found: Any = None
+    for path, tensor in model.named_parameters():
+        mesh: Any = getattr(tensor, "device_mesh", None)
+        if mesh is None:
+            continue
+        found = mesh if found is None else found
+        if mesh != found:
+            raise LayoutError(
+                f"the model's parameters are spread over several meshes of ranks: {path!r} is on {mesh}, and others "
+                f"are on {found}",
+                instead="one mesh for all of the plan",
+            )
+    if found.ndim != 1:
+        raise LayoutError(
+            f"the model's parameters are spread over a mesh of {found.ndim} dimensions ({found}), of which only one "
+            "could share layers",
+            instead='parallelize_module(model, mesh["tp"], plan), and nothing that spreads them a second time',
+        )
+    return found
 
 
 def has_distributed(model: nn.Module) -> bool:

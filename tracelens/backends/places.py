@@ -73,7 +73,7 @@ def _of_ranks(anatomy: ModelAnatomy, mesh: Mesh) -> Placement:
     }
     modules = {taps[name].module: place for name, place in ends.items() if taps[name].module}
     modules |= {anatomy.family.layers.format(layer): place for layer, place in enumerate(layers)}
-    return Placement(
+    found = Placement(
         tuple(Place(index, device, mesh.ranks) for index in range(last + 1)),
         layers,
         {"token_mask": 0, **ends},
@@ -82,3 +82,7 @@ def _of_ranks(anatomy: ModelAnatomy, mesh: Mesh) -> Placement:
         parameters=anatomy.parameter_layouts,
         probed=anatomy.probed,
     )
+    seen = anatomy.seen
+    if seen is None:
+        return found
+    return replace(found, layouts=seen.layouts, own_layouts=seen.own_layouts, unknown=seen.unknown)

@@ -6,7 +6,8 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from tracelens.backends.base import HeadsView
+from tracelens.backends.base import HeadsView, RowsView
+from tracelens.ir.layout import Layout, Shard
 
 Take = Callable[[torch.Tensor], torch.Tensor]
 TakeSized = Callable[[torch.Tensor, Mapping[str, int]], torch.Tensor]
@@ -46,6 +47,13 @@ def taking_and_putting(view: HeadsView, widths: Mapping[str, int]) -> tuple[Take
         return torch.cat((whole[..., :start], new.flatten(-2), whole[..., end:]), dim=-1)
 
     return take, put
+
+
+def shown(layout: Layout, view: HeadsView | RowsView | None) -> Layout:
+    """How a module's tensor lies in which a site lies so; and the inverse, for a site that is all of that tensor."""
+    if isinstance(view, HeadsView) and view.heads_first and isinstance(layout, Shard):
+        return Shard({1: 2, 2: 1}.get(layout.dim, layout.dim))
+    return layout
 
 
 def _heads_inside(tensor: torch.Tensor) -> torch.Tensor:

@@ -6,10 +6,12 @@ The words are PyTorch's (``torch.distributed.tensor``): a rank that owns part ``
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from enum import Enum
 
-from tracelens.ir.types import TensorType
+from tracelens.ir.dims import Sizes
+from tracelens.ir.types import DType, TensorType
 
 
 class Joined(Enum):
@@ -65,12 +67,36 @@ def owned(size: int, ranks: int, rank: int) -> tuple[int, int]:
     return min(rank * each, size), min((rank + 1) * each, size)
 
 
-def local_type(type_: TensorType, layout: Layout, ranks: int, rank: int = 0) -> TensorType:
+def local_type(type_: TensorType, layout: Layout, ranks: int, rank: int = 0) -> TensorType | OwnType:
     """The type of what a rank has of a value; the first one's stretch is the longest."""
     if not isinstance(layout, Shard):
         return type_
     size = type_.shape[layout.dim]
-    assert isinstance(size, int)  # a width of the model's
+    if not isinstance(size, int):
+        return OwnType(type_, layout.dim, ranks, rank)
     start, end = owned(size, ranks, rank)
     shape = (*type_.shape[: layout.dim], end - start, *type_.shape[layout.dim + 1 :])
     return TensorType(type_.dtype, shape)
+
+
+@dataclass(frozen=True, slots=True)
+class OwnType:
+    """The type of what a rank has of a value in parts along an axis whose size only a prompt gives."""
+
+    whole: TensorType
+    dim: int
+    ranks: int
+    rank: int
+
+    @property
+    def dtype(self) -> DType:
+        return self.whole.dtype
+
+    def sizes(self, sizes: Sizes) -> tuple[int, ...]:
+        """The shape as numbers."""
+        found = self.whole.sizes(sizes)
+        start, end = owned(found[self.dim], self.ranks, self.rank)
+        return (*found[: self.dim], end - start, *found[self.dim + 1 :])
+
+    def nbytes(self, sizes: Sizes) -> int:
+        return math.prod(self.sizes(sizes)) * self.dtype.itemsize
