@@ -15,7 +15,7 @@ from tests.support.families import FAMILIES, LAYERS
 from tests.support.ranks import PoolOf
 from tracelens.backends.probing import check_named, lying
 from tracelens.errors import LayoutError
-from tracelens.ir.layout import Shard
+from tracelens.ir.layout import Partial, Shard
 from tracelens.model import Model
 from tracelens.placement import InParts, Place, Placement, Probed
 
@@ -152,10 +152,36 @@ WHOLE = (2, 3, 8)
         (((2, 3, 5), (2, 3, 5)), "ab", "where the whole is"),
         (((1, 3, 4), (1, 3, 4)), "ab", "where the whole is"),
         (((6, 4), (6, 4)), "ab", "where the whole is"),
+        (((2, 2, 8), (2, 1, 8)), "ab", InParts(1, 3)),
+        (((2, 1, 8), (2, 2, 8)), "ab", "other shapes on other ranks"),
+        (((2, 2, 4), (2, 1, 4)), "ab", "other shapes on other ranks"),
     ],
 )
 def test_only_one_shorter_axis_makes_parts(shapes: Any, digests: str, wanted: Any) -> None:
-    seen = [[list(shape), digest] for shape, digest in zip(shapes, digests, strict=True)]
+    seen = [[list(shape), digest, None] for shape, digest in zip(shapes, digests, strict=True)]
+    found = lying(WHOLE, seen, 2)
+    if isinstance(wanted, str):
+        assert isinstance(found, str)
+        assert wanted in found
+    else:
+        assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("words", "shape", "digests", "wanted"),
+    [
+        ([[], []], WHOLE, "aa", None),
+        ([[], []], WHOLE, "ab", "says that it is whole on every rank, and has other numbers on each"),
+        ([[1], [1]], WHOLE, "ab", InParts(1, 3)),
+        ([["sum"], ["sum"]], WHOLE, "ab", Partial()),
+        ([["sum"], []], WHOLE, "ab", "otherwise than on others"),
+        ([[1], None], WHOLE, "ab", "otherwise than on others"),
+        ([[2], [2]], (2, 3, 4), "ab", "says that the whole is"),
+        (["lies in stripes", "lies in stripes"], WHOLE, "aa", "lies in stripes"),
+    ],
+)
+def test_what_says_how_it_lies_is_held_to_it(words: Any, shape: Any, digests: str, wanted: Any) -> None:
+    seen = [[list(shape), digest, word] for digest, word in zip(digests, words, strict=True)]
     found = lying(WHOLE, seen, 2)
     if isinstance(wanted, str):
         assert isinstance(found, str)
@@ -165,7 +191,7 @@ def test_only_one_shorter_axis_makes_parts(shapes: Any, digests: str, wanted: An
 
 
 def test_what_a_rank_does_not_see_is_not_clear() -> None:
-    assert "not there" in str(lying(WHOLE, [[list(WHOLE), "a"], None], 2))
+    assert "not there" in str(lying(WHOLE, [[list(WHOLE), "a", None], None], 2))
     assert "not there" in str(lying(WHOLE, [], 2))
 
 

@@ -87,7 +87,10 @@ class Compiler:
             return recent[1]
         compiled = self._known.get(key)
         if compiled is None:
-            compiled = self._known[key] = self._compiled(graph, generating)
+            try:
+                compiled = self._known[key] = self._compiled(graph, generating)
+            except TracelensError as error:
+                raise relocate(error, graph) from error.__cause__
             while len(self._known) > _KEPT_PROGRAMS:
                 self._known.popitem(last=False)
         else:

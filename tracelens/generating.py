@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tracelens.agreeing import refuse_shared_choice
 from tracelens.backends.local import Run
 from tracelens.backends.ready import running_device
 from tracelens.backends.transfer import Everywhere, inputs_on
@@ -34,6 +35,7 @@ def generate(
 ) -> list[list[int]]:
     """transformers' own generation, with the program's hooks in every forward pass."""
     anatomy = model.anatomy
+    refuse_shared_choice(compiled.plan.placement)
     if isinstance(compiler, RankedCompiler):
         return compiler.generate(graph, compiled, prompt, options)
     device = running_device(anatomy)

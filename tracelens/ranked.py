@@ -217,6 +217,7 @@ class Parts:
         except RankFailedError as failed:
             self.close()
             if failed.original is not None:
+                failed.original.at = None  # a line of the rank's: the user's own is where this was called
                 raise failed.original from failed
             raise
         self.bytes = tuple(int(reply.header["bytes"]) for reply in replies)

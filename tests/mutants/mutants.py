@@ -21,6 +21,8 @@ GRAPHS = ("tests/properties/test_mutated_graphs.py",)
 MODEL = ("tests/test_model.py",)
 BITS = ("tests/conformance/test_writes.py", "-k", "bit_for_bit and bf16 and eager and llama")
 RESULTS = ("tests/test_results.py",)
+USERS_PLANS = ("tests/parallel/test_users_plans.py", "-k")
+ON_SUMS = (*USERS_PLANS, "written_once")
 SAVED = ("tests/properties/test_saved.py", "-k", "nobody")
 GRADIENTS = ("tests/test_gradients.py", "-k", "version or names or written or losses or llama and order")
 BLAME = ("tests/properties/test_blame.py",)
@@ -337,8 +339,8 @@ MUTANTS = (
     Mutant(
         "a module that is left out runs all the same",
         "backends/stand_in.py",
-        "            code, new = self.calls[number]\n",
-        "            code, new = self.calls[number]\n            own(*args, **kwargs)\n",
+        "            code, new, own_type = self.calls[number]\n",
+        "            code, new, own_type = self.calls[number]\n            own(*args, **kwargs)\n",
         SKIPPING,
     ),
     Mutant(
@@ -1198,15 +1200,22 @@ MUTANTS = (
     Mutant(
         "modules on ranks: what has the whole shape counts as whole, whatever the numbers",
         "backends/probing.py",
-        "        if len({one[1] for one in seen}) == 1:",
-        "        if True:",
+        "    same = len({one[1] for one in seen}) == 1",
+        "    same = True",
         PROBING,
     ),
     Mutant(
         "modules on ranks: the first of several shorter axes is taken",
         "backends/probing.py",
-        "if len(shorter) == 1 and local",
-        "if shorter and local",
+        "        if len(shorter) == 1:\n            (axis,) = shorter",
+        "        if shorter:\n            axis = shorter[0]",
+        PROBING,
+    ),
+    Mutant(
+        "modules on ranks: what says that it is whole is believed, whatever its numbers",
+        "backends/probing.py",
+        'return None if same else "says that',
+        'return None if True else "says that',
         PROBING,
     ),
     Mutant(
@@ -1340,5 +1349,61 @@ MUTANTS = (
         """    if False:
         raise""",
         (*EXPERTS_ON_RANKS, "-k", "together"),
+    ),
+    Mutant(
+        "sums on ranks: what is added to a sum is added on every rank",
+        "backends/mesh.py",
+        "return tensor if self.leads else torch.zeros_like(tensor)",
+        "return tensor",
+        ON_SUMS,
+    ),
+    Mutant(
+        "sums on ranks: every rank writes the whole of a number",
+        "backends/body.py",
+        "                number = 0  # the first rank's is added to it\n",
+        "                pass\n",
+        ON_SUMS,
+    ),
+    Mutant(
+        "sums on ranks: the parts of a sum are divided by zero",
+        "sharding.py",
+        "math.isfinite(number) and number != 0",
+        "math.isfinite(number)",
+        ON_SUMS,
+    ),
+    Mutant(
+        "sums on ranks: a derivative is taken through a sum",
+        "sharding.py",
+        "if self.differentiable and _is_summed(",
+        "if False and _is_summed(",
+        (*USERS_PLANS, "through_a_sum"),
+    ),
+    Mutant(
+        "users' plans: sites of which nothing is known are used all the same",
+        "placement.py",
+        "            if reason is not None:\n",
+        "            if False:\n",
+        (*USERS_PLANS, "does_not_say_so"),
+    ),
+    Mutant(
+        "users' plans: ranks compute with other numbers each",
+        "backends/probing.py",
+        "    if differing:\n",
+        "    if False:\n",
+        (*USERS_PLANS, "nothing_is_known"),
+    ),
+    Mutant(
+        "users' plans: each rank chooses a token among its own logits",
+        "agreeing.py",
+        "    if layout != WHOLE_EVERYWHERE:\n",
+        "    if False:\n",
+        (*USERS_PLANS, "generated"),
+    ),
+    Mutant(
+        "users' plans: what a module returns in parts is replaced by a whole",
+        "backends/local.py",
+        "own = devices.local(new.type, plan.placement.layout_of(written))",
+        "own = new.type",
+        (*USERS_PLANS, "without_hooks"),
     ),
 )

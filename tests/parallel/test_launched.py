@@ -60,7 +60,8 @@ def check(tmp_path: Path, hf: Any) -> list[dict[str, Any]]:
         one.layers[1].mlp_act[..., :70] = 0
         one.layers[2].head(3).z = 0
         one.layers[2].resid_post += one.layers[0].resid_post
-        expected = {"q": one.layers[1].q.save(), "logits": one.logits.save()}
+        act = one.module("model.layers.2.mlp.act_fn").output.save()
+        expected = {"q": one.layers[1].q.save(), "act": act, "logits": one.logits.save()}
     found = torch.load(tmp_path / "results.pt", weights_only=True)
     for name, handle in expected.items():
         assert relative_error(found[name], handle.value) <= TOLERANCE
@@ -85,6 +86,15 @@ def check(tmp_path: Path, hf: Any) -> list[dict[str, Any]]:
 def test_a_script_under_torchrun(tmp_path: Path) -> None:
     hf = stored("llama", tmp_path / "model")
     launched([["--standalone", "--nproc-per-node=2"]], tmp_path / "model", tmp_path, "--tp", 2)
+    check(tmp_path, hf)
+
+
+@pytest.mark.parametrize("way", ["wrapped", "wrapped plan", "function"])
+def test_a_script_that_spreads_the_model_itself(way: str, tmp_path: Path) -> None:
+    """By transformers, or by a plan of its own; the ranks are looked at when the model is wrapped."""
+    hf = stored("llama", tmp_path / "model")
+    arguments = (tmp_path / "model", tmp_path, "--tp", 2, "--way", way)
+    launched([["--standalone", "--nproc-per-node=2"]], *arguments)
     check(tmp_path, hf)
 
 

@@ -10,8 +10,12 @@ import json
 from pathlib import Path
 
 import torch
+from torch.distributed.device_mesh import init_device_mesh
+from transformers import AutoModelForCausalLM
+from transformers.distributed.configuration_utils import DistributedConfig
 
 import tracelens as tl
+from tests.support import users_plans
 from tracelens.errors import TracelensError
 
 arguments = argparse.ArgumentParser()
@@ -19,9 +23,25 @@ arguments.add_argument("folder", type=Path)
 arguments.add_argument("out", type=Path)
 arguments.add_argument("--tp", type=int, default=1)
 arguments.add_argument("--pp", type=int, default=1)
+arguments.add_argument("--way", default="load", choices=("load", "function", "wrapped", "wrapped plan"))
 asked = arguments.parse_args()
 
-model = tl.load(asked.folder, tp=asked.tp, pp=asked.pp)
+
+def wrapped() -> tl.Model:
+    """A model that the script itself has loaded and spread."""
+    torch.distributed.init_process_group("gloo")
+    options = {"distributed_config": DistributedConfig(tp_size=asked.tp)} if asked.way == "wrapped" else {}
+    hf = AutoModelForCausalLM.from_pretrained(asked.folder, **options)
+    if asked.way == "wrapped plan":
+        users_plans.sequence(hf, init_device_mesh("cpu", (asked.tp,)))
+    return tl.wrap(hf)
+
+
+if asked.way in ("load", "function"):
+    plan = "tests.support.users_plans:tutorial" if asked.way == "function" else None
+    model = tl.load(asked.folder, tp=asked.tp, pp=asked.pp, parallelize=plan)
+else:
+    model = wrapped()
 rank = torch.distributed.get_rank()
 own = [p.to_local() if hasattr(p, "to_local") else p for p in model.hf.parameters()]
 seen: dict[str, object] = {"rank": rank, "bytes": sum(tensor.nbytes for tensor in own)}
@@ -45,12 +65,13 @@ with model.trace([[5, 6, 7, 8], [9, 10, 11, 12]]) as t:
     model.layers[2].head(3).z = 0
     model.layers[2].resid_post += model.layers[0].resid_post
     q = model.layers[1].q.save("q")
+    act = model.module("model.layers.2.mlp.act_fn").output.save("act")
     logits = model.logits.save("logits")
 
 seen["value"] = refusal(lambda: logits.value)
 seen["by name"] = refusal(lambda: t["q"])
 if rank == 0:
-    torch.save({"logits": logits.value, "q": q.value}, asked.out / "results.pt")
+    torch.save({"logits": logits.value, "q": q.value, "act": act.value}, asked.out / "results.pt")
 
 
 def other_prompts() -> None:

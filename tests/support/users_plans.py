@@ -1,4 +1,4 @@
-"""Plans by which users spread a model over ranks, as ``tl.load(name, tp=2, parallelize="tests.support.users_plans:...")``.
+"""Plans by which users spread a model over ranks: ``parallelize="tests.support.users_plans:tutorial"`` and others.
 
 The first is that of PyTorch's tutorial on tensor parallelism, for transformers' Llama and its relatives.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import nn
-from torch.distributed.tensor import Partial, Replicate, Shard
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import Partial, Replicate, Shard, distribute_tensor
 from torch.distributed.tensor.parallel import (
     ColwiseParallel,
     PrepareModuleInput,
@@ -99,3 +102,64 @@ def partial_sums(model: nn.Module, mesh: Any) -> None:
             mlp=PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate()),
         )
         parallelize_module(model.get_submodule(f"model.layers.{layer}"), mesh, plan)
+
+
+def silent_sums(model: nn.Module, mesh: Any) -> None:
+    """In the second layer the MLP's last matrix hands on partial sums as plain tensors, which do not say so."""
+    plan = _blocks(
+        mlp__down_proj=RowwiseParallel(output_layouts=Partial()),
+        mlp=PrepareModuleOutput(output_layouts=Partial(), desired_output_layouts=Replicate()),
+    )
+    parallelize_module(model.get_submodule("model.layers.1"), mesh, plan)
+
+
+def some_layers(model: nn.Module, mesh: Any) -> None:
+    """The first layer is whole on every rank, and so are the third's MLP and the second's attention."""
+    plan = _blocks()
+    heads = {name: style for name, style in plan.items() if name.startswith("self_attn")}
+    neurons = {name: style for name, style in plan.items() if name.startswith("mlp")}
+    parallelize_module(model.get_submodule("model.layers.1"), mesh, neurons)
+    parallelize_module(model.get_submodule("model.layers.2"), mesh, heads)
+
+
+def uneven(model: nn.Module, mesh: Any) -> None:
+    """Neurons that do not divide: between the matrices they are DTensors, which know how many each rank has."""
+    apart = ColwiseParallel(use_local_output=False)
+    for layer in _layers(model):
+        plan = _blocks(mlp__gate_proj=apart, mlp__up_proj=apart)
+        parallelize_module(model.get_submodule(f"model.layers.{layer}"), mesh, plan)
+
+
+def nothing(model: nn.Module, mesh: Any) -> None:
+    """Forgets to spread the model."""
+
+
+def fails(model: nn.Module, mesh: Any) -> None:
+    raise RuntimeError("a mistake of the user's own")
+
+
+def fsdp(model: nn.Module, mesh: Any) -> None:
+    for layer in _layers(model):
+        fully_shard(model.get_submodule(f"model.layers.{layer}"), mesh=mesh)
+    fully_shard(model, mesh=mesh)
+
+
+def two_meshes(model: nn.Module, mesh: Any) -> None:
+    other = init_device_mesh(mesh.device_type, (mesh.size(), 1), mesh_dim_names=("dp", "tp"))
+    parallelize_module(model.get_submodule("model.layers.0"), mesh, _blocks())
+    parallelize_module(model.get_submodule("model.layers.1"), other["tp"], _blocks())
+
+
+def two_dimensions(model: nn.Module, mesh: Any) -> None:
+    other = init_device_mesh(mesh.device_type, (mesh.size(), 1), mesh_dim_names=("dp", "tp"))
+    head = model.get_submodule("lm_head")
+    head.weight = nn.Parameter(
+        distribute_tensor(model.get_parameter("lm_head.weight"), other, [Shard(0), Shard(0)])
+    )
+
+
+def other_numbers(model: nn.Module, mesh: Any) -> None:
+    """The norms, which no plan names, are each rank's own."""
+    tutorial(model, mesh)
+    with torch.no_grad():
+        model.get_parameter("model.layers.1.post_attention_layernorm.weight").mul_(1 + 0.1 * mesh.get_rank())

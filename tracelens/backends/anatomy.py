@@ -82,6 +82,8 @@ class ModelAnatomy:
     """How tensors at modules lie on the ranks of this process, where that has been looked at."""
     seen: Seen | None = None
     """How named sites lie there, where only that tells."""
+    distributed: frozenset[str] = frozenset()
+    """The paths of modules that return DTensors on this rank, as far as that has been looked at."""
     _skeleton: nn.Module | None = None
 
     @property

@@ -154,11 +154,14 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
         )
         if isinstance(point, ModuleSite) and blocks[0].stands_in:
             if mesh is not None and mesh.by_user:
-                refuse_stand_in(code.module, path)
+                refuse_stand_in(code.module, path, distributed=path in anatomy.distributed)
             if path not in standing:
                 standing[path] = StandIn(code.module, path, seat, anatomy.spread.device_of(path))
                 hooks.append(standing[path])
-            standing[path].calls[point.call or 0] = (code, replacement(anatomy, _written(blocks[0]).site))
+            written = _written(blocks[0]).site
+            new = replacement(anatomy, written)
+            own = devices.local(new.type, plan.placement.layout_of(written))
+            standing[path].calls[point.call or 0] = (code, new, own)
         elif isinstance(point, ModuleSite):
             calls, copies = anatomy.sides.calls_of(point), anatomy.sides.leaf(point).lent
             hooks.append(ModuleHook(code, seat, calls=calls, copies=copies))

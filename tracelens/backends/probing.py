@@ -58,7 +58,8 @@ def probe(anatomy: ModelAnatomy, placement: Placement) -> Probed:
         skeleton(**_inputs(ids.to("meta")))
     for name, path, tensor in _tensors(watcher):
         whole[name], paths[name] = tuple(tensor.shape), path
-    own = {name: _about(tensor, mesh) for name, _, tensor in _tensors(_passed(anatomy, ids))}
+    passed = _passed(anatomy, ids)
+    own = {name: _about(tensor, mesh) for name, _, tensor in _tensors(passed)}
     everywhere = mesh.exchanged({"stage": mesh.stage, "tensors": own})
     parts: dict[str, InParts] = {}
     unclear: dict[str, str] = {}
@@ -79,6 +80,12 @@ def probe(anatomy: ModelAnatomy, placement: Placement) -> Probed:
             unclear[name] = found
     probed = Probed(parts, unclear, frozenset(sums))
     if mesh.by_user:
+        require_same_weights(anatomy.model, mesh)
+        anatomy.distributed = frozenset(
+            event.path
+            for event in passed.events
+            if event.side == OUTPUT and any(said(tensor) is not None for tensor in event.tensors.values())
+        )
         anatomy.seen = seen_layouts(anatomy, probed, whole)
     else:
         check_named(anatomy, placement, probed, whole)
@@ -156,6 +163,27 @@ def digest_of(tensor: torch.Tensor) -> str:
     """What two tensors have in common if their numbers are the same, bit for bit."""
     data = on_cpu(settled(tensor.detach())).contiguous()
     return hashlib.sha256(data.reshape(-1).view(torch.uint8).numpy().tobytes()).hexdigest()[:16]
+
+
+def require_same_weights(model: nn.Module, mesh: Mesh) -> None:
+    """Every rank has the same numbers in what a user's plan has left whole; all ranks call it.
+
+    Where it has not, the model computes with other numbers on each, and nothing that follows is anybody's.
+    """
+    own: dict[str, str] = {}
+    for path, tensor in (*model.named_parameters(), *model.named_buffers()):
+        layout = said(tensor)
+        if layout is None or layout == WHOLE_EVERYWHERE:
+            own[path] = digest_of(tensor)
+    differing = sorted(
+        {path for other in mesh.exchanged(own) for path in own if other.get(path) != own[path]}
+    )
+    if differing:
+        more = f" (and {len(differing) - 1} more)" if len(differing) > 1 else ""
+        raise LayoutError(
+            f"{differing[0]!r}{more} is whole on every rank, and has other numbers on each",
+            instead="the same weights on all ranks before the model is spread: of one file, or from one seed",
+        )
 
 
 def lying(shape: tuple[int, ...], seen: Sequence[Any], ranks: int) -> InParts | Partial | str | None:

@@ -13,7 +13,9 @@ from tracelens.backends.module_hooks import Counted
 from tracelens.backends.survey import Hole, ModuleCall, Opaque
 from tracelens.errors import SiteMismatchError
 from tracelens.ir.infer import torch_dtype
+from tracelens.ir.layout import OwnType
 from tracelens.ir.module_sites import Key
+from tracelens.ir.types import TensorType
 
 if TYPE_CHECKING:
     from tracelens.backends.local import Run
@@ -24,7 +26,8 @@ if TYPE_CHECKING:
 class StandIn:
     """What stands in for one or more calls of a module, each with the steps that make its output.
 
-    ``calls``: by number, the steps and what they make. ``device``: where the module would have computed.
+    ``calls``: by number, the steps, what they make, and the type of what this rank has of it. ``device``: where the
+    module would have computed.
     """
 
     __slots__ = ("calls", "counted", "device", "fired", "module", "path", "seat")
@@ -34,7 +37,7 @@ class StandIn:
         self.device = device
         self.path = path
         self.seat = seat
-        self.calls: dict[int, tuple[HookCode, Replacement]] = {}
+        self.calls: dict[int, tuple[HookCode, Replacement, TensorType | OwnType]] = {}
         self.fired: dict[int, int] = {}
         self.counted = Counted(seat)
 
@@ -52,10 +55,10 @@ class StandIn:
             run, number = self.counted.called()
             if run is None or number not in self.calls:
                 return own(*args, **kwargs)
-            code, new = self.calls[number]
+            code, new, own_type = self.calls[number]
             self.fired[number] = run.forward_number
             # What a write makes of a value depends on the site's dtype, shape and device alone.
-            sizes, dtype = new.type.sizes(run.state.sizes), torch_dtype(new.type.dtype)
+            sizes, dtype = own_type.sizes(run.state.sizes), torch_dtype(own_type.dtype)
             site = torch.empty(sizes, dtype=dtype, device=self.device)
             found = code.steps(run.state, site)
             if found is site:  # a rank on which a step went wrong goes on, with something

@@ -6,6 +6,7 @@ import weakref
 from typing import Any, cast
 
 import torch
+from torch import nn
 
 from tracelens.constants import Captured
 
@@ -95,3 +96,8 @@ def inputs_on(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
     return {
         name: value.to(device) if isinstance(value, torch.Tensor) else value for name, value in inputs.items()
     }
+
+
+def module_on(module: nn.Module, device: torch.device) -> nn.Module:
+    """A module whose parameters and buffers are all on a device, as ``module.to`` moves them."""
+    return module.to(device)

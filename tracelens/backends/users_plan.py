@@ -19,6 +19,7 @@ from torch import nn
 from tracelens.backends.execute import State
 from tracelens.backends.mesh import has_distributed, local
 from tracelens.backends.side_hooks import ForwardStopped, HookCode, done
+from tracelens.backends.transfer import module_on
 from tracelens.errors import LayoutError, OptionError, SiteMismatchError
 from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, Partial, Shard, owned
 
@@ -49,8 +50,9 @@ def settled(tensor: torch.Tensor) -> torch.Tensor:
     module: Any = sys.modules.get("torch.distributed._functional_collectives")
     if module is None or not isinstance(found, module.AsyncCollectiveTensor):
         return found
+    underway: Any = found
     # Waiting by itself would leave autograd out.
-    return found.clone() if found.requires_grad else found.trigger_wait()
+    return underway.clone() if underway.requires_grad else underway.trigger_wait()
 
 
 def fits(tensor: torch.Tensor, layout: Layout, ranks: int, rank: int) -> bool:
@@ -102,13 +104,18 @@ class LocalHookCode(HookCode):
         return found if shown is None else like(found, tensor)
 
 
-def refuse_stand_in(module: nn.Module, path: str) -> None:
-    """Refuses to leave out a module around which hooks make DTensors of what it returns."""
+def refuse_stand_in(module: nn.Module, path: str, *, distributed: bool) -> None:
+    """Refuses to leave out a module that returns DTensors, or around which hooks make some of what it returns."""
     if module._forward_hooks or module._forward_pre_hooks:
-        raise LayoutError(
-            f"module {path!r} cannot be left out: hooks on it, as plans put there, expect what it returns itself",
-            instead="a write to what it returns, or the module around it",
-        )
+        reason = "hooks on it, as plans put there, expect what it returns itself"
+    elif distributed:
+        reason = "it returns DTensors, of which others are not made up"
+    else:
+        return
+    raise LayoutError(
+        f"module {path!r} cannot be left out: {reason}",
+        instead="a write to what it returns, or the module around it",
+    )
 
 
 # --- parameters ------------------------------------------------------------------------------------------------------
@@ -179,4 +186,4 @@ def load_parallelized(
             f"{name} has spread no parameter of the model over the ranks",
             instead="parallelize_module(model, mesh, plan) in it",
         )
-    return found if kind == "cpu" else found.to(device)
+    return found if device is None else module_on(found, device)
