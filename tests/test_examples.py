@@ -10,6 +10,7 @@ import torch
 
 import tracelens as tl
 from tests.support.pretend import Pretend, pretend
+from tests.support.ranks import PoolOf
 
 __all__ = ["pretend"]
 
@@ -41,6 +42,16 @@ def test_the_last_layer_of_the_lens_is_the_model(model: tl.Model) -> None:
         values, indices = best.values.save(), best.indices.save()
     assert torch.equal(ids[-1], indices.value)
     torch.testing.assert_close(probabilities[-1], values.value, rtol=1e-4, atol=1e-6)
+
+
+def test_parallel_plan(ranks_of: PoolOf, model: tl.Model) -> None:
+    plan = "examples.parallel_plan:tutorial"
+    with tl.load("smollm2-135m", tp=3, ranks=ranks_of(3), parallelize=plan) as spread:
+        found = example("parallel_plan").main(spread)
+    expected = example("parallel_plan").main(model)
+    assert torch.equal(found["best"], expected["best"])
+    for name in ("mean", "q"):
+        torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
 def test_activation_patching(model: tl.Model) -> None:

@@ -326,6 +326,9 @@ class Model(Shown):
         # In the memo first: a hook of the user's on the transformers model may lead back here.
         found = memo[id(self)] = Model.__new__(Model)
         found.__init__(copy.deepcopy(self._hf, memo), self._tokenizer)
+        # A copy on ranks lies as the original.
+        for name in ("probed", "seen", "distributed"):
+            setattr(found.anatomy, name, getattr(self.anatomy, name))
         return found
 
     def __dir__(self) -> list[str]:

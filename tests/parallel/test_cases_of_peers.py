@@ -14,8 +14,9 @@ from tests.support.batches import EVEN, batch, random_rows
 from tests.support.families import HEAD_DIM, HEADS, KV_HEADS, NEURONS, VOCABULARY
 from tests.support.hand_forward import Intercept, hand_forward, unchanged
 from tests.support.ranks import PoolOf
-from tests.support.spread_models import Both, both, relative_error
+from tests.support.spread_models import Both, both, relative_error, stored
 from tracelens.errors import PipelineError
+from tracelens.ir.layout import Partial
 from tracelens.ir.sites import Site
 
 ROWS = random_rows(EVEN)
@@ -185,6 +186,34 @@ def test_what_ranks_add_up_is_steered_once(shared: Both, name: str) -> None:
         setattr(shared.spread.layers[1], name, getattr(shared.spread.layers[1], name) + vector)
         logits = shared.spread.logits.save()
     same(logits.value, expected)
+
+
+@pytest.fixture(scope="module")
+def summed(tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf) -> Iterator[Both]:
+    """A model that its user spread: the last matrices of attention and MLPs return what is yet to be added up."""
+    folder = tmp_path_factory.mktemp("summed")
+    hf = stored("qwen2", folder)
+    plan = "tests.support.users_plans:partial_sums"
+    found = Both(tl.load(folder, tp=2, ranks=ranks_of(2), parallelize=plan), tl.wrap(hf), hf)
+    yield found
+    found.close()
+
+
+@pytest.mark.parametrize("name", ["attn_out", "mlp_out"])
+def test_partial_sum_steering(summed: Both, name: str) -> None:
+    """The tensor there is a rank's part of a sum: what each rank adds to its own would count twice."""
+    vector = torch.randn(48, generator=torch.Generator().manual_seed(1))
+    site = Site(name, 1)
+    expected = by_hand(summed, edit(site, lambda tensor: tensor + vector))
+    differ(expected, by_hand(summed))
+    differ(expected, by_hand(summed, edit(site, lambda tensor: tensor + 2 * vector)))
+    with summed.spread.trace(ROWS) as t:
+        setattr(summed.spread.layers[1], name, getattr(summed.spread.layers[1], name) + vector)
+        after = getattr(summed.spread.layers[1], name).save()
+        logits = summed.spread.logits.save()
+    assert t.plan().plan.placement.layout_of(site) == Partial()
+    same(logits.value, expected)
+    same(after.value, seen_by_hand(summed)[site] + vector)
 
 
 def test_a_stage_is_patched_with_what_another_has_computed(staged: Both) -> None:

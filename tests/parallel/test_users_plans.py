@@ -88,6 +88,36 @@ def written(models: Both, edits: list[tuple[Site, Edit]]) -> None:
             assert relative_error(one, other) <= TOLERANCE, (str(site), edit.name, what)
 
 
+@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "llama_tied", "llama_bias"])
+def test_other_families(family: str, tmp_path: Path, ranks_of: PoolOf) -> None:
+    """Every site is read; each is written by one kind of edit, another one in each layer."""
+    models = loaded(family, "tutorial", tmp_path, ranks_of)
+    sites = sites_of(models)
+    for rows in (ROWS, random_rows(RAGGED)):
+        expected, actual = (all_read(model, sites, rows) for model in (models.one, models.spread))
+        for site in sites:
+            for one, other in zip(actual[site], expected[site], strict=True):
+                assert relative_error(one, other) <= TOLERANCE, str(site)
+    chosen = [site for site in sites if site.kind.effect is not Effect.NONE]
+    edits = list(EDITS.values())
+    written(models, [(site, edits[number % len(edits)]) for number, site in enumerate(chosen)])
+    parts = models.spread._parts
+    assert parts is not None
+    assert max(parts.bytes) < 0.7 * sum(parameter.nbytes for parameter in models.hf.parameters())
+    models.close()
+
+
+@pytest.mark.smollm2
+@pytest.mark.matrix
+def test_a_real_model_on_three_ranks(ranks_of: PoolOf) -> None:
+    one = tl.load("smollm2-135m")
+    with tl.load("smollm2-135m", tp=3, ranks=ranks_of(3), parallelize=f"{PLANS}:tutorial") as spread:
+        sites = [site for site in hand_sites(one.hf)[1:] if site.layer in (None, 0, 15, 29)]
+        expected, actual = (all_read(model, sites, ROWS) for model in (one, spread))
+        for site in sites:
+            assert relative_error(actual[site][0], expected[site][0]) <= TOLERANCE, str(site)
+
+
 # --- sums ------------------------------------------------------------------------------------------------------------
 
 
