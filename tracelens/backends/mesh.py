@@ -217,6 +217,12 @@ def mesh_of(model: nn.Module) -> Mesh | None:
     names: tuple[str, ...] = getattr(found, "mesh_dim_names", None) or ()
     if found is not None and "tp" in names:
         return Mesh(found["tp"], pipeline)
+    if pipeline is not None and found is not None and names == ("pp",):
+        # transformers 5.17 has no name for the one rank that each stage has.
+        from torch.distributed.device_mesh import DeviceMesh
+
+        rows = DeviceMesh(found.device_type, found.mesh.unsqueeze(-1), mesh_dim_names=("pp", "tp"))
+        return Mesh(rows["tp"], pipeline)
     if pipeline is not None:
         raise LayoutError(
             "the layers of a stage are spread over ranks, and not by transformers' own tensor parallelism",

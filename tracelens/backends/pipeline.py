@@ -32,7 +32,7 @@ class Pipeline:
             next(stage for stage, (first, end) in enumerate(ranges) if first <= layer < end)
             for layer in range(n_layers)
         )
-        ranks = device_mesh.mesh.flatten(1)  # by stage
+        ranks = device_mesh.mesh.reshape(self.stages, -1)
         column = int((ranks[self.stage] == dist.get_rank()).nonzero()[0, 0])
         self._peers: list[int] = ranks[:, column].tolist()
         # Apart from the stream's own group: what a plan sends may overtake the stream, and be overtaken.
