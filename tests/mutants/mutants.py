@@ -1406,4 +1406,18 @@ MUTANTS = (
         "own = new.type",
         (*USERS_PLANS, "without_hooks"),
     ),
+    Mutant(
+        "users' plans: what lies otherwise in a run is used as it lay before",
+        "backends/users_plan.py",
+        "        if wrong and self.layout is not None:",
+        "        if False:",
+        (*USERS_PLANS, "otherwise_than_it_did"),
+    ),
+    Mutant(
+        "users' plans: each rank has a part of other positions than it says",
+        "ir/layout.py",
+        "start, end = owned(found[self.dim], self.ranks, self.rank)",
+        "start, end = owned(found[self.dim] + 1, self.ranks, self.rank)",
+        (*USERS_PLANS, "every_site_is_read and sequence"),
+    ),
 )

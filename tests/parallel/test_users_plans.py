@@ -16,7 +16,7 @@ from tests.support.batches import EVEN, RAGGED, random_rows
 from tests.support.hand_forward import hand_sites
 from tests.support.ranks import PoolOf
 from tests.support.spread_models import Both, relative_error, stored
-from tracelens.errors import LayoutError, OptionError, RankFailedError
+from tracelens.errors import LayoutError, OptionError, RankFailedError, SiteMismatchError
 from tracelens.ir.layout import Joined, Partial, Replicate, Shard
 from tracelens.ir.ops import Redistribute
 from tracelens.ir.sites import Effect, Site
@@ -205,6 +205,24 @@ def test_no_gradient_is_taken_through_a_sum(sums: Both) -> None:
 
 
 # --- what a plan may do beside ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("plan", ["sequence"], indirect=True)
+def test_positions_that_ranks_share_are_put_together_and_the_plan_says_so(models: Both) -> None:
+    found: list[Tensor] = []
+    for model in (models.one, models.spread):
+        with model.trace(random_rows(RAGGED)) as t:
+            model.layers[1].resid_post.tok[-2:] += V
+            logits = model.logits[:, -1].save()
+        found.append(logits.value)
+    assert relative_error(found[1], found[0]) <= TOLERANCE
+    moved = [(op.source, op.target) for op in t.plan().plan.graph.ops if isinstance(op, Redistribute)]
+    assert moved == [(Shard(1), Replicate()), (Replicate(), Shard(1))]
+    lines = t.explain().splitlines()
+    assert "  resid_post of layer 1 lies in parts of axis 1 on 2 ranks" in lines
+    (gathered,) = [line for line in lines if line.startswith("  gathers %")]
+    # 3 rows of 9 positions: 5 at most on a rank, of 48 numbers of 4 bytes, each way.
+    assert f"{2 * 3 * 5 * 48 * 4 / 1024:.1f} KiB between ranks" in gathered
 
 
 def test_gradients_are_those_of_one_process(models: Both, plan: str) -> None:
@@ -428,3 +446,27 @@ def test_a_function_that_is_nowhere_is_refused(name: str, tiny_folder: Path, ran
         tl.load(tiny_folder, tp=2, ranks=ranks_of(2), parallelize=name)
     assert caught.value.at is not None
     assert caught.value.at.filename == __file__
+
+
+def test_what_lies_otherwise_than_it_did_is_refused_in_the_run(tiny_folder: Path, ranks_of: PoolOf) -> None:
+    """And the ranks stay: nobody waits for anybody."""
+    one = tl.load(tiny_folder)
+
+    def steered(model: tl.Model, positions: int) -> Tensor:
+        with model.trace([list(range(5, 5 + positions))]):
+            model.layers[1].mlp_out += V
+            logits = model.logits.save()
+        return logits.value
+
+    with tl.load(tiny_folder, tp=2, ranks=ranks_of(2), parallelize=f"{PLANS}:fickle") as spread:
+        pids = ranks_of(2).pids
+        assert relative_error(steered(spread, 8), steered(one, 8)) <= TOLERANCE
+        for positions in (9, 10):
+            with pytest.raises(
+                SiteMismatchError, match="lies otherwise than when the model was looked at"
+            ) as caught:
+                steered(spread, positions)
+            assert caught.value.at is not None
+            assert caught.value.at.filename == __file__
+        assert relative_error(steered(spread, 4), steered(one, 4)) <= TOLERANCE
+        assert ranks_of(2).pids == pids

@@ -163,3 +163,23 @@ def other_numbers(model: nn.Module, mesh: Any) -> None:
     tutorial(model, mesh)
     with torch.no_grad():
         model.get_parameter("model.layers.1.post_attention_layernorm.weight").mul_(1 + 0.1 * mesh.get_rank())
+
+
+def fickle(model: nn.Module, mesh: Any) -> None:
+    """What the MLPs' last matrix hands on depends on the prompt: sums, for one position more whole, for two plain."""
+
+    def chosen(module: nn.Module, given: Any, output: Any) -> Any:
+        extra = output.shape[1] % 4
+        whole = output.redistribute(placements=[Replicate()]) if extra else output
+        return whole.to_local() if extra == 2 else whole
+
+    def whole(module: nn.Module, given: Any, output: Any) -> Any:
+        distributed = hasattr(output, "redistribute")
+        return output.redistribute(placements=[Replicate()]).to_local() if distributed else output
+
+    apart = RowwiseParallel(output_layouts=Partial(), use_local_output=False)
+    for layer in _layers(model):
+        block = model.get_submodule(f"model.layers.{layer}")
+        parallelize_module(block, mesh, _blocks(mlp__down_proj=apart))
+        block.get_submodule("mlp.down_proj").register_forward_hook(chosen)
+        block.get_submodule("mlp").register_forward_hook(whole)

@@ -91,9 +91,12 @@ class LocalHookCode(HookCode):
     def steps(self, state: State, tensor: Any) -> Any:
         """The tensor after the steps, as distributed as it was."""
         shown = said(tensor)
-        if shown is not None and self.layout is not None and shown != self.layout:
+        # A plain tensor says nothing, but that it is to be added up it would have to say.
+        wrong = isinstance(self.layout, Partial) if shown is None else shown != self.layout
+        if wrong and self.layout is not None:
             error = SiteMismatchError(
-                f"{self.site} lies otherwise than when the model was looked at: {shown}, and not {self.layout}"
+                f"{self.site} lies otherwise than when the model was looked at: "
+                f"{'a plain tensor' if shown is None else shown}, and not {self.layout}"
             )
             return self.failed(state, tensor, error)
         found = done(self.body, state, settled(tensor))
