@@ -1369,7 +1369,7 @@ MUTANTS = (
         "sharding.py",
         "math.isfinite(number) and number != 0",
         "math.isfinite(number)",
-        ON_SUMS,
+        (*USERS_PLANS, "divided_by_zero"),
     ),
     Mutant(
         "sums on ranks: a derivative is taken through a sum",
