@@ -29,7 +29,7 @@ def _shown(cell: Mapping[str, Any], reasons: list[str]) -> str:
     if reason := cell.get("refused"):
         if reason not in reasons:
             reasons.append(reason)
-        return f"refused ({chr(97 + reasons.index(reason))})"
+        return f"{cell['mark']} ({chr(97 + reasons.index(reason))})"
     error = max(cell.get(key, 0.0) for key in ("read_error", "write_error", "edit_error"))
     written = f", {cell['written']} written" if "written" in cell else ""
     return f"{cell['read']} read{written}: {error:.0e}"

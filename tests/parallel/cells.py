@@ -1,26 +1,53 @@
-"""The conformance matrix of models on ranks, as data: which model on which ranks, and what is not supported and why.
+"""The conformance matrix, as data: which model spread in which way, and what is not supported and why.
 
-A cell without a reason has every site read and every site written; a cell with one is refused with an error that says
-so. Nothing is left out: a cell that starts to work fails until it is marked here.
+A cell without a mark has every site read and every site written; a cell with one is refused with an error that says
+why. Nothing is left out: a cell that starts to work fails until its mark is taken away.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
 
+class Mark(Enum):
+    """Why a cell is refused."""
+
+    NEVER = "never"
+    """It cannot be: the sizes do not allow it."""
+    NOTIMPL = "notimpl"
+    """What this stands on does not have it."""
+    NOTYET = "notyet"
+    """It is ours to build."""
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A mark, and what the error says."""
+
+    mark: Mark
+    says: str
+
+
 @dataclass(frozen=True)
 class Shape:
-    """How many ranks share a layer, and how many stages follow each other."""
+    """How a model is spread.
 
-    tp: int
-    pp: int
+    ``tp`` ranks share each layer, ``pp`` stages follow each other; or accelerate spreads its layers over ``devices`` of
+    one process.
+    """
+
+    tp: int = 1
+    pp: int = 1
+    devices: int = 1
 
     @property
     def name(self) -> str:
+        if self.devices > 1:
+            return "device_map"
         words = [f"{word}{size}" for word, size in (("pp", self.pp), ("tp", self.tp)) if size > 1]
         return " x ".join(words)
 
@@ -31,11 +58,14 @@ class Shape:
 
 SHAPES = {
     shape.name: shape
-    for shape in (Shape(2, 1), Shape(3, 1), Shape(4, 1), Shape(1, 2), Shape(1, 3), Shape(2, 2))
+    for shape in (
+        *(Shape(devices=3), Shape(tp=2), Shape(tp=3), Shape(tp=4)),
+        *(Shape(pp=2), Shape(pp=3), Shape(tp=2, pp=2)),
+    )
 }
 SMOLLM2 = "smollm2-135m"
 TINY = (
-    *("llama", "mistral", "qwen2", "qwen3", "gpt2"),
+    *("llama", "mistral", "qwen2", "qwen3", "gemma3", "qwen3_moe", "gpt2"),
     *(
         "llama_tied",
         "llama_bias",
@@ -50,12 +80,12 @@ TINY = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A model on ranks; ``settings`` beside those of its family; ``refused``: what the error says."""
+    """A model that is spread; ``settings`` beside those of its family."""
 
     family: str
     shape: str
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
-    refused: str | None = None
+    refused: Refused | None = None
 
     def __str__(self) -> str:
         return f"{self.family} on {self.shape}".replace(" x ", "x")
@@ -66,20 +96,26 @@ _MORE_HEADS = MappingProxyType({"num_attention_heads": 8, "num_key_value_heads":
 
 
 def _tiny(family: str, shape: Shape) -> Cell:
-    if family.startswith("gpt2"):
+    return Cell(
+        family, shape.name, _MORE_HEADS if shape.tp == 4 else MappingProxyType({}), _refused(family, shape)
+    )
+
+
+def _refused(family: str, shape: Shape) -> Refused | None:
+    if family.startswith("gpt2") and shape.world > 1:
         what = "ranks share a layer of gpt2" if shape.tp > 1 else "gpt2 is cut into stages"
-        return Cell(family, shape.name, refused=f"transformers has no plan by which {what}")
+        return Refused(Mark.NOTIMPL, f"transformers has no plan by which {what}")
     if shape.tp == 3:
-        return Cell(
-            family, shape.name, refused="3 ranks cannot share the model evenly: num_attention_heads is 4"
-        )
-    return Cell(family, shape.name, _MORE_HEADS if shape.tp == 4 else MappingProxyType({}))
+        return Refused(Mark.NEVER, "3 ranks cannot share the model evenly: num_attention_heads is 4")
+    if family == "qwen3_moe" and shape.tp > 1:
+        return Refused(Mark.NOTYET, "the experts of qwen3_moe cannot be shared by ranks so far")
+    return None
 
 
 def _smollm2(shape: Shape) -> Cell:
-    if shape.tp in (2, 4):
-        return Cell(SMOLLM2, shape.name, refused="cannot share the model evenly: num_attention_heads is 9")
-    return Cell(SMOLLM2, shape.name)
+    odd = shape.tp in (2, 4)
+    says = "cannot share the model evenly: num_attention_heads is 9"
+    return Cell(SMOLLM2, shape.name, refused=Refused(Mark.NEVER, says) if odd else None)
 
 
 CELLS = {
@@ -96,5 +132,8 @@ DIAGONAL = (
     "mistral on tp4",
     "llama_tied on pp2xtp2",
     "llama_bias on tp2",
+    "gemma3 on tp2",
+    "qwen3_moe on pp2",
+    "gpt2 on device_map",
 )
 """The supported cells that every run of the tests has: each model and each kind of spreading at least once."""

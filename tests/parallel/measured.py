@@ -20,7 +20,9 @@ def note(cell: Cell, **found: Any) -> None:
     if not os.environ.get(WRITES):
         return
     known = stored()
-    found_before = {key: value for key, value in known.get(str(cell), {}).items() if key != "refused"}
+    found_before = {
+        key: value for key, value in known.get(str(cell), {}).items() if key not in ("mark", "refused")
+    }
     known[str(cell)] = {**found_before, **static(cell), **found}
     for name, other in CELLS.items():
         if other.refused is not None:
@@ -32,7 +34,8 @@ def note(cell: Cell, **found: Any) -> None:
 def static(cell: Cell) -> dict[str, str]:
     """What is known of a cell without running it."""
     about = {"model": cell.family, "shape": cell.shape}
-    return about if cell.refused is None else {**about, "refused": cell.refused}
+    why = cell.refused
+    return about if why is None else {**about, "mark": why.mark.value, "refused": why.says}
 
 
 def stored() -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,8 +23,10 @@ def axis_in_parts(site: Site) -> int:
     )
 
 
-def numbers(shape: Sequence[int], seed: int) -> Tensor:
-    return 0.5 * torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+def numbers(before: Tensor, seed: int, *shape: int) -> Tensor:
+    """Random numbers, half as far from each other as those of ``before``, and of its shape if no other is asked for."""
+    drawn = torch.randn(*(shape or before.shape), generator=torch.Generator().manual_seed(seed))
+    return 0.5 * before[before.abs() < 1e30].float().std() * drawn
 
 
 def _across(site: Site, size: int) -> tuple[Any, ...]:
@@ -37,41 +39,42 @@ def _assign(model: tl.Model, site: Site, new: object) -> None:
     setattr(model if site.layer is None else model.layers[site.layer], site.name, new)
 
 
-def _add(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
-    _assign(model, site, read(model, site) + numbers(shape, 1))
+def _add(model: tl.Model, site: Site, before: Tensor) -> None:
+    _assign(model, site, read(model, site) + numbers(before, 1))
 
 
-def _replace(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
-    _assign(model, site, numbers(shape, 2))
+def _replace(model: tl.Model, site: Site, before: Tensor) -> None:
+    """Each prompt is given what another one has: random numbers would make a real model grow what is rounded."""
+    _assign(model, site, before.flip(0))
 
 
-def _vector(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
-    _assign(model, site, numbers(shape[-1:], 3))
+def _vector(model: tl.Model, site: Site, before: Tensor) -> None:
+    _assign(model, site, numbers(before, 3, before.shape[-1]))
 
 
-def _part(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
+def _part(model: tl.Model, site: Site, before: Tensor) -> None:
     handle = read(model, site)
-    index = _across(site, shape[axis_in_parts(site)])
-    handle[index] = numbers(torch.empty(shape)[index].shape, 4)
+    index = _across(site, before.shape[axis_in_parts(site)])
+    handle[index] = numbers(before, 4, *before[index].shape)
 
 
-def _part_added(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
+def _part_added(model: tl.Model, site: Site, before: Tensor) -> None:
     handle = read(model, site)
-    index = _across(site, shape[axis_in_parts(site)])
-    handle[index] += numbers(torch.empty(shape)[index].shape, 5)
+    index = _across(site, before.shape[axis_in_parts(site)])
+    handle[index] += numbers(before, 5, *before[index].shape)
 
 
-def _one(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
+def _one(model: tl.Model, site: Site, before: Tensor) -> None:
     """The last of what the last rank has, at the last position of each prompt."""
     handle = read(model, site)
     axis = axis_in_parts(site)
-    index: list[Any] = [slice(None)] * len(shape)
-    index[axis] = shape[axis] - 1
+    index: list[Any] = [slice(None)] * before.ndim
+    index[axis] = before.shape[axis] - 1
     index[2 if looks(site) else 1] = -1
     handle[tuple(index)] = 3.0
 
 
-def _scaled(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
+def _scaled(model: tl.Model, site: Site, before: Tensor) -> None:
     """By what is computed from the site itself, over the axis that may be in parts."""
     value = read(model, site)
     if looks(site):
@@ -82,7 +85,7 @@ def _scaled(model: tl.Model, site: Site, shape: Sequence[int]) -> None:
 @dataclass(frozen=True)
 class Edit:
     name: str
-    run: Callable[[tl.Model, Site, Sequence[int]], None]
+    run: Callable[[tl.Model, Site, Tensor], None]
 
 
 EDITS = {
@@ -106,4 +109,5 @@ def seen_later(model: tl.Model, site: Site) -> Site:
         return Site("logits") if site.name == "logits" else Site("lm_head")
     if site.layer == last:
         return Site("final_norm")
-    return Site("mlp_act", last)
+    neurons = Site("mlp_act", last)
+    return neurons if model.anatomy.has(neurons) else Site("z", last)

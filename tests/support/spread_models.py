@@ -12,12 +12,13 @@ from transformers import PreTrainedModel
 
 import tracelens as tl
 from tests.support.families import EVERY
+from tests.support.pretend import device_map
 from tests.support.ranks import PoolOf
 
 
 @dataclass(frozen=True)
 class Both:
-    """One model on ranks, and the same in this process, which is what is right."""
+    """One model that is spread, and the same on one device of this process, which is what is right."""
 
     spread: tl.Model
     one: tl.Model
@@ -40,6 +41,16 @@ def both(
     """A tiny model, stored in ``folder`` and loaded from there by ``tp * pp`` ranks, and in one process."""
     hf = stored(family, folder, settings)
     return Both(tl.load(folder, tp=tp, pp=pp, ranks=ranks_of(tp * pp)), tl.wrap(hf), hf)
+
+
+def over_devices(family: str, folder: Path) -> Both:
+    """A tiny model whose layers accelerate has spread over the pretend devices, and the same on the CPU."""
+    hf = stored(family, folder)
+    layers = ["pretend:1", "pretend:0", "pretend:2"]
+    where = device_map(hf, layers, embedding="pretend:0", norm="pretend:2")
+    # What transformers takes for experts on GPUs is not there for the CPU, on which the pretend devices compute.
+    experts = {"experts_implementation": "eager"} if family == "qwen3_moe" else {}
+    return Both(tl.load(folder, device_map=where, **experts), tl.wrap(hf), hf)
 
 
 def stored(family: str, folder: Path, settings: Mapping[str, Any] | None = None) -> PreTrainedModel:
