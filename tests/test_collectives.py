@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections import Counter
 from collections.abc import Iterator
 from pathlib import Path
@@ -52,7 +53,8 @@ def _planned(one: Collective, sizes: dict[str, int]) -> tuple[str, int]:
     """The call that a rank makes for it: by which name, and with how many bytes of its own."""
     total, n = one.nbytes(sizes), one.ranks
     if one.saved is not None:
-        return "gather", total // (n - 1)
+        summed = isinstance(one.source, Partial) and one.source.joined in SUMMED
+        return "reduce" if summed else "gather", total // (n - 1)
     if isinstance(one.source, Partial) and one.source.joined in SUMMED:
         return "all_reduce", total // (2 * (n - 1))
     return "all_gather_into_tensor", total // (n * (n - 1))
@@ -64,6 +66,8 @@ BLOCKS = {
     "the largest neuron": "m = L.mlp_act.amax(-1).save(); n = L.mlp_act.amin((0, 2)).save()",
     "the largest neurons": "v, i = L.mlp_act.topk(3); v.save(); i.save(); L.mlp_act.argmax(-1).save()",
     "a norm": "m = L.mlp_act.norm(dim=-1).save()",
+    "a mean, rounded": "m = L.mlp_act.mean(-1).save(dtype=torch.bfloat16)",
+    "a mean that is used as well": "m = L.mlp_act.mean(-1); m.exp().save(); m.save()",
     "neurons by number": "m = L.mlp_act[..., [3, 70, -1]].save()",
     "a scan": "m = L.mlp_act.cumsum(-1)[..., -1].save()",
     "a row of the unembedding": "m = (model.unembed[11] * 2).save()",
@@ -123,6 +127,7 @@ def test_a_plan_names_gathers_sums_and_what_lies_in_parts(model: Model) -> None:
         act = model.layers[1].mlp_act
         act.cumsum(-1)[..., -1].save("scan")
         act.sum(-1).save("sum")
+        act.mean(-1).exp().save("mean")
         act.save("act")
     lines = t.explain().splitlines()
     n = len(PROMPT)
@@ -131,12 +136,38 @@ def test_a_plan_names_gathers_sums_and_what_lies_in_parts(model: Model) -> None:
         f"  gathers %0 f32[B,P,80] from 2 ranks after layers.1.mlp_act, {_shown(n * NEURONS * F32)} between ranks"
         in lines
     )
-    (summed,) = (line for line in lines if line.startswith("  sums %"))
-    assert summed.endswith(
+    assert (
+        f"  sums 'sum' on the first of 2 ranks when the pass is over, {_shown(n * F32)} between ranks"
+        in lines
+    )
+    (averaged,) = (line for line in lines if line.startswith("  averages %"))
+    assert averaged.endswith(
         f" f32[B,P] over 2 ranks after layers.1.mlp_act, {_shown(2 * n * F32)} between ranks"
     )
     last = "  gathers 'act' on the first of 2 ranks when the pass is over"
     assert f"{last}, {_shown(n * NEURONS // 2 * F32)} between ranks" in lines
+
+
+def test_a_plan_says_which_rank_has_what_an_index_names(model: Model) -> None:
+    """Heads 0 and 1 are the first rank's, neurons to 39 too, and 49 rows of the unembedding."""
+    with model.record() as r:
+        model.layers[1].head(2).z = 0
+        model.layers[:].mlp_act[..., :70] = 0
+        model.layers[2].mlp_act[..., 10:60:25].save()
+        model.layers[2].mlp_act[..., 7:7].save()
+        model.layers[2].resid_post += model.unembed[48] + model.unembed[-1]
+        model.logits.save()
+    lines = [
+        line for line in str(r.plan().plan).splitlines() if "rank has" in line or re.search(r"rank \d", line)
+    ]
+    assert [re.sub("%[0-9]+", "%", line) for line in lines] == [
+        "  %[48]: rank 0 has 48",
+        "  %[-1]: rank 1 has 96",
+        "  % and 2 more [:, :, :70]: rank 0 has 0 to 39, rank 1 has 40 to 69",
+        "  %[:, :, 2]: rank 1 has 2",
+        "  %[:, :, 10:60:25]: rank 0 has 10 to 35 in steps of 25",
+        "  %[:, :, 7:7]: no rank has any of it",
+    ]
 
 
 def _shown(size: int) -> str:

@@ -6,20 +6,24 @@ Of ``n`` ranks, for a value of ``N`` bytes:
   ``n (n - 1) p`` in all (``(n - 1) N`` where ``n`` divides the axis; shorter parts are filled up);
 * partial results that are *summed* or averaged: ``2 (n - 1) N``, as rings do it, each rank ``2 (n - 1) / n * N``;
 * those of which the largest or smallest counts are all seen by every rank: ``n (n - 1) N``;
-* a save in parts is gathered on one rank, when the pass is over: ``(n - 1) p``;
+* a save in parts is gathered on one rank, when the pass is over: ``(n - 1) p``; one of partial results is summed there:
+  ``(n - 1) N``;
 * a part of what every rank has whole costs nothing.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from tracelens.ir.dims import Sizes
-from tracelens.ir.layout import Joined, Layout, Partial, Replicate, Shard, local_type
-from tracelens.ir.ops import Redistribute, Save
-from tracelens.ir.sites import Sequence
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Joined, Layout, Partial, Replicate, Shard, local_type, owned
+from tracelens.ir.ops import Index, IndexPut, Redistribute, Save, Slice
+from tracelens.ir.sites import Sequence as Moment
+from tracelens.ir.text import index_text
 from tracelens.ir.types import TensorType, bytes_text
+from tracelens.sharding import own_part
 
 if TYPE_CHECKING:
     from tracelens.plan import Plan
@@ -39,8 +43,8 @@ _VERBS = {
 class Collective:
     """One thing that the ``ranks`` of a place do together; every rank of the place takes part.
 
-    ``saved``: the name of the save for which parts are gathered on one rank after the pass; else it is done at the
-    moment ``at``, and every rank has the result.
+    ``saved``: the name of the save for which one rank is given the result after the pass; else it is done at the moment
+    ``at``, and every rank has the result.
     """
 
     place: int
@@ -48,7 +52,7 @@ class Collective:
     value: int
     type: TensorType
     source: Layout
-    at: Sequence | None = None
+    at: Moment | None = None
     saved: str | None = None
 
     @property
@@ -65,6 +69,8 @@ class Collective:
                 return others * part if self.saved is not None else self.ranks * others * part
             case Partial():
                 whole = self.type.nbytes(sizes)
+                if self.saved is not None:
+                    return others * whole
                 return (2 if self.source.joined in SUMMED else self.ranks) * others * whole
             case Replicate():
                 return 0
@@ -73,7 +79,8 @@ class Collective:
         """The line of a plan."""
         size = "" if sizes is None else f", {bytes_text(self.nbytes(sizes))} between ranks"
         if self.saved is not None:
-            return f"gathers {self.saved!r} on the first of {self.ranks} ranks when the pass is over{size}"
+            verb = _VERBS[self.source.joined] if isinstance(self.source, Partial) else "gathers"
+            return f"{verb} {self.saved!r} on the first of {self.ranks} ranks when the pass is over{size}"
         match self.source:
             case Partial():
                 verb = _VERBS[self.source.joined]
@@ -92,7 +99,8 @@ def collectives(plan: Plan) -> tuple[Collective, ...]:
             found.append(Collective(place, ranks, op.value, op.type, op.source, known))
     for save in plan.graph.saves:
         for value in save.values:
-            if isinstance(layout := plan.layouts.get(value), Shard):
+            layout = plan.layouts.get(value, WHOLE_EVERYWHERE)
+            if not isinstance(layout, Replicate):
                 place = plan.home[value]
                 ranks = plan.placement.places[place].ranks
                 type_ = _as_saved(plan, save, value)
@@ -118,10 +126,45 @@ def lines(plan: Plan, sizes: Sizes | None) -> list[str]:
         f"{name}{_of_layers(sorted(layers))} lies in {layout} on {ranks} ranks"
         for (name, layout, ranks), layers in sorted(lying.items(), key=lambda item: item[0][0])
     ]
+    texts += _owners(plan)
     for one in collectives(plan):
         when = next((f"after {site}" for site in plan.sites if site.sequence == one.at), "before the pass")
         texts.append(one.text(when, sizes))
     return [f"  {text}" for text in texts]
+
+
+def _owners(plan: Plan) -> list[str]:
+    """Which ranks have what an index names of an axis in parts; the others do nothing there, or give zeros."""
+    found: dict[str, list[int]] = {}
+    for op in plan.graph.ops:
+        if not isinstance(op, Index | IndexPut):
+            continue
+        ranks = plan.placement.places[plan.home[op.base]].ranks
+        own = own_part(op, plan.layouts, plan.graph.types, ranks, 0)
+        item = None if own is None else op.index[own.entry]
+        if own is None or not isinstance(item, int | Slice):
+            continue
+        chosen = range(own.size)
+        chosen = [chosen[item]] if isinstance(item, int) else chosen[item.start : item.stop : item.step]
+        shares = {rank: _met(chosen, *owned(own.size, ranks, rank)) for rank in range(ranks)}
+        having = [f"rank {rank} has {share}" for rank, share in shares.items() if share]
+        text = f"[{index_text(op.index)}]: {', '.join(having) or 'no rank has any of it'}"
+        found.setdefault(text, []).append(op.base)
+    return [f"{_values(values)}{text}" for text, values in found.items()]
+
+
+def _met(chosen: Sequence[int], low: int, high: int) -> str:
+    """What a rank has of the numbers that were chosen, as the user counts them: ``48 to 69``."""
+    mine = [number for number in chosen if low <= number < high]
+    if len(mine) < 2:
+        return "".join(map(str, mine))
+    step = f" in steps of {abs(mine[1] - mine[0])}" if abs(mine[1] - mine[0]) > 1 else ""
+    return f"{min(mine)} to {max(mine)}{step}"
+
+
+def _values(values: Sequence[int]) -> str:
+    """``%0``, or for what is done in many layers, the first and how many more there are."""
+    return f"%{values[0]}" if len(values) == 1 else f"%{values[0]} and {len(values) - 1} more "
 
 
 def _of_layers(layers: list[int]) -> str:

@@ -21,7 +21,7 @@ from tracelens.backends.transfer import land, on_cpu
 from tracelens.errors import ElsewhereError, SavedFileError, SiteMismatchError, TracelensError
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import torch_dtype
-from tracelens.ir.layout import WHOLE_EVERYWHERE, Shard
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Replicate
 from tracelens.ir.ops import Keep, Save
 from tracelens.ir.types import TensorType
 from tracelens.location import here
@@ -95,8 +95,8 @@ def collect(
                 whole = _member(save, part, plan, state)
                 if whole is None:
                     whole = mesh.zeros(own, state.sizes)
-                if isinstance(layout, Shard):
-                    whole = mesh.collected(whole.detach(), type_.sizes(state.sizes), layout.dim)
+                if not isinstance(layout, Replicate):
+                    whole = mesh.collected(whole.detach(), type_.sizes(state.sizes), layout)
             if home != 0 and pipeline is not None and mesh.leads:
                 if whole is not None:
                     pipeline.send(whole, 0)

@@ -18,7 +18,7 @@ from tracelens.errors import ExtraMemoryError, OptionError
 from tracelens.ir.dims import Sizes
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
-from tracelens.ir.layout import WHOLE_EVERYWHERE, Shard, local_type
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Partial, Shard, local_type
 from tracelens.ir.ops import (
     Apply,
     Call,
@@ -272,7 +272,7 @@ class _Walk:
         """When the pass is over: beside its own parts of what was saved, the first rank has the whole of it."""
         for save in self.graph.saves:
             for value in save.values:
-                if isinstance(self.layouts.get(value), Shard):
+                if isinstance(self.layouts.get(value), Shard | Partial):
                     size = self.graph.types[value].nbytes(self.sizes)
                     if save.dtype is not None:
                         size = size // self.graph.types[value].dtype.itemsize * save.dtype.itemsize

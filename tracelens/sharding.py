@@ -2,8 +2,8 @@
 
 A site lies as its module leaves it; so does a parameter. From there on everything is done in parts where that gives the
 same numbers (:mod:`tracelens.sharding_rules`): nothing is gathered before it has been indexed and reduced. What needs
-whole values is given whole ones, once for all that need them. A tensor in parts is saved in parts, and put together
-when the forward pass is over.
+whole values is given whole ones, once for all that need them. A tensor in parts, or that the ranks have to add up, is
+saved as it is, and put together when the forward pass is over.
 
 Below a gradient's start everything is whole: autograd then gives every rank the derivative with respect to the whole.
 """
@@ -163,9 +163,11 @@ class _LayingOut:
                 return Choice({}, (self.placement.layout_of(op.site),))
             case Write():
                 return self._written(op)
-            case Save() | Transfer():
-                joined = {value: self._joined(value) for value in operands(op)}
-                return Choice(joined, tuple(joined[value] for value in operands(op)) if results(op) else ())
+            case Save():
+                return Choice({value: self._kept_as(op, value) for value in op.values}, ())
+            case Transfer():
+                joined = self._joined(op.value)
+                return Choice({op.value: joined}, (joined,))
             case Grad():
                 # Each with respect to what the rank itself has of the value.
                 own = {value: self._joined(value) for value in op.wrt}
@@ -199,6 +201,16 @@ class _LayingOut:
             value: summed if adds or value in self.added_up else WHOLE_EVERYWHERE for value in operands(op)
         }
         return Choice(needs, (summed,))
+
+    def _kept_as(self, op: Save, value: int) -> Layout:
+        """A value leaves as it lies, and ranks put together what they have when the pass is over.
+
+        Partial results are joined before that where they have to be: in another dtype they would be rounded first. And
+        where that has been done for something else anyway.
+        """
+        own = self.layouts[value]
+        apart = op.dtype in (None, self.types[value].dtype) and (value, WHOLE_EVERYWHERE) not in self.known
+        return own if apart else self._joined(value)
 
     def _ranks(self, op: Op) -> int:
         return self.placement.places[self.home[operands(op)[0]]].ranks

@@ -94,8 +94,33 @@ class Mesh:
         )
         return cast(torch.Tensor, whole.redistribute(placements=[_placement(target)]).to_local())
 
-    def collected(self, tensor: torch.Tensor, shape: tuple[int, ...], dim: int) -> torch.Tensor | None:
-        """The whole of a value whose parts lie on the ranks, on the rank that leads; the others give theirs away."""
+    def collected(
+        self, tensor: torch.Tensor, shape: tuple[int, ...], layout: Shard | Partial
+    ) -> torch.Tensor | None:
+        """The whole of what lies on the ranks in parts, on the rank that leads; the others give theirs away."""
+        if isinstance(layout, Shard):
+            return self._gathered(tensor, shape, layout.dim)
+        if layout.joined in _SEEN:
+            every = self._gathered(tensor.unsqueeze(0), (self.ranks, *shape), 0)
+            return None if every is None else _SEEN[layout.joined](every)
+        return self._summed(tensor, layout.joined)
+
+    def _summed(self, tensor: torch.Tensor, joined: Joined) -> torch.Tensor | None:
+        import torch.distributed as dist
+
+        total = tensor.square() if joined is Joined.NORM else tensor.clone()
+        dist.reduce(total, group=self._mesh.get_group(), group_dst=0)
+        if not self.leads:
+            return None
+        match joined:
+            case Joined.MEAN:
+                return total / self.ranks
+            case Joined.NORM:
+                return total.sqrt()
+            case _:
+                return total
+
+    def _gathered(self, tensor: torch.Tensor, shape: tuple[int, ...], dim: int) -> torch.Tensor | None:
         import torch.distributed as dist
 
         group = self._mesh.get_group()
