@@ -13,10 +13,11 @@ from pathlib import Path
 import pytest
 import torch
 
+import tracelens as tl
 from tests.support.ranks import PoolOf, runs
 from tracelens.backends.ranks import requests
 from tracelens.backends.ranks.pool import Ranks, Request
-from tracelens.backends.ranks.starting import Starting
+from tracelens.backends.ranks.ready import Ready
 from tracelens.errors import OptionError, RankFailedError, RankMessageError, RankTimeoutError
 
 
@@ -235,14 +236,30 @@ def test_a_model_is_loaded_when_it_is_needed(ranks_of: PoolOf) -> None:
 def test_the_line_while_starting_is_for_those_who_look(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with Starting(2) as line:
+    with Ready(2, "starting ranks") as line:
         line.ready()
     assert capsys.readouterr() == ("", "")
-    monkeypatch.setattr("tracelens.backends.ranks.starting.in_notebook", lambda: True)
-    with Starting(2) as line:
+    monkeypatch.setattr("tracelens.backends.ranks.ready.in_notebook", lambda: True)
+    with Ready(2, "starting ranks") as line:
         line.ready()
         line.ready()
     out, err = capsys.readouterr()
     assert out == ""
     assert "tracelens: starting ranks" in err
     assert "2/2" in err
+
+
+def test_a_line_says_that_weights_are_loaded(
+    tiny_folder: Path,
+    ranks_of: PoolOf,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("tracelens.backends.ranks.ready.in_notebook", lambda: True)
+    with tl.load(tiny_folder, tp=2, ranks=ranks_of(2)) as model:
+        err = capsys.readouterr().err
+        assert "tracelens: loading weights" in err
+        assert "2/2" in err
+        with model.trace([[5, 6]]):
+            model.logits.save()
+    assert capsys.readouterr().err == ""

@@ -26,7 +26,7 @@ import torch
 from tracelens.backends.ranks.channel import Message, encoded
 from tracelens.backends.ranks.failures import failure
 from tracelens.backends.ranks.process import Launch, RankProcess, environment, launched, stacks
-from tracelens.backends.ranks.starting import Starting
+from tracelens.backends.ranks.ready import Ready
 from tracelens.errors import RankDiedError, RankMessageError, RanksClosedError, RankTimeoutError
 
 STARTING = 600.0
@@ -164,14 +164,19 @@ class Owner:
         if job.model is not None and job.model not in self.loaded and job.model in self.remembered:
             again = self.remembered[job.model]
             serial = next(_serials)
-            self._exchange(serial, _message(again, serial), f"{again.name!r}, once more", again.timeout)
+            with Ready(self.world, "loading weights once more") as line:
+                message, doing = _message(again, serial), f"{again.name!r}, once more"
+                self._exchange(serial, message, doing, again.timeout, line.ready)
             self.loaded.add(job.model)
         if job.request is None:
             return []
-        replies = self._exchange(job.serial, job.parts, repr(job.request.name), job.request.timeout)
-        if job.remember is not None:
-            self.remembered[job.remember] = job.request
-            self.loaded.add(job.remember)
+        doing, limit = repr(job.request.name), job.request.timeout
+        if job.remember is None:
+            return self._exchange(job.serial, job.parts, doing, limit)
+        with Ready(self.world, "loading weights") as line:
+            replies = self._exchange(job.serial, job.parts, doing, limit, line.ready)
+        self.remembered[job.remember] = job.request
+        self.loaded.add(job.remember)
         return replies
 
     def _start(self) -> None:
@@ -191,7 +196,7 @@ class Owner:
                 self.worker,
                 environment(self.extra),
             )
-            with Starting(self.world) as line:
+            with Ready(self.world, "starting ranks") as line:
                 for number in range(self.world):
                     self._open()
                     rank = launched(launch, number)
@@ -227,13 +232,19 @@ class Owner:
         self.loaded.clear()
 
     def _exchange(
-        self, serial: int, parts: Sequence[bytes | memoryview], doing: str, timeout: float | None
+        self,
+        serial: int,
+        parts: Sequence[bytes | memoryview],
+        doing: str,
+        timeout: float | None,
+        arrived: Callable[[], None] = lambda: None,
     ) -> list[Reply]:
         self.doing = doing
         try:
             for outbox in self._outboxes:
                 outbox.put(parts)
-            return self._gather(serial, doing, math.inf if timeout is None else time.monotonic() + timeout)
+            deadline = math.inf if timeout is None else time.monotonic() + timeout
+            return self._gather(serial, doing, deadline, arrived)
         finally:
             self.doing = None
 

@@ -1,4 +1,4 @@
-"""The line that says that ranks are starting, where somebody is looking."""
+"""The line that says what ranks take long for, their start or a model that they load, where somebody is looking."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from typing import Any
 from tracelens.view import in_notebook
 
 
-class Starting:
+class Ready:
     """A bar that grows as ranks are ready, and goes when all are; nothing where nobody is looking."""
 
-    def __init__(self, world: int) -> None:
+    def __init__(self, world: int, doing: str) -> None:
         self._bar: Any = None
         terminal = sys.stderr is not None and sys.stderr.isatty()
         if not (terminal or in_notebook()):
@@ -21,16 +21,14 @@ class Starting:
             from tqdm import tqdm
         except ImportError:  # it comes with transformers, which may change its mind
             return
-        self._bar = tqdm(
-            total=world, desc="tracelens: starting ranks", unit="rank", leave=False, mininterval=0
-        )
+        self._bar = tqdm(total=world, desc=f"tracelens: {doing}", unit="rank", leave=False, mininterval=0)
 
     def ready(self) -> None:
-        """One more rank has met the others."""
+        """One more rank is ready."""
         if self._bar is not None:
             self._bar.update(1)
 
-    def __enter__(self) -> Starting:
+    def __enter__(self) -> Ready:
         return self
 
     def __exit__(
