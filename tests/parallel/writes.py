@@ -44,8 +44,11 @@ def _add(model: tl.Model, site: Site, before: Tensor) -> None:
 
 
 def _replace(model: tl.Model, site: Site, before: Tensor) -> None:
-    """Each prompt is given what another one has: random numbers would make a real model grow what is rounded."""
-    _assign(model, site, before.flip(0))
+    """By a mixture of what is there and what another prompt has, one position (or head) before.
+
+    All numbers are others, of a kind that the model knows: random ones would make a real model grow what is rounded.
+    """
+    _assign(model, site, (3 * before + before.flip(0).roll(1, 1)) / 4)
 
 
 def _vector(model: tl.Model, site: Site, before: Tensor) -> None:
@@ -74,12 +77,16 @@ def _one(model: tl.Model, site: Site, before: Tensor) -> None:
     handle[tuple(index)] = 3.0
 
 
-def _scaled(model: tl.Model, site: Site, before: Tensor) -> None:
-    """By what is computed from the site itself, over the axis that may be in parts."""
+def _lowered(model: tl.Model, site: Site, before: Tensor) -> None:
+    """A quarter of the way to its own mean over the axis that may be in parts, where it is above that.
+
+    Not by the mean: a norm that centres would take that away again.
+    """
     value = read(model, site)
     if looks(site):
         value = tl.where(value < -1e30, 0.0, value)
-    _assign(model, site, value - 0.5 * value.mean(axis_in_parts(site), keepdim=True))
+    mean = value.mean(axis_in_parts(site), keepdim=True)
+    _assign(model, site, tl.where(value > mean, 0.75 * value + 0.25 * mean, value))
 
 
 @dataclass(frozen=True)
@@ -97,7 +104,7 @@ EDITS = {
         Edit("part", _part),
         Edit("part added", _part_added),
         Edit("one", _one),
-        Edit("centred", _scaled),
+        Edit("lowered", _lowered),
     )
 }
 
