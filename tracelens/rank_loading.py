@@ -129,11 +129,20 @@ def require_fit(config: Any, sizes: Sizes) -> None:
             )
 
 
+_EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+"""What the configurations of transformers call the number of experts."""
+
+
 def _require_experts(config: Any, sizes: Sizes) -> None:
     """Refuses to spread experts where there are none, or where transformers cannot."""
     from transformers.distributed.configuration_utils import DistributedConfig
 
     whole_layers = f"tl.load(name, tp={sizes['tp']}), where each rank has a part of every expert"
+    if not any(getattr(config, name, None) for name in _EXPERTS):
+        raise LayoutError(
+            f"{config.model_type} has no experts that ep={sizes['ep']} ranks could share",
+            instead=f"tl.load(name, tp={sizes['tp']}), where each rank has a part of every layer",
+        )
     if not getattr(config, "base_model_ep_plan", None):
         raise LayoutError(
             f"transformers has no plan by which ranks share experts of {config.model_type}",

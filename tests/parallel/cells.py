@@ -7,7 +7,7 @@ why. Nothing is left out: a cell that starts to work fails until its mark is tak
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from types import MappingProxyType
 from typing import Any
@@ -36,19 +36,26 @@ class Refused:
 class Shape:
     """How a model is spread.
 
-    ``tp`` ranks share each layer, ``pp`` stages follow each other; or accelerate spreads its layers over ``devices`` of
-    one process.
+    ``tp`` ranks share each layer, and if ``ep`` is as much, each has some of the experts whole; ``pp`` stages follow
+    each other. ``by_hand``: by the plan of PyTorch's tutorial, and not by transformers. Or accelerate spreads the
+    layers over ``devices`` of one process.
     """
 
     tp: int = 1
     pp: int = 1
+    ep: int = 1
     devices: int = 1
+    by_hand: bool = False
 
     @property
     def name(self) -> str:
         if self.devices > 1:
             return "device_map"
-        words = [f"{word}{size}" for word, size in (("pp", self.pp), ("tp", self.tp)) if size > 1]
+        if self.by_hand:
+            return "parallelize_module"
+        words = [
+            f"{word}{size}" for word, size in (("pp", self.pp), ("tp", self.tp), ("ep", self.ep)) if size > 1
+        ]
         return " x ".join(words)
 
     @property
@@ -61,6 +68,7 @@ SHAPES = {
     for shape in (
         *(Shape(devices=3), Shape(tp=2), Shape(tp=3), Shape(tp=4)),
         *(Shape(pp=2), Shape(pp=3), Shape(tp=2, pp=2)),
+        *(Shape(tp=2, ep=2), Shape(tp=2, by_hand=True)),
     )
 }
 SMOLLM2 = "smollm2-135m"
@@ -80,10 +88,11 @@ TINY = (
 
 @dataclass(frozen=True)
 class Cell:
-    """A model that is spread; ``settings`` beside those of its family."""
+    """A model that is spread; ``shape``: the column of the table; ``settings`` beside those of its family."""
 
     family: str
     shape: str
+    spread: Shape
     settings: Mapping[str, Any] = field(default_factory=lambda: MappingProxyType({}), hash=False)
     refused: Refused | None = None
 
@@ -96,26 +105,32 @@ _MORE_HEADS = MappingProxyType({"num_attention_heads": 8, "num_key_value_heads":
 
 
 def _tiny(family: str, shape: Shape) -> Cell:
-    return Cell(
-        family, shape.name, _MORE_HEADS if shape.tp == 4 else MappingProxyType({}), _refused(family, shape)
-    )
+    settings = _MORE_HEADS if shape.tp == 4 else MappingProxyType({})
+    return Cell(family, shape.name, shape, settings, _refused(family, shape))
 
 
 def _refused(family: str, shape: Shape) -> Refused | None:
+    if family.startswith("gpt2") and shape.by_hand:
+        return Refused(
+            Mark.NEVER, "GPT2LMHeadModel has no attribute `model`"
+        )  # which the tutorial's plan names
     if family.startswith("gpt2") and shape.world > 1:
         what = "ranks share a layer of gpt2" if shape.tp > 1 else "gpt2 is cut into stages"
         return Refused(Mark.NOTIMPL, f"transformers has no plan by which {what}")
     if shape.tp == 3:
         return Refused(Mark.NEVER, "3 ranks cannot share the model evenly: num_attention_heads is 4")
-    if family == "qwen3_moe" and shape.tp > 1:
-        return Refused(Mark.NOTYET, "the experts of qwen3_moe cannot be shared by ranks so far")
+    if shape.ep > 1 and family != "qwen3_moe":
+        return Refused(Mark.NEVER, "has no experts")
     return None
 
 
 def _smollm2(shape: Shape) -> Cell:
-    odd = shape.tp in (2, 4)
+    """Of its nine heads two or four ranks cannot have equal shares; a plan by hand is for three."""
+    if shape.by_hand:
+        return Cell(SMOLLM2, shape.name, replace(shape, tp=3))
     says = "cannot share the model evenly: num_attention_heads is 9"
-    return Cell(SMOLLM2, shape.name, refused=Refused(Mark.NEVER, says) if odd else None)
+    refused = Refused(Mark.NEVER, says) if shape.tp in (2, 4) else None
+    return Cell(SMOLLM2, shape.name, shape, refused=refused)
 
 
 CELLS = {
@@ -134,6 +149,9 @@ DIAGONAL = (
     "llama_bias on tp2",
     "gemma3 on tp2",
     "qwen3_moe on pp2",
+    "qwen3_moe on tp2",
+    "qwen3_moe on tp2xep2",
+    "qwen2 on parallelize_module",
     "gpt2 on device_map",
 )
 """The supported cells that every run of the tests has: each model and each kind of spreading at least once."""

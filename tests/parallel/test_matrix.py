@@ -5,7 +5,6 @@ The diagonal of the matrix runs always, all of it by ``make matrix``, which also
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,8 +23,8 @@ from tests.support.hand_forward import hand_sites
 from tests.support.pretend import pretend_throughout
 from tests.support.ranks import PoolOf
 from tests.support.spread_models import Both, both, over_devices, relative_error, stored
-from tracelens.errors import LayoutError
-from tracelens.ir.layout import Joined, Partial, Replicate, Shard
+from tracelens.errors import LayoutError, RankFailedError
+from tracelens.ir.layout import Joined, Partial, Replicate, Shard, owned
 from tracelens.ir.ops import Redistribute, Save
 from tracelens.ir.sites import Effect, Site
 
@@ -56,15 +55,10 @@ def cells(names: Iterable[str], always: Iterable[str] = DIAGONAL) -> pytest.Mark
 SUPPORTED = [name for name, cell in CELLS.items() if cell.refused is None]
 REFUSED = [name for name, cell in CELLS.items() if cell.refused is not None]
 every_cell = cells(SUPPORTED)
-ON_RANKS = [name for name in SUPPORTED if SHAPES[CELLS[name].shape].world > 1]
-SHARED = [name for name in ON_RANKS if SHAPES[CELLS[name].shape].tp > 1]
+ON_RANKS = [name for name in SUPPORTED if CELLS[name].spread.world > 1]
+SHARED = [name for name in ON_RANKS if CELLS[name].spread.tp > 1]
 """The cells in which several ranks have a layer together."""
 every_cell = cells(SUPPORTED)
-ON_RANKS = [name for name in SUPPORTED if SHAPES[CELLS[name].shape].world > 1]
-SHARED = [name for name in ON_RANKS if SHAPES[CELLS[name].shape].tp > 1]
-"""The cells in which several ranks have a layer together."""
-ROUNDING = f"{SMOLLM2} on tp3"
-"""Random numbers written into a real model of 30 layers grow what three ranks round differently past the tolerance."""
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +70,7 @@ def cell(request: pytest.FixtureRequest) -> Cell:
 def models(
     cell: Cell, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
 ) -> Iterator[Both]:
-    shape = SHAPES[cell.shape]
+    shape = cell.spread
     if shape.devices > 1:
         request.getfixturevalue("pretend_throughout")
     if cell.family == SMOLLM2:
@@ -84,15 +78,21 @@ def models(
         if shape.devices > 1:
             spread = several_gpus.load([f"pretend:{index}" for index in range(shape.devices)])
         else:
-            spread = tl.load(SMOLLM2, tp=shape.tp, pp=shape.pp, ranks=ranks_of(shape.world))
+            spread = tl.load(SMOLLM2, ranks=ranks_of(shape.world), **asked(shape))
         found = Both(spread, one, one.hf)
     elif shape.devices > 1:
         found = over_devices(cell.family, tmp_path_factory.mktemp("model"))
     else:
         folder = tmp_path_factory.mktemp("model")
-        found = both(cell.family, folder, ranks_of, tp=shape.tp, pp=shape.pp, settings=cell.settings)
+        found = both(cell.family, folder, ranks_of, settings=cell.settings, **asked(shape))
     yield found
     found.close()
+
+
+def asked(shape: Shape) -> dict[str, Any]:
+    """What ``tl.load`` is asked for."""
+    by_hand = {"parallelize": "tests.support.users_plans:tutorial"} if shape.by_hand else {}
+    return {"tp": shape.tp, "pp": shape.pp, "ep": shape.ep, **by_hand}
 
 
 def middle(models: Both) -> int:
@@ -194,14 +194,14 @@ def test_ranks_have_the_same_bits_where_all_have_a_value(cell: Cell, models: Bot
 def test_the_model_really_lies_on_its_ranks(cell: Cell, models: Both) -> None:
     parts_there = models.spread._parts
     assert parts_there is not None
-    assert parts_there.bytes == expected_bytes(models, SHAPES[cell.shape])
+    assert parts_there.bytes == expected_bytes(models, cell.spread)
     whole = sum(parameter.nbytes for parameter in models.hf.parameters())
     measured.note(cell, bytes=list(parts_there.bytes), whole=whole)
 
 
 @cells([name for name in SUPPORTED if CELLS[name].shape == "device_map"])
 def test_the_model_really_lies_on_its_devices(cell: Cell, models: Both) -> None:
-    count = SHAPES[cell.shape].devices
+    count = cell.spread.devices
     there = [str(parameter.device) for parameter in models.spread.hf.parameters()]
     assert set(there) == {f"pretend:{index}" for index in range(count)}
     layers = [str(next(layer.parameters()).device) for layer in layers_of(models.spread.hf)]
@@ -214,11 +214,11 @@ def layers_of(hf: Any) -> Any:
 
 def expected_bytes(models: Both, shape: Shape) -> tuple[int, ...]:
     """What each rank ought to have of the weights, by the names of the parameters alone."""
-    # A tied head and the embedding are one parameter where they are in one stage.
-    twice = shape.pp > 1
+    # A tied head and the embedding are one parameter where they are in one stage, and transformers has spread them.
+    twice = shape.pp > 1 or shape.by_hand
     return tuple(
         sum(
-            share(name, parameter, rank, shape.tp)
+            share(name, parameter, rank, shape)
             for name, parameter in models.hf.named_parameters(remove_duplicate=not twice)
             if stage == stage_of(name, models.one.n_layers, shape.pp)
         )
@@ -234,47 +234,52 @@ def stage_of(name: str, layers: int, stages: int) -> int:
     return 0 if name.startswith("model.embed_tokens") else stages - 1
 
 
-def share(name: str, parameter: Tensor, rank: int, ranks: int) -> int:
-    """A rank's bytes: heads, neurons and the vocabulary are shared; norms, and biases of sums, are on every rank."""
+def share(name: str, parameter: Tensor, rank: int, shape: Shape) -> int:
+    """A rank's bytes: heads, neurons and the vocabulary are shared; norms, and biases of sums, are on every rank.
+
+    Of experts each rank has some of the neurons, or some whole ones.
+    """
     module, kind = name.split(".")[-2:]
     if module in ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head"):
         axis = 0
     elif module in ("o_proj", "down_proj") and kind == "weight":
         axis = 1
+    elif module == "experts":
+        axis = 0 if shape.ep > 1 else {"gate_up_proj": 1, "down_proj": 2}[kind]
     else:
         return parameter.nbytes
     size = parameter.shape[axis]
-    each = math.ceil(size / ranks)
-    own = min(size, (rank + 1) * each) - min(size, rank * each)
-    return parameter.nbytes // size * own
+    low, high = owned(size, shape.tp, rank)
+    return parameter.nbytes // size * (high - low)
 
 
 @cells([name for name in ON_RANKS if CELLS[name].family != "qwen3_moe"])
 def test_what_ranks_share_is_planned_in_parts(cell: Cell, models: Both) -> None:
-    """Each rank sums its own neurons, and one number of each token is added up between them; heads leave in parts."""
-    shape = SHAPES[cell.shape]
+    """Each rank sums its own neurons, and these sums are added up after the pass; heads leave in parts."""
+    shape = cell.spread
     with models.spread.record() as r:
         layer = models.spread.layers[middle(models)]
         layer.mlp_act.sum(-1).save("sum")
         layer.z.save("z")
     plan = r.plan().plan
     assert [place.ranks for place in plan.placement.places] == [shape.tp] * shape.pp
-    moved = [(op.source, op.target, op.type.ndim) for op in plan.graph.ops if isinstance(op, Redistribute)]
-    assert moved == ([(Partial(Joined.SUM), Replicate(), 2)] if shape.tp > 1 else [])
+    assert not any(isinstance(op, Redistribute) for op in plan.graph.ops)
     saved = {op.name: plan.layouts[op.values[0]] for op in plan.graph.ops if isinstance(op, Save)}
-    assert saved == {"sum": Replicate(), "z": Shard(2) if shape.tp > 1 else Replicate()}
+    shared = {"sum": Partial(Joined.SUM), "z": Shard(2)}
+    assert saved == (shared if shape.tp > 1 else {"sum": Replicate(), "z": Replicate()})
 
 
 @pytest.mark.parametrize("cell", [pytest.param(CELLS[name], id=name) for name in REFUSED])
 def test_a_cell_that_is_not_supported_is_refused_by_name(cell: Cell, tmp_path: Path) -> None:
-    """Before anything is launched."""
-    shape = SHAPES[cell.shape]
+    """Before anything is launched, where it is not the user's own plan."""
+    shape = cell.spread
     assert cell.refused is not None
     if cell.family != SMOLLM2:
         stored(cell.family, tmp_path, cell.settings)
     source = SMOLLM2 if cell.family == SMOLLM2 else tmp_path
-    with pytest.raises(LayoutError) as caught:
-        tl.load(source, tp=shape.tp, pp=shape.pp).close()
+    # What a plan by hand cannot do, its own function finds out, on the ranks.
+    with pytest.raises(RankFailedError if shape.by_hand else LayoutError) as caught:
+        tl.load(source, **asked(shape)).close()
     assert cell.refused.says in caught.value.problem
     assert caught.value.at is not None
     assert caught.value.at.filename == __file__
@@ -282,7 +287,7 @@ def test_a_cell_that_is_not_supported_is_refused_by_name(cell: Cell, tmp_path: P
 
 def test_the_diagonal_is_of_the_matrix() -> None:
     assert set(DIAGONAL) <= set(SUPPORTED)
-    assert {CELLS[name].shape for name in DIAGONAL} >= {"device_map", "tp2", "tp4", "pp2", "pp2 x tp2"}
+    assert {CELLS[name].shape for name in DIAGONAL} == set(SHAPES) - {"tp3", "pp3"}
 
 
 def test_the_table_of_the_documentation_has_every_cell() -> None:

@@ -79,7 +79,7 @@ def written(models: Both, edits: list[tuple[Site, Edit]]) -> None:
         found: list[tuple[Tensor, ...]] = []
         for model in (models.one, models.spread):
             with model.trace(ROWS):
-                edit.run(model, site, before.shape)
+                edit.run(model, site, before)
                 saved = [value.save() for value in (read(model, site), read(model, later), model.logits)]
             found.append(tuple(handle.value for handle in saved))
         # An edit that does not show would show nothing either if it were done wrongly.

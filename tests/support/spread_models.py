@@ -37,10 +37,11 @@ def both(
     tp: int = 1,
     pp: int = 1,
     settings: Mapping[str, Any] | None = None,
+    **more: Any,
 ) -> Both:
     """A tiny model, stored in ``folder`` and loaded from there by ``tp * pp`` ranks, and in one process."""
     hf = stored(family, folder, settings)
-    return Both(tl.load(folder, tp=tp, pp=pp, ranks=ranks_of(tp * pp)), tl.wrap(hf), hf)
+    return Both(tl.load(folder, tp=tp, pp=pp, ranks=ranks_of(tp * pp), **more), tl.wrap(hf), hf)
 
 
 def over_devices(family: str, folder: Path) -> Both:
@@ -49,7 +50,7 @@ def over_devices(family: str, folder: Path) -> Both:
     layers = ["pretend:1", "pretend:0", "pretend:2"]
     where = device_map(hf, layers, embedding="pretend:0", norm="pretend:2")
     # What transformers takes for experts on GPUs is not there for the CPU, on which the pretend devices compute.
-    experts = {"experts_implementation": "eager"} if family == "qwen3_moe" else {}
+    experts: dict[str, Any] = {"experts_implementation": "eager"} if family == "qwen3_moe" else {}
     return Both(tl.load(folder, device_map=where, **experts), tl.wrap(hf), hf)
 
 

@@ -66,7 +66,8 @@ def probe(anatomy: ModelAnatomy, placement: Placement) -> Probed:
     sums: set[str] = set()
     styles = {} if mesh.by_user else styles_of(anatomy.model)
     for name, shape in whole.items():
-        stage = placement.of_path(paths[name])
+        # What the model itself returns is where its logits are.
+        stage = placement.of_path(paths[name]) if paths[name] else placement.place_of(Site("logits")).index
         seen = [rank["tensors"].get(name) for rank in everywhere if rank["stage"] == stage]
         found = lying(shape, seen, mesh.ranks)
         style = style_of(styles, paths[name])
