@@ -244,7 +244,7 @@ def share(name: str, parameter: Tensor, rank: int, shape: Shape) -> int:
         axis = 0
     elif module in ("o_proj", "down_proj") and kind == "weight":
         axis = 1
-    elif module == "experts":
+    elif module == "experts" and not shape.by_hand:  # the tutorial's plan does not know them
         axis = 0 if shape.ep > 1 else {"gate_up_proj": 1, "down_proj": 2}[kind]
     else:
         return parameter.nbytes
