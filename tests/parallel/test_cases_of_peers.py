@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tracelens as tl
-from tests.parallel.test_matrix import TOLERANCE
+from tests.parallel.compared import TOLERANCE
 from tests.support.batches import EVEN, batch, random_rows
 from tests.support.families import HEAD_DIM, HEADS, KV_HEADS, NEURONS, VOCABULARY
 from tests.support.hand_forward import Intercept, hand_forward, unchanged

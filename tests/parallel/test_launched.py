@@ -17,7 +17,7 @@ import torch
 from nbclient import NotebookClient
 
 import tracelens as tl
-from tests.parallel.test_matrix import TOLERANCE
+from tests.parallel.compared import TOLERANCE
 from tests.support.spread_models import relative_error, stored
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -17,21 +17,19 @@ from examples import several_gpus
 from tests.conformance.test_reads import read
 from tests.parallel import measured
 from tests.parallel.cells import CELLS, DIAGONAL, SHAPES, SMOLLM2, Cell, Shape
-from tests.parallel.writes import EDITS, Edit, seen_later
-from tests.support.batches import EVEN, RAGGED, random_rows
+from tests.parallel.compared import ROWS, TOLERANCE, read_alike, written_alike
+from tests.parallel.writes import EDITS
+from tests.support.batches import RAGGED, random_rows
 from tests.support.hand_forward import hand_sites
 from tests.support.pretend import pretend_throughout
 from tests.support.ranks import PoolOf
-from tests.support.spread_models import Both, both, over_devices, relative_error, stored
+from tests.support.spread_models import Both, both, over_devices, stored
 from tracelens.errors import LayoutError, RankFailedError
 from tracelens.ir.layout import Joined, Partial, Replicate, Shard, owned
 from tracelens.ir.ops import Redistribute, Save
 from tracelens.ir.sites import Effect, Site
 
 __all__ = ["pretend_throughout"]
-
-TOLERANCE = 1e-5
-ROWS = random_rows(EVEN)
 
 
 def cells(names: Iterable[str], always: Iterable[str] = DIAGONAL) -> pytest.MarkDecorator:
@@ -113,26 +111,9 @@ def writable(models: Both) -> list[Site]:
 
 @every_cell
 def test_every_site_is_read(cell: Cell, models: Both) -> None:
-    worst, sites = 0.0, sites_of(models)
-    for rows in (ROWS, random_rows(RAGGED)):
-        expected, actual = (all_read(model, sites, rows) for model in (models.one, models.spread))
-        for site in sites:
-            for one, other in zip(parts(actual[site]), parts(expected[site]), strict=True):
-                error = relative_error(one, other)
-                assert error <= TOLERANCE, (str(site), error)
-                worst = max(worst, error)
+    sites = sites_of(models)
+    worst = max(read_alike(models, sites, rows) for rows in (ROWS, random_rows(RAGGED)))
     measured.note(cell, read=len(sites), read_error=worst)
-
-
-def all_read(model: tl.Model, sites: list[Site], rows: list[list[int]]) -> dict[Site, Tensor | list[Tensor]]:
-    with model.trace(rows):
-        saved = {site: read(model, site).save() for site in sites}
-    return {site: handle.value for site, handle in saved.items()}
-
-
-def parts(value: Tensor | list[Tensor]) -> list[Tensor]:
-    """One tensor for each prompt where they differ in length."""
-    return [value] if isinstance(value, Tensor) else value
 
 
 @every_cell
@@ -140,41 +121,15 @@ def test_every_site_is_written(cell: Cell, models: Both) -> None:
     """Each site by one kind of edit, another one in each layer."""
     edits = list(EDITS.values())
     chosen = [(site, edits[number % len(edits)]) for number, site in enumerate(writable(models))]
-    error = written(models, chosen)
+    error = written_alike(models, chosen)
     measured.note(cell, written=len(chosen), write_error=error)
 
 
 @cells([name for name in SUPPORTED if CELLS[name].family != SMOLLM2], always=("llama on tp2",))
 def test_every_site_takes_every_edit(cell: Cell, models: Both) -> None:
     sites = [site for site in writable(models) if site.layer in (None, middle(models))]
-    error = written(models, [(site, edit) for site in sites for edit in EDITS.values()])
+    error = written_alike(models, [(site, edit) for site in sites for edit in EDITS.values()])
     measured.note(cell, edits=len(sites) * len(EDITS), edit_error=error)
-
-
-def written(models: Both, edits: Iterable[tuple[Site, Edit]]) -> float:
-    """Does edits one by one in both models; gives the largest error of what follows from them."""
-    clean = all_read(models.one, sites_of(models), ROWS)
-    worst = 0.0
-    for site, edit in edits:
-        before = clean[site]
-        assert isinstance(before, Tensor)
-        later = seen_later(models.one, site)
-        expected, actual = (after(model, site, edit, later, before) for model in (models.one, models.spread))
-        # An edit that does not show would show nothing either if it were done wrongly.
-        assert relative_error(expected[2], clean[Site("logits")]) > 100 * TOLERANCE, (str(site), edit.name)
-        for what, one, other in zip(("after", str(later), "logits"), actual, expected, strict=True):
-            error = relative_error(one, other)
-            assert error <= TOLERANCE, (str(site), edit.name, what, error)
-            worst = max(worst, error)
-    return worst
-
-
-def after(model: tl.Model, site: Site, edit: Edit, later: Site, before: Tensor) -> list[Tensor]:
-    """What an edit makes of the site itself, of a later one, and of the logits."""
-    with model.trace(ROWS):
-        edit.run(model, site, before)
-        saved = [value.save() for value in (read(model, site), read(model, later), model.logits)]
-    return [handle.value for handle in saved]
 
 
 @cells(SHARED)
