@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 import tracelens as tl
-from tests.conformance.test_reads import read
-from tests.parallel.writes import EDITS, Edit, seen_later
+from tests.parallel.compared import ROWS, TOLERANCE, all_read, read_alike, written_alike
+from tests.parallel.writes import EDITS
 from tests.support.batches import EVEN, RAGGED, random_rows
 from tests.support.hand_forward import hand_sites
 from tests.support.ranks import PoolOf
@@ -21,8 +21,6 @@ from tracelens.ir.layout import Joined, Partial, Replicate, Shard
 from tracelens.ir.ops import Redistribute
 from tracelens.ir.sites import Effect, Site
 
-TOLERANCE = 1e-5
-ROWS = random_rows(EVEN)
 PLANS = "tests.support.users_plans"
 
 
@@ -48,74 +46,17 @@ def sites_of(models: Both) -> list[Site]:
     return hand_sites(models.hf)[1:]  # the first is an input: the mask
 
 
-def all_read(model: tl.Model, sites: list[Site], rows: list[list[int]]) -> dict[Site, list[Tensor]]:
-    with model.trace(rows):
-        saved = {site: read(model, site).save() for site in sites}
-    found = {site: handle.value for site, handle in saved.items()}
-    return {site: [value] if isinstance(value, Tensor) else value for site, value in found.items()}
-
-
 @pytest.mark.parametrize("lengths", [EVEN, RAGGED, [1, 1], [2, 5]], ids=str)
 def test_every_site_is_read(models: Both, lengths: list[int]) -> None:
-    sites, rows = sites_of(models), random_rows(lengths)
-    expected, actual = (all_read(model, sites, rows) for model in (models.one, models.spread))
-    for site in sites:
-        for one, other in zip(actual[site], expected[site], strict=True):
-            assert relative_error(one, other) <= TOLERANCE, str(site)
+    read_alike(models, sites_of(models), random_rows(lengths))
 
 
+@pytest.mark.parametrize("plan", ["partial_sums", "sequence"], indirect=True, scope="module")
 def test_every_site_takes_every_edit(models: Both) -> None:
     sites = [
         site for site in sites_of(models) if site.layer in (None, 1) and site.kind.effect is not Effect.NONE
     ]
-    written(models, [(site, edit) for site in sites for edit in EDITS.values()])
-
-
-def written(models: Both, edits: list[tuple[Site, Edit]]) -> None:
-    clean = all_read(models.one, sites_of(models), ROWS)
-    for site, edit in edits:
-        (before,) = clean[site]
-        later = seen_later(models.one, site)
-        found: list[tuple[Tensor, ...]] = []
-        for model in (models.one, models.spread):
-            with model.trace(ROWS):
-                edit.run(model, site, before)
-                saved = [value.save() for value in (read(model, site), read(model, later), model.logits)]
-            found.append(tuple(handle.value for handle in saved))
-        # An edit that does not show would show nothing either if it were done wrongly.
-        assert relative_error(found[0][2], clean[Site("logits")][0]) > 100 * TOLERANCE, (str(site), edit.name)
-        for what, one, other in zip(("after", str(later), "logits"), found[1], found[0], strict=True):
-            assert relative_error(one, other) <= TOLERANCE, (str(site), edit.name, what)
-
-
-@pytest.mark.parametrize("family", ["mistral", "qwen2", "qwen3", "gemma3", "llama_tied", "llama_bias"])
-def test_other_families(family: str, tmp_path: Path, ranks_of: PoolOf) -> None:
-    """Every site is read; each is written by one kind of edit, another one in each layer."""
-    models = loaded(family, "tutorial", tmp_path, ranks_of)
-    sites = sites_of(models)
-    for rows in (ROWS, random_rows(RAGGED)):
-        expected, actual = (all_read(model, sites, rows) for model in (models.one, models.spread))
-        for site in sites:
-            for one, other in zip(actual[site], expected[site], strict=True):
-                assert relative_error(one, other) <= TOLERANCE, str(site)
-    chosen = [site for site in sites if site.kind.effect is not Effect.NONE]
-    edits = list(EDITS.values())
-    written(models, [(site, edits[number % len(edits)]) for number, site in enumerate(chosen)])
-    parts = models.spread._parts
-    assert parts is not None
-    assert max(parts.bytes) < 0.7 * sum(parameter.nbytes for parameter in models.hf.parameters())
-    models.close()
-
-
-@pytest.mark.smollm2
-@pytest.mark.matrix
-def test_a_real_model_on_three_ranks(ranks_of: PoolOf) -> None:
-    one = tl.load("smollm2-135m")
-    with tl.load("smollm2-135m", tp=3, ranks=ranks_of(3), parallelize=f"{PLANS}:tutorial") as spread:
-        sites = [site for site in hand_sites(one.hf)[1:] if site.layer in (None, 0, 15, 29)]
-        expected, actual = (all_read(model, sites, ROWS) for model in (one, spread))
-        for site in sites:
-            assert relative_error(actual[site][0], expected[site][0]) <= TOLERANCE, str(site)
+    written_alike(models, [(site, edit) for site in sites for edit in EDITS.values()])
 
 
 # --- sums ------------------------------------------------------------------------------------------------------------
@@ -351,13 +292,10 @@ def test_a_layer_may_lie_otherwise_than_others(tmp_path: Path, ranks_of: PoolOf)
     assert lying == {0: Replicate(), 1: Shard(2), 2: Replicate()}
     sites = sites_of(models)
     for rows in (ROWS, random_rows(RAGGED)):
-        expected, actual = (all_read(model, sites, rows) for model in (models.one, models.spread))
-        for site in sites:
-            for one, other in zip(actual[site], expected[site], strict=True):
-                assert relative_error(one, other) <= TOLERANCE, str(site)
+        read_alike(models, sites, rows)
     chosen = [site for site in sites if site.layer is not None and site.kind.effect is not Effect.NONE]
     edits = list(EDITS.values())
-    written(models, [(site, edits[number % len(edits)]) for number, site in enumerate(chosen)])
+    written_alike(models, [(site, edits[number % len(edits)]) for number, site in enumerate(chosen)])
     models.close()
 
 
@@ -366,10 +304,8 @@ def test_neurons_that_do_not_divide(tmp_path: Path, ranks_of: PoolOf) -> None:
     spread = tl.load(tmp_path, tp=2, ranks=ranks_of(2), parallelize=f"{PLANS}:uneven")
     models = Both(spread, tl.wrap(hf), hf)
     sites = [Site("mlp_act", 1), Site("mlp_pre", 2), Site("mlp_up", 0)]
-    expected, actual = (all_read(model, sites, ROWS) for model in (models.one, spread))
-    for site in sites:
-        assert relative_error(actual[site][0], expected[site][0]) <= TOLERANCE
-    written(models, [(site, edit) for site in sites for edit in EDITS.values()])
+    read_alike(models, sites, ROWS)
+    written_alike(models, [(site, edit) for site in sites for edit in EDITS.values()])
     models.close()
 
 
