@@ -15,6 +15,7 @@ from tests.support.families import NEURONS, VOCABULARY
 from tests.support.ranks import fragile
 from tracelens.backends.ranks.pool import Ranks
 from tracelens.collectives import SUMMED, Collective, collectives
+from tracelens.errors import OpFailedError
 from tracelens.ir.layout import Joined, Partial, Shard
 from tracelens.ir.types import DType, TensorType, bytes_text
 from tracelens.model import Model
@@ -69,6 +70,10 @@ BLOCKS = {
     "a mean, rounded": "m = L.mlp_act.mean(-1).save(dtype=torch.bfloat16)",
     "a mean that is used as well": "m = L.mlp_act.mean(-1); m.exp().save(); m.save()",
     "neurons by number": "m = L.mlp_act[..., [3, 70, -1]].save()",
+    "tokens of a row over the vocabulary": (
+        "x = L.resid_post @ model.unembed.T; x.gather(-1, torch.tensor([[[3], [96], [0], [49], [3]]])).save();"
+        "torch.take_along_dim(x, torch.tensor([[[3, 96]]]), -1).exp().save()"
+    ),
     "a scan": "m = L.mlp_act.cumsum(-1)[..., -1].save()",
     "a row of the unembedding": "m = (model.unembed[11] * 2).save()",
     "all unembeddings": "m = model.unembed.norm(dim=-1).save()",
@@ -105,6 +110,19 @@ def test_the_ranks_do_what_is_planned(
     crossing = sum(one.nbytes(sizes) for one in planned)
     total = next(line for line in t.explain().splitlines() if "between the ranks of a place" in line)
     assert total.endswith(f"between the ranks of a place: {bytes_text(crossing)}")
+
+
+def test_a_number_that_no_rank_has_is_an_error(model: Model) -> None:
+    """Each rank gives zeros for what others have; so would all, for what nobody has."""
+    for block in (
+        lambda act: act[..., torch.tensor([3, 200])].save(),
+        lambda act: act[..., act.argmax(-1)[0] + 200].save(),
+        lambda act: act.gather(-1, torch.full((1, 5, 1), 80)).save(),
+    ):
+        with pytest.raises(OpFailedError, match="is out of bounds") as caught, model.trace(PROMPT):
+            block(model.layers[1].mlp_act)
+        assert caught.value.at is not None
+        assert caught.value.at.filename == __file__
 
 
 @pytest.mark.parametrize("neuron", [3, 77])

@@ -9,9 +9,10 @@ import torch
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from tracelens.ir.layout import Layout, Partial, Shard, owned
-from tracelens.ir.ops import WHOLE, Index, IndexItem, IndexPut, Ref, Slice
+from tracelens.ir.layout import Layout, Partial, Replicate, Shard, owned
+from tracelens.ir.ops import WHOLE, Call, Index, IndexItem, IndexPut, Ref, Slice
 from tracelens.ir.types import DType, TensorType
+from tracelens.own_part import own_picks
 from tracelens.sharding import AxisIndex, axis_index, own_part
 from tracelens.simulate import join, split
 
@@ -151,3 +152,80 @@ def test_what_moves_axes_is_left_to_whole_values(index: tuple[Any, ...]) -> None
         if isinstance(item, Ref) and entry.dtype is torch.bool:
             types[item.id] = TensorType(DType.BOOL, tuple(entry.shape))
     assert axis_index(graph_index, types[0], 1, types) is None
+
+
+# --- functions that pick by number -----------------------------------------------------------------------------------
+
+
+@st.composite
+def picks(draw: st.DrawFn) -> tuple[str, torch.Tensor, int, int, torch.Tensor]:
+    """A function, what it picks from, along which axis, on how many ranks, and the numbers."""
+    function = draw(st.sampled_from(["torch.gather", "torch.take_along_dim"]))
+    shape = draw(st.lists(st.integers(1, 5), min_size=1, max_size=3))
+    axis = draw(st.integers(0, len(shape) - 1))
+    shape[axis] = draw(st.integers(1, 9))
+    base = torch.arange(1, torch.Size(shape).numel() + 1).reshape(shape)
+    if draw(st.booleans()):
+        base = base.float()
+    # gather may take fewer of other axes, take_along_dim one for all of them.
+    smaller = st.integers(1, 5) if function == "torch.gather" else st.just(1)
+    other = [min(size, draw(smaller)) if draw(st.booleans()) else size for size in shape]
+    other[axis] = draw(st.integers(0, 4))
+    index = torch.randint(
+        shape[axis], other, generator=torch.Generator().manual_seed(draw(st.integers(0, 99)))
+    )
+    return function, base, axis, draw(st.sampled_from([2, 3, 4])), index
+
+
+@settings(max_examples=300)
+@given(picks(), st.booleans())
+def test_what_ranks_pick_adds_up_to_what_is_picked(case, negative):
+    function, base, axis, ranks, index = case
+    plain = torch.gather if function == "torch.gather" else torch.take_along_dim
+    wanted = plain(base, dim=axis, **{"index" if plain is torch.gather else "indices": index})
+    types = {0: _typed(base), 1: _typed(index)}
+    dim = axis - base.ndim if negative else axis
+    last = (Ref(1), dim) if plain is torch.take_along_dim else (dim, Ref(1))
+    op = Call((9,), (_typed(wanted),), function, (Ref(0), *last))
+    parts = split(base, Shard(axis), ranks)
+    own = [own_picks(op, {0: Shard(axis), 1: Replicate()}, types, ranks, rank) for rank in range(ranks)]
+    shares = [one(part, index) for one, part in zip(own, parts, strict=True) if one]
+    assert [share.shape for share in shares] == [wanted.shape] * ranks
+    assert torch.equal(join(shares, Partial()), wanted)
+    if index.numel():
+        wrong = index.clone()
+        wrong.view(-1)[-1] = base.shape[axis]
+        for one, part in zip(own, parts, strict=True):
+            assert one is not None
+            with pytest.raises(IndexError, match=f"index {base.shape[axis]} is out of bounds"):
+                one(part, wrong)
+
+
+def test_other_picks_need_the_whole():
+    base = TensorType(DType.FLOAT32, (4, 6))
+    types = {0: base, 1: TensorType(DType.INT64, (4, 6)), 2: TensorType(DType.BOOL, (4, 6))}
+    gather = Call((9,), (base,), "torch.gather", (Ref(0), 1, Ref(1)))
+    whole = Replicate()
+    assert own_picks(gather, {0: Shard(1), 1: whole}, types, 2, 0) is not None
+    assert own_picks(gather, {0: Shard(0), 1: whole}, types, 2, 0) is None
+    assert own_picks(gather, {0: Shard(1), 1: Shard(1)}, types, 2, 0) is None
+    assert own_picks(gather, {0: whole, 1: whole}, types, 2, 0) is None
+    booleans = Call((9,), (types[2],), "torch.gather", (Ref(2), 1, Ref(1)))
+    assert own_picks(booleans, {2: Shard(1), 1: whole}, types, 2, 0) is None
+    flat = Call((9,), (base,), "torch.take_along_dim", (Ref(0), Ref(1)))
+    assert own_picks(flat, {0: Shard(1), 1: whole}, types, 2, 0) is None
+
+
+@pytest.mark.parametrize("number", [-7, 6])
+def test_a_number_that_no_rank_has_is_an_error_on_all(number):
+    base = torch.arange(12.0).reshape(2, 6)
+    index = (slice(None), torch.tensor([1, number]))
+    types = {0: _typed(base)}
+    op = Index(9, _typed(base[:, :2]), 0, items(list(index), types))
+    for rank, part in enumerate(split(base, Shard(1), 3)):
+        own = own_part(op, {0: Shard(1)}, types, 3, rank)
+        assert own is not None
+        with pytest.raises(IndexError, match=f"index {number} is out of bounds for an axis of size 6"):
+            own.take(part, index)
+        with pytest.raises(IndexError, match=f"index {number} is out of bounds"):
+            own.put(part, index, 0.0)

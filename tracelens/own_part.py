@@ -2,18 +2,23 @@
 
 Reading gives every rank a tensor of the result's shape, in which only what the rank owns is filled in and all else is
 zero: the ranks' sum is the result. Writing gives every rank its own stretch, changed where the index meets it. Nothing
-is asked of the host, and no rank needs to know of the others.
+is asked of the host, and no rank needs to know of the others. A number that no rank has is an error on all, as it would
+be of the whole.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from tracelens.ir.layout import owned
+from tracelens.ir.abstract import Defer, bind
+from tracelens.ir.layout import Layout, Replicate, Shard, owned
+from tracelens.ir.ops import Call, Ref
+from tracelens.ir.types import DType, TensorType
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +57,7 @@ class OwnPart:
             if count:
                 share.narrow(self.there, first, count).copy_(rest[(*[slice(None)] * self.there, own)])
             return share
+        require_within(item, -self.size, self.size)
         wanted = torch.where(item < 0, item + self.size, item) - low
         shape = [1] * rest.ndim
         shape[self.there] = -1
@@ -81,6 +87,7 @@ class OwnPart:
             return result
         # What others own goes into an element behind the last, which is then left out.
         width = high - low
+        require_within(item, -self.size, self.size)
         wanted = torch.where(item < 0, item + self.size, item) - low
         mine = (wanted >= 0) & (wanted < width)
         longer = torch.cat((result, result.new_zeros(_one(result.shape, self.axis))), dim=self.axis)
@@ -114,3 +121,73 @@ class OwnPart:
 
 def _one(shape: torch.Size, axis: int) -> tuple[int, ...]:
     return (*shape[:axis], 1, *shape[axis + 1 :])
+
+
+def require_within(numbers: Tensor, lowest: int, size: int) -> None:
+    """Raises what an index of a whole axis raises; on a GPU that is an assertion of the device, which asks no host."""
+    fit = (numbers >= lowest) & (numbers < size)
+    if numbers.device.type != "cpu":
+        torch.ops.aten._assert_async.msg(fit.all(), "index out of bounds")
+    elif not bool(fit.all()):
+        wrong = int(numbers[~fit].flatten()[0])
+        raise IndexError(f"index {wrong} is out of bounds for an axis of size {size}")
+
+
+# --- functions that pick by number -----------------------------------------------------------------------------------
+
+_PICKING: Mapping[str, tuple[Callable[..., Tensor], str]] = {
+    "torch.gather": (lambda base, dim, index: base.gather(dim, index), "input dim index * sparse_grad"),
+    "torch.take_along_dim": (lambda base, dim, index: base.take_along_dim(index, dim), "input indices dim"),
+}
+"""How it is called, and the names of its arguments."""
+
+
+@dataclass(frozen=True, slots=True)
+class OwnPicks:
+    """A rank's share of what ``function`` picks along an axis that is in parts: zero where another rank has it.
+
+    ``base`` and ``index``: the values of the plan.
+    """
+
+    function: Callable[..., Tensor]
+    base: int
+    index: int
+    axis: int
+    size: int
+    ranks: int
+    rank: int
+
+    def __call__(self, base: Tensor, index: Tensor) -> Tensor:
+        require_within(index, 0, self.size)
+        low, high = owned(self.size, self.ranks, self.rank)
+        if low == high:
+            nothing = base.new_zeros(_one(base.shape, self.axis))
+            return self.function(nothing, self.axis, torch.zeros_like(index))
+        wanted = index - low
+        mine = (wanted >= 0) & (wanted < high - low)
+        found = self.function(base, self.axis, wanted.clamp(0, high - low - 1))
+        return torch.where(mine, found, found.new_zeros(()))
+
+
+def own_picks(
+    op: Call, layouts: Mapping[int, Layout], types: Mapping[int, TensorType], ranks: int, rank: int
+) -> OwnPicks | None:
+    """What a rank does by itself of a call that picks along the axis that its operand is in parts along."""
+    if op.function not in _PICKING:
+        return None
+    function, signature = _PICKING[op.function]
+    try:
+        bound = bind(signature, op.args, op.kwargs)
+    except Defer:
+        return None
+    base, index, dim = bound.get("input"), bound.get("index", bound.get("indices")), bound.get("dim")
+    if not isinstance(base, Ref) or not isinstance(index, Ref) or not isinstance(dim, int):
+        return None
+    layout, type_ = layouts.get(base.id), types[base.id]
+    if not isinstance(layout, Shard) or dim % type_.ndim != layout.dim or type_.dtype is DType.BOOL:
+        return None
+    if not isinstance(layouts.get(index.id, Replicate()), Replicate):
+        return None
+    size = type_.shape[layout.dim]
+    assert isinstance(size, int)
+    return OwnPicks(function, base.id, index.id, layout.dim, size, ranks, rank)

@@ -43,7 +43,7 @@ from tracelens.ir.ops import (
 )
 from tracelens.ir.passes.rebuild import rebuild, substitute
 from tracelens.ir.types import DType, TensorType
-from tracelens.own_part import OwnPart
+from tracelens.own_part import OwnPart, own_picks
 from tracelens.placement import Placement
 from tracelens.placing import Placed
 from tracelens.sharding_rules import Choice, on_parts
@@ -182,6 +182,9 @@ class _LayingOut:
                 return self._linear(op)
             case Call():
                 layouts = {value: self._joined(value) for value in operands(op)}
+                picks = own_picks(op, layouts, self.types, self._ranks(op), 0)
+                if picks is not None:
+                    return Choice(layouts, (Partial(Joined.SUM),))
                 return on_parts(op, layouts, self.types, self._ranks(op)) or whole
             case Redistribute():
                 raise AssertionError("a graph is laid out once")

@@ -19,6 +19,7 @@ from tracelens.ir.graph import Graph
 from tracelens.ir.infer import torch_dtype
 from tracelens.ir.layout import WHOLE_EVERYWHERE, Joined, Layout, Partial, Replicate, Shard, owned
 from tracelens.ir.ops import (
+    Call,
     Grad,
     Index,
     IndexPut,
@@ -32,6 +33,7 @@ from tracelens.ir.ops import (
     Write,
 )
 from tracelens.ir.sites import Site
+from tracelens.own_part import own_picks
 from tracelens.placement import Placement
 from tracelens.program import Program, Side, Step
 from tracelens.reference import Evaluator, Forward, Selected
@@ -228,6 +230,10 @@ class _Simulation:
                 if isinstance(op, Index)
                 else own.put(base, index, evaluator.plain(op.value))
             )
+        elif isinstance(op, Call) and (
+            picks := own_picks(op, self.layouts, evaluator.graph.types, ranks, rank)
+        ):
+            values[op.outs[0]] = picks(values[picks.base], values[picks.index])
         else:
             evaluator.compute(op)
 

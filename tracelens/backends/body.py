@@ -62,7 +62,7 @@ from tracelens.ir.ops import (
 )
 from tracelens.ir.sites import Site
 from tracelens.ir.types import DType, TensorType
-from tracelens.own_part import OwnPart
+from tracelens.own_part import OwnPart, own_picks
 from tracelens.program import Side, Step
 from tracelens.sharding import own_part
 
@@ -368,6 +368,10 @@ class _Writer:
         self._new(op.out, "tensor")
 
     def _call(self, op: Call) -> None:
+        mesh, layouts = self.devices.mesh, self.devices.layouts
+        if mesh is not None and (picks := own_picks(op, layouts, self.types, mesh.ranks, mesh.rank)):
+            self._new(op.outs[0], f"{self.name(picks)}({self.ref(picks.base)}, {self.ref(picks.index)})")
+            return
         args = [self.arg(arg) for arg in op.args] + [f"{key}={self.arg(arg)}" for key, arg in op.kwargs]
         call = f"{self.name(resolve(op.function))}({', '.join(args)})"
         if len(op.outs) != 1:
