@@ -1207,8 +1207,8 @@ MUTANTS = (
     Mutant(
         "ranks: what is gathered after the pass is not counted",
         "collectives.py",
-        "            if isinstance(layout := plan.layouts.get(value), Shard):",
-        "            if False and isinstance(layout := plan.layouts.get(value), Shard):",
+        "            if not isinstance(layout, Replicate):\n                place",
+        "            if False:\n                place",
         COLLECTIVES,
     ),
     Mutant(
