@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
 
 from tracelens.backends.mesh import Mesh
 from tracelens.backends.ranks.failures import described, failure
@@ -18,13 +21,31 @@ from tracelens.placement import Placement
 from tracelens.prompted import Prompt
 
 
-def require_agreement(mesh: Mesh, compiled: Compiled, graph: Graph, prompt: Prompt) -> None:
-    """Raises :class:`~tracelens.errors.PlansDifferError` on every rank if one has another plan, prompt or constant."""
+def require_agreement(
+    mesh: Mesh,
+    compiled: Compiled,
+    graph: Graph,
+    prompt: Prompt,
+    options: Mapping[str, Any] | None = None,
+    *,
+    sampled: bool = False,
+) -> None:
+    """Raises :class:`~tracelens.errors.PlansDifferError` on every rank if one has another plan, prompt or constant.
+
+    ``options``: those of a generation, which then have to be the same too, and where tokens are ``sampled`` the random
+    numbers.
+    """
     parts = {
         "plan": json.dumps([compiled.plan_digest, *(save.to for save in compiled.saves)]).encode(),
         "prompt": prompt.batch.input_ids.numpy().tobytes() + prompt.batch.mask.numpy().tobytes(),
         "captured tensors": b"".join(graph.constants[index].payload() for index, _ in compiled.used),
     }
+    if options is not None:
+        parts["options"] = repr(sorted(options.items(), key=lambda option: option[0])).encode()
+    if sampled:
+        device = mesh.device
+        drawn = torch.get_rng_state() if device.type == "cpu" else torch.cuda.get_rng_state(device)
+        parts["random numbers"] = drawn.numpy().tobytes()
     digests = {name: hashlib.sha256(data).digest() for name, data in parts.items()}
     if mesh.agreed(b"".join(digests.values())):
         return
@@ -57,6 +78,7 @@ def require_success(mesh: Mesh, error: TracelensError | None, graph: Graph) -> N
 
 def refuse_shared_choice(placement: Placement) -> None:
     """Refuses to generate text where each rank has some of the logits: it would choose among those alone."""
+    placement.require_known(Site("logits"))
     layout = placement.layout_of(Site("logits"))
     if layout != WHOLE_EVERYWHERE:
         raise LayoutError(

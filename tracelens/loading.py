@@ -79,9 +79,23 @@ def load(
             at=here(),
             instead='tl.load(name, device_map="auto", ...)',
         )
+    for option in ("tp_plan", "tp_size", "distributed_config"):
+        if option in options:
+            raise OptionError(
+                f"{option}= is how transformers spreads a model within a program that runs on all ranks",
+                at=here(),
+                instead="tl.load(name, tp=2); or, in such a program, tl.wrap(model) of the model that it has loaded",
+            )
     if isinstance(name, Path) or name.startswith((".", "/", "~")):
         _require_folder(Path(name))
-    if tp != 1 or pp != 1 or ep != 1 or parallelize is not None:
+    asked = any(type(size) is not int or size != 1 for size in (tp, pp, ep)) or parallelize is not None
+    if not asked and (ranks is not None or timeout is not None):
+        raise OptionError(
+            f"{'timeout' if ranks is None else 'ranks'}= has no effect without tp=, pp= or ep=: there are no ranks then",
+            at=here(),
+            instead="tl.load(name, tp=2, ...)",
+        )
+    if asked:
         apart = device_map is not None or not weights
         sizes = checked_sizes(tp, pp, ep, ranks, apart=apart, parallelize=parallelize)
         return load_over_ranks(name, sizes, dtype, ranks, timeout, options, parallelize)

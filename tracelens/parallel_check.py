@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from tracelens.errors import OptionError, TracelensError
+from tracelens.errors import LayoutError, OptionError
 from tracelens.ir.sites import KINDS, Scope, Site
 from tracelens.location import here
 from tracelens.ranked import RankedCompiler
@@ -45,8 +45,8 @@ class ParallelReport(Sequence[SiteCheck], Shown):
 
     @property
     def ok(self) -> bool:
-        """Is every site that could be read within the tolerance, and have the ranks the same bits where all have it?"""
-        return all(row.within and row.alike is not False for row in self.rows if row.refused is None)
+        """Was every site compared, and is within the tolerance, with the same bits on all ranks that have it?"""
+        return all(row.within and row.alike is not False for row in self.rows)
 
     @property
     def worst(self) -> SiteCheck:
@@ -87,6 +87,8 @@ class ParallelReport(Sequence[SiteCheck], Shown):
         )
         apart = [row.site for row in self.rows if row.alike is False]
         differ = f"; the RANKS DIFFER in {', '.join(apart)}" if apart else ""
+        refused = sum(row.refused is not None for row in self.rows)
+        differ += f"; {refused} COULD NOT BE COMPARED" if refused else ""
         return Stack(
             (
                 Line(f"{self.title}: {verdict} within {self.tolerance:.1e}{differ}"),
@@ -123,7 +125,9 @@ def check_parallel(model: Model, prompt: Any, tolerance: float | None) -> Parall
             with cast(RankedCompiler, model._compiler).comparing() as compared:
                 there = _read(model, prompt, kind.name, layers)
             pairs = zip(there, _read(one, prompt, kind.name, layers), strict=True)
-        except TracelensError as error:
+        except (
+            LayoutError
+        ) as error:  # of what goes wrong otherwise, nothing would be known of the other sites either
             rows.append(SiteCheck(kind.name, float("nan"), None, False, refused=error.problem))
             continue
         errors = [_error(there, here_) for there, here_ in pairs]

@@ -33,7 +33,9 @@ def checked_sizes(
     with Blaming(here()):
         for name, size in (("tp", tp), ("pp", pp), ("ep", ep)):
             if type(size) is not int or size < 1:
-                raise OptionError(f"{name}={size!r} is no number of ranks", instead=f"{name}=2, say")
+                raise OptionError(
+                    f"{name}={size!r} is no number of ranks", instead=f"a whole number: {name}=2, or {name}=4"
+                )
         if apart:
             raise OptionError(
                 "tp=, pp= and ep= load the parts of a model on ranks, so that device_map= and weights=False have no "
@@ -53,6 +55,11 @@ def checked_sizes(
                     "alone",
                     instead=f"tl.load(name, tp=2, parallelize={parallelize!r})",
                 )
+        if ranks is not None and not hasattr(ranks, "world"):
+            raise OptionError(
+                f"ranks={ranks!r} are no ranks: they are processes that are there already",
+                instead=f"tl.load(name, tp={tp}, pp={pp}), which starts its own; or ranks=tl.Ranks({tp * pp})",
+            )
         if ranks is not None and ranks.world != tp * pp:
             raise OptionError(
                 f"tp={tp} and pp={pp} take {tp * pp} ranks, and there are {ranks.world}",

@@ -21,7 +21,6 @@ from tracelens.compiling import Compiler, check_constants, check_fits
 from tracelens.errors import (
     ModelClosedError,
     OptionError,
-    PipelineError,
     RankFailedError,
     UntrustedApplyError,
 )
@@ -102,11 +101,6 @@ class RankedCompiler(Compiler):
         self, graph: Graph, compiled: Compiled, prompt: Prompt, options: Mapping[str, Any]
     ) -> list[list[int]]:
         """New tokens, with the block's writes in every forward pass."""
-        if len(compiled.plan.placement.places) > 1:
-            raise PipelineError(
-                "text cannot be generated through the stages of a pipeline so far",
-                instead="tensor parallelism alone: tl.load(name, tp=...)",
-            )
         seed = int(torch.randint(2**62, ()).item())
         replies = self._asked("generate", graph, compiled, prompt, {"options": dict(options), "seed": seed})
         return replies[0].header["tokens"]

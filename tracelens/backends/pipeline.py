@@ -14,6 +14,8 @@ from typing import Any, cast
 import torch
 from torch import nn
 
+from tracelens.backends.groups import once_in_a_world
+
 
 class Pipeline:
     """One rank's stage. Tensors travel between ranks that have the same part of their stages."""
@@ -36,7 +38,9 @@ class Pipeline:
         column = int((ranks[self.stage] == dist.get_rank()).nonzero()[0, 0])
         self._peers: list[int] = ranks[:, column].tolist()
         # Apart from the stream's own group: what a plan sends may overtake the stream, and be overtaken.
-        self.group = cast(dist.ProcessGroup, dist.new_group())
+        self.group = cast(
+            dist.ProcessGroup, once_in_a_world("what plans send between stages", dist.new_group)
+        )
         self._underway: list[Any] = []
 
     @property

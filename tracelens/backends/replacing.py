@@ -52,7 +52,8 @@ def replacement(anatomy: ModelAnatomy, site: Site) -> Replacement:
 
 
 def _made_by(anatomy: ModelAnatomy, site: Site) -> tuple[ModuleCall, Key]:
-    _, tap, path = anatomy.tap(site)
+    tap = anatomy.family.taps[site.name]
+    path = anatomy.module_path(tap, site.layer)  # the module itself may be another stage's
     if tap.side is not Side.OUT or getattr(tap, "view", None) is not None:
         raise ReplacementError(
             f"{site} is not the whole output of a module, so no module can be left out for it",
@@ -77,7 +78,7 @@ def output_site(anatomy: ModelAnatomy, call: ModuleCall) -> Site:
     ((key, leaf),) = call.outputs.items()
     if leaf.site.call is None:
         for site in sorted(anatomy.named_at(call.path, OUTPUT), key=lambda site: site.sequence):
-            _, tap, _ = anatomy.tap(site)
+            tap = anatomy.family.taps[site.name]
             if getattr(tap, "view", None) is None and _made_by(anatomy, site)[1] == key:
                 return site
     return leaf.site

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import nn
 
+from tracelens.backends.groups import meshes_shared
 from tracelens.backends.mesh import local
 
 
@@ -19,7 +20,7 @@ def load_part(source: str, *, tp: int, pp: int, ep: int, dtype: Any, options: Ma
     sizes: dict[str, Any] = {"tp_size": tp, "pp_size": pp}
     if ep > 1:
         sizes["ep_size"] = ep
-    with _stages_and_ranks_together() if pp > 1 and tp > 1 else nullcontext():
+    with meshes_shared(), _stages_and_ranks_together() if pp > 1 and tp > 1 else nullcontext():
         model = AutoModelForCausalLM.from_pretrained(
             source, distributed_config=DistributedConfig(**sizes), dtype=dtype, **options
         )

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from tracelens.backends.execute import State
+from tracelens.backends.groups import meshes_shared
 from tracelens.backends.mesh import has_distributed, local
 from tracelens.backends.side_hooks import ForwardStopped, HookCode, done
 from tracelens.backends.transfer import module_on
@@ -164,7 +165,6 @@ def load_parallelized(
     Every rank reads the whole model into the host's memory first; the function is given it and a mesh of the ranks.
     """
     import torch.distributed as dist
-    from torch.distributed.device_mesh import init_device_mesh
     from transformers import AutoModelForCausalLM
 
     require_name(name)
@@ -181,7 +181,9 @@ def load_parallelized(
     device = torch.accelerator.current_accelerator() if dist.get_backend() == "nccl" else None
     kind = "cpu" if device is None else device.type
     model: Any = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **options).eval()
-    mesh = init_device_mesh(kind, (ranks,), mesh_dim_names=("tp",))
+    with meshes_shared():
+        distributed: Any = dist
+        mesh = distributed.init_device_mesh(kind, (ranks,), mesh_dim_names=("tp",))
     given = spread(model, mesh)
     found: Any = model if given is None else given
     if not isinstance(found, nn.Module) or not has_distributed(found):
