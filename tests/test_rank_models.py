@@ -29,6 +29,7 @@ from tracelens.errors import (
     UntrustedApplyError,
 )
 from tracelens.model import Model
+from tracelens.parallel_check import ParallelReport, SiteCheck
 
 PROMPT = [[5, 6, 7, 8]]
 
@@ -272,6 +273,75 @@ def test_a_model_on_ranks_with_other_numbers_is_noticed(
 def test_a_model_of_this_process_has_nothing_to_compare(one: Model) -> None:
     with pytest.raises(OptionError, match="compares a model on ranks"):
         one.check_parallel(PROMPT)
+
+
+def test_a_model_that_was_closed_has_nothing_to_compare(tiny_folder: Path, ranks_of: PoolOf) -> None:
+    model = tl.load(tiny_folder, tp=2, ranks=ranks_of(2))
+    model.close()
+    with pytest.raises(ModelClosedError):
+        model.check_parallel(PROMPT)
+
+
+def test_what_cannot_be_compared_is_not_alike() -> None:
+    rows = (
+        SiteCheck("z", 0.0, 1, within=True),
+        SiteCheck("q", float("nan"), None, within=False, refused="why"),
+    )
+    report = ParallelReport(rows, 1e-5, "a model")
+    assert not report.ok
+    assert "1 COULD NOT BE COMPARED" in repr(report)
+    assert report.worst.site == "z"
+
+
+@pytest.mark.parametrize("layer", [0, 2])
+def test_a_module_is_replaced_in_a_stage(layer: int, one: Model, tiny_folder: Path, ranks_of: PoolOf) -> None:
+    found: list[torch.Tensor] = []
+    with tl.load(tiny_folder, pp=2, ranks=ranks_of(2)) as stages:
+        for model in (one, stages):
+            with model.trace(PROMPT):
+                before = model.layers[0].resid_pre
+                model.layers[layer].replace(mlp_add=0.5 * before)
+                logits = model.logits.save()
+            found.append(logits.value)
+    with one.trace(PROMPT):
+        clean = one.logits.save()
+    assert (found[0] - clean.value).abs().max() > 0.01
+    assert torch.equal(found[1], found[0])
+
+
+def test_models_that_are_spread_alike_share_groups_of_ranks(tiny_folder: Path, ranks_of: PoolOf) -> None:
+    """A group has threads that look for messages as long as the process lives."""
+
+    def threads() -> list[int]:
+        return [len(list(Path(f"/proc/{pid}/task").iterdir())) for pid in ranks_of(2).pids]
+
+    def load() -> None:
+        for sizes in ({"tp": 2}, {"pp": 2}, {"tp": 2, "parallelize": "tests.support.users_plans:tutorial"}):
+            with tl.load(tiny_folder, ranks=ranks_of(2), **sizes) as model, model.trace(PROMPT):
+                model.logits.save()
+
+    load()
+    before = threads()
+    for _ in range(3):
+        load()
+    assert max(after - old for after, old in zip(threads(), before, strict=True)) <= 2
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"tp": 2, "ranks": 2}, "ranks=2 are no ranks"),
+        ({"tp": True}, "tp=True is no number of ranks"),
+        ({"tp": "3"}, "tp='3' is no number of ranks"),
+        ({"timeout": 3}, "timeout= has no effect without tp="),
+        ({"tp_plan": "auto"}, "tp_plan= is how transformers spreads"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(options: dict[str, Any], words: str, tiny_folder: Path) -> None:
+    with pytest.raises(OptionError, match=words) as caught:
+        tl.load(tiny_folder, **options)
+    assert caught.value.at is not None
+    assert caught.value.at.filename == __file__
 
 
 def test_plans_that_differ_are_refused_before_anything_runs(shared: Model, one: Model) -> None:

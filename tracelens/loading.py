@@ -91,7 +91,7 @@ def load(
     asked = any(type(size) is not int or size != 1 for size in (tp, pp, ep)) or parallelize is not None
     if not asked and (ranks is not None or timeout is not None):
         raise OptionError(
-            f"{'timeout' if ranks is None else 'ranks'}= has no effect without tp=, pp= or ep=: there are no ranks then",
+            f"{'timeout' if ranks is None else 'ranks'}= has no effect without tp=, pp= or ep=: nothing runs on ranks",
             at=here(),
             instead="tl.load(name, tp=2, ...)",
         )

@@ -86,7 +86,18 @@ def check(tmp_path: Path, hf: Any) -> list[dict[str, Any]]:
 def test_a_script_under_torchrun(tmp_path: Path) -> None:
     hf = stored("llama", tmp_path / "model")
     launched([["--standalone", "--nproc-per-node=2"]], tmp_path / "model", tmp_path, "--tp", 2)
-    check(tmp_path, hf)
+    seen = check(tmp_path, hf)
+    # Ranks that draw other tokens would each write a text of its own.
+    for rank in seen:
+        assert rank["options"]["error"] == rank["draws"]["error"] == "PlansDifferError"
+        assert "options" in rank["options"]["problem"]
+        assert "random numbers" in rank["draws"]["problem"]
+        assert rank["greedy"] == rank["sampled"] == {"error": ""}
+    assert seen[0]["tokens"] == seen[1]["tokens"]
+    one = tl.wrap(hf)
+    with one.generate([[5, 6, 7]], max_new_tokens=3, do_sample=False) as greedy:
+        one.layers[1].z[:, :, 2] = 0
+    assert seen[0]["tokens"][0] == greedy.tokens
 
 
 @pytest.mark.parametrize("way", ["wrapped", "wrapped plan", "function"])

@@ -330,6 +330,9 @@ def test_a_sum_that_does_not_say_so_is_refused_where_it_is_used(tmp_path: Path, 
         assert caught.value.at.filename == __file__
     with pytest.raises(LayoutError, match=r"down_proj.*other numbers on each"), spread.trace(ROWS):
         spread.module("model.layers.1.mlp.down_proj").output.save()
+    # The logits are whole, and made of what is not.
+    with pytest.raises(LayoutError), spread.generate(ROWS, max_new_tokens=2):
+        spread.layers[1].mlp_out = 0.0
     # All else is there.
     sites = [site for site in sites_of(models) if site != Site("mlp_out", 1)]
     expected, actual = (all_read(model, sites, ROWS) for model in (models.one, spread))

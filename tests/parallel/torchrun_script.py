@@ -94,6 +94,20 @@ seen["prompts"] = refusal(other_prompts)
 seen["blocks"] = refusal(other_blocks)
 seen["tensors"] = refusal(other_tensors)
 
+
+def text(seed: int, **options: object) -> None:
+    torch.manual_seed(seed)
+    with model.generate([[5, 6, 7]], max_new_tokens=3, **options) as generation:
+        model.layers[1].z[:, :, 2] = 0
+    seen.setdefault("tokens", []).append(generation.tokens)  # pyright: ignore[reportAttributeAccessIssue]  # a list
+
+
+if asked.way == "load":
+    seen["options"] = refusal(lambda: text(1, do_sample=False, eos_token_id=rank + 1))
+    seen["draws"] = refusal(lambda: text(rank, do_sample=True))
+    seen["greedy"] = refusal(lambda: text(rank, do_sample=False))
+    seen["sampled"] = refusal(lambda: text(1, do_sample=True))
+
 # After all of this the ranks still stand at the same step.
 with model.trace([[5, 6, 7, 8], [9, 10, 11, 12]]):
     again = model.layers[1].q.save()
