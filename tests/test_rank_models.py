@@ -275,6 +275,22 @@ def test_a_model_of_this_process_has_nothing_to_compare(one: Model) -> None:
         one.check_parallel(PROMPT)
 
 
+def test_a_save_that_does_not_fit_is_refused_before_anything_runs(shared: Model, one: Model) -> None:
+    ranks: Any = shared.ranks
+    pids = ranks.pids
+    with (
+        pytest.raises(ExtraMemoryError, match="the run would hold") as caught,
+        shared.trace(PROMPT, max_extra_memory="1KiB"),
+    ):
+        shared.layers[:].mlp_act.save()
+    assert caught.value.at is not None
+    assert caught.value.at.filename == __file__
+    with shared.trace(PROMPT, max_extra_memory="100KiB"):
+        shared.layers[:].mlp_act.save()
+    torch.testing.assert_close(neurons(shared), neurons(one), rtol=1e-5, atol=1e-5)
+    assert ranks.pids == pids
+
+
 def test_a_model_that_was_closed_has_nothing_to_compare(tiny_folder: Path, ranks_of: PoolOf) -> None:
     model = tl.load(tiny_folder, tp=2, ranks=ranks_of(2))
     model.close()
