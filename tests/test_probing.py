@@ -114,7 +114,7 @@ def test_the_plan_says_which_modules_are_in_parts(both: tuple[Model, Model]) -> 
         both[1].module("model.layers.1.mlp.act_fn").output.mean(-1).save("m")
     lines = t.explain().splitlines()
     assert '  module("model.layers.1.mlp.act_fn").output lies in parts of axis 2 on 2 ranks' in lines
-    assert any(line.startswith("  averages %") and "over 2 ranks" in line for line in lines)
+    assert any(line.startswith("  averages 'm' on the first of 2 ranks") for line in lines)
 
 
 def test_what_is_not_clear_is_refused_where_it_is_used(both: tuple[Model, Model]) -> None:
