@@ -42,6 +42,9 @@ same ranks, which is asked for in the same way. It is made by `python -m benchma
 * **trace** records, plans and runs; **program** was compiled before.
 * The ranks are processes on the CPU that talk by gloo, more of them than the machine has cores to spare: the bare pass
   is slow, and what is exchanged costs what it costs over loopback. On GPUs both are other numbers.
+* **bytes**: what crosses between ranks for the block, and beside it the ratio to what the bare pass exchanges itself:
+  two sums over ranks in each layer and one for the embedding, and the gathered logits; or the stream between stages.
+  What is saved crosses once more, to the process that asked, and is not in it.
 * **start**: from `Ranks(n)` until all have met. **load**: of the model on all ranks. **empty**: to the ranks and back,
   with nothing to do.
 * "tiny" is a random Llama of 12 layers (d_model 192) and 32 tokens, "smollm2" SmolLM2-135M with a prompt of 32 tokens.
@@ -78,6 +81,15 @@ def blocks(model: Any) -> dict[str, Callable[[Any], None]]:
     }
 
 
+def of_the_bare_pass(model: Any, way: dict[str, int], tokens: int) -> int:
+    """The bytes that cross between ranks in a pass without a block, as rings sum and gather."""
+    widths, ranks = model.anatomy.widths, way.get("tp", 1)
+    stream = tokens * widths["D"] * 4
+    between_stages = (way.get("pp", 1) - 1) * ranks * stream
+    sums = 2 * (ranks - 1) * stream * (2 * model.n_layers + 1)
+    return between_stages + sums + (ranks - 1) * tokens * widths["V"] * 4
+
+
 def measured(name: str, way: dict[str, int], rounds: int) -> dict[str, Any]:
     """Everything of one model, spread in one way."""
     world = way.get("tp", 1) * way.get("pp", 1)
@@ -103,6 +115,7 @@ def measured(name: str, way: dict[str, int], rounds: int) -> dict[str, Any]:
             ranks.ask("bare", {"model": own.model}, inputs, model=own.model)
 
         contestants: dict[str, Callable[[], Any]] = {"empty": empty, "bare": bare}
+        crossing: dict[str, int] = {}
         for case, body in blocks(model).items():
 
             def traced(body: Callable[[Any], None] = body) -> None:
@@ -110,6 +123,10 @@ def measured(name: str, way: dict[str, int], rounds: int) -> dict[str, Any]:
                     body(model)
                     model.logits[:, -1].save("end")
 
+            with model.trace(prompt) as once:
+                body(model)
+                model.logits[:, -1].save("end")
+            crossing[case] = sum(moved.bytes for moved in once.report.moved if moved.what != "results")
             with model.record() as recorded:
                 body(model)
                 model.logits[:, -1].save("end")
@@ -141,6 +158,7 @@ def measured(name: str, way: dict[str, int], rounds: int) -> dict[str, Any]:
                 }
                 for case in blocks(model)
             },
+            "exchanged": {"bare": of_the_bare_pass(model, way, MODELS[name].tokens), **crossing},
         }
 
 
@@ -161,12 +179,21 @@ def page(report: dict[str, Any]) -> str:
         + " |",
         "| empty | " + " | ".join(f"{row['empty']:.2f} ms" for row in rows) + " |",
         "| bare forward pass | " + " | ".join(f"{row['bare']:.1f} ms" for row in rows) + " |",
+        "| bare forward pass: bytes | "
+        + " | ".join(f"{row['exchanged']['bare'] / 1e3:.1f} kB" for row in rows)
+        + " |",
     ]
     for case in rows[0]["cases"]:
         for kind in ("trace", "program"):
             cells = " | ".join(row["cases"][case][kind] for row in rows)
             lines.append(f"| {case}: {kind} | {cells} |")
+        cells = " | ".join(_bytes(row["exchanged"], case) for row in rows)
+        lines.append(f"| {case}: bytes | {cells} |")
     return "\n".join(lines) + "\n"
+
+
+def _bytes(exchanged: dict[str, int], case: str) -> str:
+    return f"{exchanged[case] / 1e3:.1f} kB ({exchanged[case] / exchanged['bare']:.3f})"
 
 
 def main() -> None:
