@@ -112,6 +112,16 @@ def test_the_ranks_do_what_is_planned(
     assert total.endswith(f"between the ranks of a place: {bytes_text(crossing)}")
 
 
+def test_a_sum_is_rounded_once(model: Model) -> None:
+    """Not the parts of each rank, and then their sum."""
+    with model.trace([PROMPT] * 4) as t:
+        total = model.layers[1].mlp_act.sum(-1)
+        total.save("narrow", dtype=torch.bfloat16)
+        (total * 1.0).save("full")
+    assert torch.equal(t["narrow"], t["full"].to(torch.bfloat16))
+    assert "  sums 'narrow'" not in t.explain()
+
+
 def test_a_number_that_no_rank_has_is_an_error(model: Model) -> None:
     """Each rank gives zeros for what others have; so would all, for what nobody has."""
     for block in (
