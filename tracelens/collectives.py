@@ -14,11 +14,11 @@ Of ``n`` ranks, for a value of ``N`` bytes:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 from tracelens.ir.dims import Sizes
-from tracelens.ir.layout import WHOLE_EVERYWHERE, Joined, Layout, Partial, Replicate, Shard, local_type, owned
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Joined, Layout, Partial, Replicate, Shard, local_type
 from tracelens.ir.ops import Index, IndexPut, Redistribute, Save, Slice
 from tracelens.ir.sites import Sequence as Moment
 from tracelens.ir.text import index_text
@@ -145,21 +145,25 @@ def _owners(plan: Plan) -> list[str]:
         if own is None or not isinstance(item, int | Slice):
             continue
         chosen = range(own.size)
-        chosen = [chosen[item]] if isinstance(item, int) else chosen[item.start : item.stop : item.step]
-        shares = {rank: _met(chosen, *owned(own.size, ranks, rank)) for rank in range(ranks)}
-        having = [f"rank {rank} has {share}" for rank, share in shares.items() if share]
+        if isinstance(item, int):
+            chosen = range(chosen[item], chosen[item] + 1)
+        else:
+            chosen = chosen[item.start : item.stop : item.step]
+        having: list[str] = []
+        for rank in range(ranks):
+            first, count, _ = replace(own, rank=rank).met(chosen)
+            if count:
+                having.append(f"rank {rank} has {_counted(chosen[first : first + count])}")
         text = f"[{index_text(op.index)}]: {', '.join(having) or 'no rank has any of it'}"
         found.setdefault(text, []).append(op.base)
     return [f"{_values(values)}{text}" for text, values in found.items()]
 
 
-def _met(chosen: Sequence[int], low: int, high: int) -> str:
-    """What a rank has of the numbers that were chosen, as the user counts them: ``48 to 69``."""
-    mine = [number for number in chosen if low <= number < high]
-    if len(mine) < 2:
-        return "".join(map(str, mine))
-    step = f" in steps of {abs(mine[1] - mine[0])}" if abs(mine[1] - mine[0]) > 1 else ""
-    return f"{min(mine)} to {max(mine)}{step}"
+def _counted(mine: range) -> str:
+    """Numbers that a rank has, as the user counts them: ``48 to 69``."""
+    if len(mine) == 1:
+        return str(mine[0])
+    return f"{mine[0]} to {mine[-1]}" + (f" in steps of {mine.step}" if mine.step > 1 else "")
 
 
 def _values(values: Sequence[int]) -> str:

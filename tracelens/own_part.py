@@ -51,7 +51,7 @@ class OwnPart:
             return rest.new_zeros((*rest.shape[: self.there], *rest.shape[self.there + 1 :]))
         if isinstance(item, slice):
             chosen = range(self.size)[item]
-            first, count, own = self._met(chosen)
+            first, count, own = self.met(chosen)
             shape = (*rest.shape[: self.there], len(chosen), *rest.shape[self.there + 1 :])
             share = rest.new_zeros(shape)
             if count:
@@ -79,7 +79,7 @@ class OwnPart:
                 result[(*before, number - low, *after)] = value
             return result
         if isinstance(item, slice):
-            first, count, own = self._met(range(self.size)[item])
+            first, count, own = self.met(range(self.size)[item])
             if count:
                 result[(*before, own, *after)] = self._narrowed(
                     value, base[self._whole(index)].ndim, first, count
@@ -101,7 +101,7 @@ class OwnPart:
     def _whole(self, index: tuple[Any, ...]) -> tuple[Any, ...]:
         return (*index[: self.entry], slice(None), *index[self.entry + 1 :])
 
-    def _met(self, chosen: range) -> tuple[int, int, slice]:
+    def met(self, chosen: range) -> tuple[int, int, slice]:
         """Of the chosen elements, from which on and how many are this rank's, and where these lie in its stretch."""
         low, high = self.bounds
         step = chosen.step
