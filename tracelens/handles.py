@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast, overload
 
@@ -76,9 +76,23 @@ def _layer_site(name: str, layer: int) -> Site:
 
 
 class LayerHandle:
-    """One layer of the model; its attributes are its sites."""
+    """One layer of the model; its attributes are its sites.
+
+    Two things differ for the layers of a part of a run (one prompt of several, some steps of a generation): which site
+    a name stands for there (``_site``), and what is read and written of it (``_read``, ``_write``).
+    """
 
     __slots__ = ("_anatomy", "_index")
+
+    if TYPE_CHECKING:
+
+        def _read(self, recorder: Recorder, site: Site) -> Value: ...
+
+        def _write(self, recorder: Recorder, site: Site, new: Any) -> None: ...
+
+    else:  # every line of a block would pay for a method around these
+        _read = staticmethod(Value.of_site)
+        _write = staticmethod(Recorder.write)
 
     def __init__(self, anatomy: Described, index: int) -> None:
         object.__setattr__(self, "_anatomy", anatomy)
@@ -89,7 +103,7 @@ class LayerHandle:
             raise AttributeError(name)  # Python asks for such names while it copies an object
         site = self._site(name)
         recorder = open_recorder(self._anatomy) or recorder_of(self._anatomy, f"{self!r}.{name}")
-        return Value.of_site(recorder, site)
+        return self._read(recorder, site)
 
     def __setattr__(self, name: str, new: Any) -> None:
         site = self._site(name)
@@ -100,7 +114,7 @@ class LayerHandle:
                 instead=f"{slice_text(new.layers)}.{name} = value, or value.stack()[i] for one of them",
             )
         recorder = open_recorder(self._anatomy) or recorder_of(self._anatomy, f"{self!r}.{name}")
-        recorder.write(site, new)
+        self._write(recorder, site, new)
 
     def head(self, heads: int | Sequence[int]) -> HeadHandle:
         """One head, or several: ``.head(3).z`` is [B, P, d], ``.head([1, 4]).pattern`` [B, 2, P, S].
@@ -160,7 +174,7 @@ class LayerHandle:
 
     def _site(self, name: str) -> Site:
         if name not in _LAYER_NAMES:
-            raise _unknown(name, f"model.layers[{self._index}]", tuple(_LAYER_NAMES))
+            raise _unknown(name, repr(self), tuple(_LAYER_NAMES))
         return _layer_site(CANONICAL[name], self._index)
 
     def __dir__(self) -> list[str]:
@@ -237,9 +251,8 @@ class Layers:
 
     __slots__ = ("_handles",)
 
-    def __init__(self, anatomy: Described) -> None:
-        handles = tuple(LayerHandle(anatomy, index) for index in range(anatomy.n_layers))
-        object.__setattr__(self, "_handles", handles)
+    def __init__(self, handles: Iterable[LayerHandle]) -> None:
+        object.__setattr__(self, "_handles", tuple(handles))
 
     if not TYPE_CHECKING:  # type checkers know the attributes that there are
 

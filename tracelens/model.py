@@ -14,7 +14,7 @@ from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.batch import prepare
 from tracelens.compiling import Compiler
 from tracelens.errors import Blaming, OptionError, PromptError, TracelensError
-from tracelens.handles import Layers, global_site, no_target, recorder_of, unknown_global
+from tracelens.handles import LayerHandle, Layers, global_site, no_target, recorder_of, unknown_global
 from tracelens.ir.graph import Graph
 from tracelens.ir.sites import GLOBAL_KINDS, Site
 from tracelens.location import here
@@ -59,7 +59,8 @@ class Model(Shown):
             anatomy = ModelAnatomy(hf_model)
         anatomy.elsewhere = _elsewhere
         compiler = Compiler(anatomy) if _parts is None else RankedCompiler(anatomy, _parts)
-        own = (compiler, hf_model, None, _parts, tokenizer, anatomy, Layers(anatomy))
+        layers = Layers(LayerHandle(anatomy, index) for index in range(anatomy.n_layers))
+        own = (compiler, hf_model, None, _parts, tokenizer, anatomy, layers)
         for name, value in zip(_OWN, own, strict=True):
             object.__setattr__(self, name, value)
 
