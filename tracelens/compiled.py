@@ -142,6 +142,8 @@ class Ran(NamedTuple):
 
     tensors: dict[str, Callable[[], Any]]
     report: RunReport
+    copies: Callable[[], dict[str, list[str]]] = dict
+    """Digests, by name, of what this rank saved that every rank of its place has whole."""
 
 
 def keeps_padding(type_: TensorType) -> bool:

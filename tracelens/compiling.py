@@ -211,32 +211,21 @@ class Compiler:
             remember(state, lacking)
         return state
 
-    def run(
-        self,
-        graph: Graph,
-        compiled: Compiled,
-        prompt: Prompt,
-        *,
-        measure: bool = False,
-        copies: Copies | None = None,
-    ) -> Ran:
-        """One forward pass over ``prompt``; gives the saved tensors by name, and what it has cost.
-
-        ``copies``: filled in with what this rank has of the saved tensors that every rank of its place has.
-        """
+    def run(self, graph: Graph, compiled: Compiled, prompt: Prompt, *, measure: bool = False) -> Ran:
+        """One forward pass over ``prompt``; gives the saved tensors by name, and what it has cost."""
         peaks = Peaks(compiled.code.devices.places if measure else ())
         started = perf_counter()
         if not compiled.code.differentiates:
-            tensors, traffic = self._run(graph, compiled, prompt, copies)
+            tensors, traffic, copies = self._run(graph, compiled, prompt)
         else:
             with outside_inference():
-                tensors, traffic = self._run(graph, compiled, prompt, copies)
+                tensors, traffic, copies = self._run(graph, compiled, prompt)
         planned = partial(compiled.held, graph, prompt.sizes)
-        return Ran(tensors, RunReport(perf_counter() - started, traffic, planned, peaks.found()))
+        return Ran(tensors, RunReport(perf_counter() - started, traffic, planned, peaks.found()), copies)
 
     def _run(
-        self, graph: Graph, compiled: Compiled, prompt: Prompt, copies: Copies | None
-    ) -> tuple[dict[str, Callable[[], Any]], list[Journey]]:
+        self, graph: Graph, compiled: Compiled, prompt: Prompt
+    ) -> tuple[dict[str, Callable[[], Any]], list[Journey], Callable[[], Copies]]:
         device = running_device(self.anatomy)
         if compiled.spread != self.anatomy.spread.key:
             raise ModelMovedError(
@@ -276,15 +265,14 @@ class Compiler:
             run.finish()
             members: Mapping[str, Members] = state.saved
             mesh = self.anatomy.mesh
+            copies: Callable[[], Copies] = dict
             if mesh is not None:
-                if copies is not None:
-                    copies.update(copies_of(compiled.saves, compiled.plan, state, mesh))
+                copies = partial(copies_of, compiled.saves, compiled.plan, state, mesh)
                 members = collect(compiled.saves, compiled.plan, state, compiled.code.devices, mesh)
                 self.report(graph, run, mesh)
                 if not mesh.has_results:
-                    return {
-                        save.name: partial(elsewhere, save.name) for save in compiled.saves
-                    }, state.traffic
+                    absent = {save.name: partial(elsewhere, save.name) for save in compiled.saves}
+                    return absent, state.traffic, copies
             held = state.foreign, state.departures, state.stacks
             try:
                 saved = leave(compiled.saves, compiled.plan.graph, members, prompt, *held)
@@ -293,7 +281,7 @@ class Compiler:
                     raise
                 # The others have nothing more to do.
                 raise InStepError from relocate(error, graph) if isinstance(error, TracelensError) else error
-            return saved, state.traffic
+            return saved, state.traffic, copies
         except TracelensError as error:
             raise relocate(error, graph) from error.__cause__
 

@@ -26,7 +26,7 @@ from tracelens.errors import (
 )
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Apply
-from tracelens.leaving import Copies, same, write_files
+from tracelens.leaving import same, write_files
 from tracelens.location import here
 from tracelens.plan import Plan
 from tracelens.program import Program
@@ -66,17 +66,8 @@ class RankedCompiler(Compiler):
         finally:
             self._compared = None
 
-    def run(
-        self,
-        graph: Graph,
-        compiled: Compiled,
-        prompt: Prompt,
-        *,
-        measure: bool = False,
-        copies: Copies | None = None,
-    ) -> Ran:
+    def run(self, graph: Graph, compiled: Compiled, prompt: Prompt, *, measure: bool = False) -> Ran:
         """One forward pass on the ranks; gives what was saved, which has come back."""
-        assert copies is None, "the ranks have them"
         if measure:
             raise OptionError(
                 "the peak of memory is that of this process, and the model is on ranks of their own",

@@ -19,7 +19,6 @@ from tracelens.compiled import Compiled
 from tracelens.errors import PlansDifferError
 from tracelens.generating import generate as generated
 from tracelens.ir.graph import Graph
-from tracelens.leaving import Copies
 from tracelens.model import Model
 from tracelens.prompted import Prompt
 from tracelens.remote import (
@@ -87,10 +86,11 @@ def run(served: Served, request: Message) -> Message:
     if asked is None:
         return Message({"unknown": True})
     model, graph, compiled, prompt = asked
-    copies: Copies | None = {} if request.header.get("compare") else None
-    ran = model._compiler.run(graph, compiled, prompt, copies=copies)
+    ran = model._compiler.run(graph, compiled, prompt)
     mesh = model.anatomy.mesh
-    about: dict[str, Any] = {} if copies is None or mesh is None else {"stage": mesh.stage, "copies": copies}
+    about: dict[str, Any] = {}
+    if mesh is not None and request.header.get("compare"):
+        about = {"stage": mesh.stage, "copies": ran.copies()}
     if mesh is not None and not mesh.has_results:
         return Message(about)
     try:
