@@ -18,24 +18,26 @@ import tracelens as tl
 PROMPT = "The capital of France is"
 
 
+ENDS = {
+    "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
+    "lm_head": ColwiseParallel(output_layouts=Replicate()),
+}
+BLOCK = {
+    "self_attn.q_proj": ColwiseParallel(),
+    "self_attn.k_proj": ColwiseParallel(),
+    "self_attn.v_proj": ColwiseParallel(),
+    "self_attn.o_proj": RowwiseParallel(),
+    "mlp.gate_proj": ColwiseParallel(),
+    "mlp.up_proj": ColwiseParallel(),
+    "mlp.down_proj": RowwiseParallel(),
+}
+
+
 def tutorial(model: nn.Module, mesh: Any) -> None:
     """Heads, neurons and rows of the vocabulary on ranks; every rank calls it with the whole model."""
-    ends = {
-        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
-        "lm_head": ColwiseParallel(output_layouts=Replicate()),
-    }
-    block = {
-        "self_attn.q_proj": ColwiseParallel(),
-        "self_attn.k_proj": ColwiseParallel(),
-        "self_attn.v_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(),
-    }
-    parallelize_module(model, mesh, ends)
+    parallelize_module(model, mesh, ENDS)
     for layer in model.get_submodule("model.layers").children():
-        parallelize_module(layer, mesh, block)
+        parallelize_module(layer, mesh, BLOCK)
 
 
 def main(model: tl.Model | None = None) -> tl.Results:

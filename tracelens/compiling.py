@@ -116,7 +116,7 @@ class Compiler:
         recorded = replace(numbered(graph), constants=(), functions=())
         there = placement(anatomy)
         if anatomy.mesh is not None or anatomy.elsewhere is not None:
-            refuse_on_ranks(graph, stages=len(there.places))
+            refuse_on_ranks(graph, there, generating=generating)
         plan = make_plan(
             recorded,
             there,

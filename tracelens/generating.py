@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from tracelens.agreeing import refuse_shared_choice, require_agreement
+from tracelens.agreeing import require_agreement
 from tracelens.backends.local import Run
 from tracelens.backends.ready import running_device
 from tracelens.backends.transfer import Everywhere, inputs_on
 from tracelens.backends.windows import refuse_forgotten
 from tracelens.compiled import Compiled, relocate
 from tracelens.compiling import Compiler, check_fits
-from tracelens.errors import PipelineError, TracelensError
+from tracelens.errors import TracelensError
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import Scope
@@ -35,14 +35,6 @@ def generate(
 ) -> list[list[int]]:
     """transformers' own generation, with the program's hooks in every forward pass."""
     anatomy = model.anatomy
-    refuse_shared_choice(compiled.plan.placement)
-    if (anatomy.mesh is not None or anatomy.elsewhere is not None) and len(
-        compiled.plan.placement.places
-    ) > 1:
-        raise PipelineError(
-            "text cannot be generated through the stages of a pipeline so far",
-            instead="tensor parallelism alone: tl.load(name, tp=...)",
-        )
     if isinstance(compiler, RankedCompiler):
         return compiler.generate(graph, compiled, prompt, options)
     device = running_device(anatomy)

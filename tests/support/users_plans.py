@@ -1,6 +1,6 @@
 """Plans by which users spread a model over ranks: ``parallelize="tests.support.users_plans:tutorial"`` and others.
 
-The first is that of PyTorch's tutorial on tensor parallelism, for transformers' Llama and its relatives.
+``tutorial`` is that of the example: PyTorch's own on tensor parallelism, for transformers' Llama and its relatives.
 """
 
 from __future__ import annotations
@@ -21,33 +21,15 @@ from torch.distributed.tensor.parallel import (
     parallelize_module,
 )
 
+from examples.parallel_plan import BLOCK, tutorial
+
 
 def _layers(model: Any) -> range:
     return range(model.config.num_hidden_layers)
 
 
 def _blocks(**styles: Any) -> dict[str, Any]:
-    return {
-        "self_attn.q_proj": ColwiseParallel(),
-        "self_attn.k_proj": ColwiseParallel(),
-        "self_attn.v_proj": ColwiseParallel(),
-        "self_attn.o_proj": RowwiseParallel(),
-        "mlp.gate_proj": ColwiseParallel(),
-        "mlp.up_proj": ColwiseParallel(),
-        "mlp.down_proj": RowwiseParallel(),
-        **{name.replace("__", "."): style for name, style in styles.items()},
-    }
-
-
-def tutorial(model: nn.Module, mesh: Any) -> None:
-    """Heads, neurons and the vocabulary on ranks; streams whole."""
-    ends = {
-        "model.embed_tokens": RowwiseParallel(input_layouts=Replicate()),
-        "lm_head": ColwiseParallel(output_layouts=Replicate()),
-    }
-    parallelize_module(model, mesh, ends)
-    for layer in _layers(model):
-        parallelize_module(model.get_submodule(f"model.layers.{layer}"), mesh, _blocks())
+    return {**BLOCK, **{name.replace("__", "."): style for name, style in styles.items()}}
 
 
 def logits_apart(model: nn.Module, mesh: Any) -> None:

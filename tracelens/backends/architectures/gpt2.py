@@ -1,6 +1,6 @@
 """GPT-2: learned positions, LayerNorm, and an MLP without a gate."""
 
-from tracelens.backends.architectures.dense import NO_EXPERTS
+from tracelens.backends.architectures.absences import NO_EXPERTS, NO_POST_NORMS
 from tracelens.backends.base import Family, HeadsView, Side, Tap
 
 # One matrix makes queries, keys and values, side by side.
@@ -39,8 +39,7 @@ GPT2 = Family(
     {
         **NO_EXPERTS,
         "mlp_up": "its MLP has no gate; use mlp_pre",
-        "attn_post_norm": "what attention returns is added as it is, without a norm in between; use attn_add",
-        "mlp_post_norm": "what the MLP returns is added as it is, without a norm in between; use mlp_add",
+        **NO_POST_NORMS,
         "q_normed": "its queries have no norm of their own; use q",
         "k_normed": "its keys have no norm of their own; use k",
         "q_rot": "positions are added to the embedding, so nothing is rotated in attention; use q",

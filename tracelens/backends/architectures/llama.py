@@ -1,6 +1,6 @@
 """Llama and the families that share its block: Mistral, Qwen2, Qwen3."""
 
-from tracelens.backends.architectures.dense import NO_EXPERTS
+from tracelens.backends.architectures.absences import NO_EXPERTS, NO_POSITION_EMBEDDING, NO_POST_NORMS
 from tracelens.backends.base import Family, HeadsView, Side, Tap
 
 _TAPS = {
@@ -38,16 +38,9 @@ _QK_NORMS = {
     "k_normed": Tap("self_attn.k_norm", Side.OUT),
 }
 
-_NO_POSITIONS = {
-    "pos_embed": "positions enter by rotation inside attention (RoPE), so there is no position embedding"
-}
-_PRE_NORM = {
-    "attn_post_norm": "what attention returns is added as it is, without a norm in between; use attn_add",
-    "mlp_post_norm": "what the MLP returns is added as it is, without a norm in between; use mlp_add",
-}
 _ABSENT = {
-    **_NO_POSITIONS,
-    **_PRE_NORM,
+    **NO_POSITION_EMBEDDING,
+    **NO_POST_NORMS,
     **NO_EXPERTS,
     "q_normed": "its queries have no norm of their own; use q",
     "k_normed": "its keys have no norm of their own; use k",
@@ -61,5 +54,5 @@ QWEN3 = Family(
     ("qwen3",),
     "model.layers.{}",
     {**_TAPS, **_QK_NORMS},
-    {**_NO_POSITIONS, **_PRE_NORM, **NO_EXPERTS},
+    {**NO_POSITION_EMBEDDING, **NO_POST_NORMS, **NO_EXPERTS},
 )

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tracelens.backends.architectures.dense import NO_EXPERTS
+from tracelens.backends.architectures.absences import NO_EXPERTS
 from tracelens.backends.architectures.llama import QWEN3
 from tracelens.backends.base import Family, InSome, RowsView, Side, Tap
 
