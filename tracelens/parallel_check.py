@@ -125,9 +125,8 @@ def check_parallel(model: Model, prompt: Any, tolerance: float | None) -> Parall
             with cast(RankedCompiler, model._compiler).comparing() as compared:
                 there = _read(model, prompt, kind.name, layers)
             pairs = zip(there, _read(one, prompt, kind.name, layers), strict=True)
-        except (
-            LayoutError
-        ) as error:  # of what goes wrong otherwise, nothing would be known of the other sites either
+        except LayoutError as error:
+            # Of what goes wrong otherwise, nothing would be known of the other sites either.
             rows.append(SiteCheck(kind.name, float("nan"), None, False, refused=error.problem))
             continue
         errors = [_error(there, here_) for there, here_ in pairs]

@@ -12,6 +12,11 @@ from enum import Enum
 from types import MappingProxyType
 from typing import Any
 
+from transformers.distributed.configuration_utils import DistributedConfig
+
+KNOWS_EP = "ep_size" in DistributedConfig.__dataclass_fields__
+"""Does this version of transformers know ``ep_size``, by which each rank has some of the experts?"""
+
 
 class Mark(Enum):
     """Why a cell is refused."""

@@ -63,3 +63,17 @@ def after(model: tl.Model, site: Site, edit: Edit, later: Site, before: Tensor) 
         edit.run(model, site, before)
         saved = [value.save() for value in (read(model, site), read(model, later), model.logits)]
     return [handle.value for handle in saved]
+
+
+def gradients_alike(models: Both, names: Sequence[str]) -> None:
+    """Takes the gradient of a difference of logits with respect to sites of layer 1 in both models."""
+    found: list[list[Tensor]] = []
+    for model in (models.one, models.spread):
+        with model.trace(ROWS):
+            sites = [getattr(model.layers[1], name) for name in names]
+            loss = model.logits[:, -1, 5].sum() - model.logits[:, -1, 90].sum()
+            saved = [grad.save() for grad in tl.grad(loss, wrt=sites)]
+        found.append([handle.value for handle in saved])
+    for actual, expected in zip(found[1], found[0], strict=True):
+        assert expected.abs().max() > 1e-3
+        assert relative_error(actual, expected) <= 10 * TOLERANCE

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import tracelens as tl
-from tests.parallel.compared import TOLERANCE
+from tests.parallel.compared import TOLERANCE, gradients_alike
 from tests.support.batches import EVEN, batch, random_rows
 from tests.support.families import HEAD_DIM, HEADS, KV_HEADS, NEURONS, VOCABULARY
 from tests.support.hand_forward import Intercept, hand_forward, unchanged
@@ -311,16 +311,6 @@ def test_a_module_that_ranks_share_shows_all_of_its_sides(shared: Both, path: st
 
 
 def test_gradients_are_those_of_the_whole_model(shared: Both, staged: Both) -> None:
-    grads: list[list[Tensor]] = []
-    for model in (shared.one, shared.spread):
-        with model.trace(ROWS):
-            layer = model.layers[1]
-            sites = [layer.z, layer.mlp_act, layer.resid_post, layer.q]
-            loss = model.logits[:, -1, 5].sum() - model.logits[:, -1, 90].sum()
-            saved = [grad.save() for grad in tl.grad(loss, wrt=sites)]
-        grads.append([handle.value for handle in saved])
-    for actual, expected in zip(grads[1], grads[0], strict=True):
-        assert expected.abs().max() > 1e-3
-        assert relative_error(actual, expected) <= 10 * TOLERANCE
+    gradients_alike(shared, ("z", "mlp_act", "resid_post", "q"))
     with pytest.raises(PipelineError), staged.spread.trace(ROWS):
         tl.grad(staged.spread.logits.sum(), staged.spread.layers[0].resid_post).save()

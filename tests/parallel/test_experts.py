@@ -15,6 +15,7 @@ from transformers.distributed.configuration_utils import DistributedConfig
 
 import tracelens as tl
 from tests.conformance.test_reads import read
+from tests.parallel.cells import KNOWS_EP
 from tests.support.families import FAMILIES
 from tests.support.hand_forward import hand_sites
 from tests.support.ranks import PoolOf
@@ -33,7 +34,7 @@ EVEN = {"vocab_size": 98}
 """Some versions of transformers cannot share a vocabulary unevenly."""
 
 knows_ep = pytest.mark.skipif(
-    "ep_size" not in DistributedConfig.__dataclass_fields__,
+    not KNOWS_EP,
     reason="this version of transformers does not know ep_size, by which each rank has some of the experts",
 )
 SIZES = {"pp2": {"pp": 2}, "tp2": {"tp": 2}, "ep2": {"tp": 2, "ep": 2}}

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 import tracelens as tl
-from tests.parallel.compared import ROWS, TOLERANCE, all_read, read_alike, written_alike
+from tests.parallel.compared import ROWS, TOLERANCE, all_read, gradients_alike, read_alike, written_alike
 from tests.parallel.writes import EDITS
 from tests.support.batches import EVEN, RAGGED, random_rows
 from tests.support.hand_forward import hand_sites
@@ -175,17 +175,7 @@ def test_positions_that_ranks_share_are_put_together_and_the_plan_says_so(models
 
 
 def test_gradients_are_those_of_one_process(models: Both, plan: str) -> None:
-    found: list[list[Tensor]] = []
-    for model in (models.one, models.spread):
-        with model.trace(ROWS):
-            layer = model.layers[1]
-            sites = [layer.z, layer.mlp_act, layer.resid_post, layer.q, layer.attn_norm]
-            loss = model.logits[:, -1, 5].sum() - model.logits[:, -1, 90].sum()
-            saved = [grad.save() for grad in tl.grad(loss, wrt=sites)]
-        found.append([handle.value for handle in saved])
-    for actual, expected in zip(found[1], found[0], strict=True):
-        assert expected.abs().max() > 1e-3
-        assert relative_error(actual, expected) <= 10 * TOLERANCE
+    gradients_alike(models, ("z", "mlp_act", "resid_post", "q", "attn_norm"))
 
 
 def test_text_is_generated_as_in_one_process(models: Both, plan: str) -> None:
