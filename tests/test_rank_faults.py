@@ -46,7 +46,7 @@ def arm(ranks: Ranks, rank: int | str | None, how: str = "memory") -> None:
     ranks.ask("arm", {"rank": rank, "how": how})
 
 
-def caught(block: Block, model: Model) -> OpFailedError | None:
+def caught(block: Callable[[Model], object], model: Model) -> OpFailedError | None:
     """What a block raises, if it is what goes wrong in a step."""
     try:
         block(model)
@@ -167,21 +167,45 @@ def test_a_gradient_is_taken_by_all_ranks_or_by_none(two: Ranks, layers_shared: 
     assert two.pids == pids
 
 
-def test_tokens_are_drawn_by_all_ranks_or_by_none(two: Ranks, layers_shared: Model, one: Model) -> None:
-    def tokens(model: Model) -> list[int]:
+def steered(model: Model) -> None:
+    """In a layer of the first stage, where there are some."""
+    model.layers[0].resid_post += model.layers[0].resid_post.sinh()
+
+
+def steered_later(model: Model) -> None:
+    """In a layer of the second stage, by what comes from the first."""
+    model.layers[2].resid_post += (model.layers[0].resid_post / 10).sinh()
+
+
+@pytest.mark.parametrize("block", [steered, steered_later])
+@pytest.mark.parametrize("how", ["layers_shared", "stages"])
+def test_tokens_are_drawn_by_all_ranks_or_by_none(
+    how: str, block: Callable[[Model], None], request: pytest.FixtureRequest, two: Ranks, one: Model
+) -> None:
+    model: Model = request.getfixturevalue(how)
+
+    def tokens(model: Model) -> list[Any]:
         with model.generate(PROMPT, max_new_tokens=5, eos_token_id=None) as t:
-            model.layers[1].resid_post += model.layers[1].resid_post.sinh()
+            block(model)
         return t.tokens
 
     want = tokens(one)
-    assert tokens(layers_shared) == want
+    assert tokens(model) == want
     pids = two.pids
+    line = block.__code__.co_firstlineno + 2
+    failed = 0
     for rank in (0, 1, "all"):
-        arm(two, rank)
-        with pytest.raises(OpFailedError, match="no memory is left"):
-            tokens(layers_shared)
-        arm(two, None)
-        assert tokens(layers_shared) == want
+        for fault in ("memory", "third time"):
+            arm(two, rank, fault)
+            error = caught(tokens, model)
+            arm(two, None)
+            if error is not None:  # the rank takes this step
+                failed += 1
+                assert "no memory is left" in str(error)
+                assert error.at is not None
+                assert (error.at.filename, error.at.line) == (__file__, line)
+            assert tokens(model) == want
+    assert failed == (6 if how == "layers_shared" else 4)
     assert two.pids == pids
 
 

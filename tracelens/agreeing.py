@@ -81,10 +81,6 @@ def refuse_on_ranks(graph: Graph, placement: Placement, *, generating: bool) -> 
     stages = len(placement.places)
     if generating:
         _refuse_shared_choice(placement)
-        if stages > 1:
-            raise PipelineError(
-                "text cannot be generated through the stages of a pipeline so far", instead=_ALONE
-            )
     for number, op in enumerate(graph.ops):
         if isinstance(op, Save) and op.keep is Keep.DEVICE:
             error: TracelensError = OptionError(
@@ -95,12 +91,9 @@ def refuse_on_ranks(graph: Graph, placement: Placement, *, generating: bool) -> 
         if isinstance(op, Grad) and stages > 1:
             error = PipelineError(
                 "a gradient would have to travel back through the stages of a pipeline, which it cannot so far",
-                instead=_ALONE,
+                instead="tensor parallelism alone: tl.load(name, tp=...)",
             )
             raise graph.blame(error, number)
-
-
-_ALONE = "tensor parallelism alone: tl.load(name, tp=...)"
 
 
 def _refuse_shared_choice(placement: Placement) -> None:

@@ -9,6 +9,7 @@ import torch
 
 from tracelens.agreeing import require_agreement
 from tracelens.backends.local import Run
+from tracelens.backends.pipeline_generation import StagedGeneration
 from tracelens.backends.ready import running_device
 from tracelens.backends.transfer import Everywhere, inputs_on
 from tracelens.backends.windows import refuse_forgotten
@@ -39,8 +40,10 @@ def generate(
         return compiler.generate(graph, compiled, prompt, options)
     device = running_device(anatomy)
     check_fits(graph, compiled, prompt)
+    drawn = anatomy.mesh is not None and bool(
+        options.get("do_sample", cast(Any, anatomy.model).generation_config.do_sample)
+    )
     if anatomy.mesh is not None and not compiler.owned:
-        drawn = bool(options.get("do_sample", cast(Any, anatomy.model).generation_config.do_sample))
         require_agreement(anatomy.mesh, compiled, graph, prompt, options, sampled=drawn)
     run = Run(anatomy.model, compiled.code, compiler.state(graph, compiled, prompt), None)
     inputs = inputs_on(prompt.batch.model_inputs(), device)
@@ -64,7 +67,12 @@ def generate(
         seen = 0 if cache is None else int(cache.get_seq_length())
         return {"B": ids.shape[0], "P": ids.shape[1], "S": seen + ids.shape[1]}
 
+    pipeline = None if anatomy.mesh is None else anatomy.mesh.pipeline
+
     def forward() -> torch.Tensor:
+        if pipeline is not None:
+            newest = inputs.get("logits_to_keep") == 0
+            StagedGeneration(run, pipeline, newest=newest, draws=drawn).begin(compiled.code.seat)
         return hf.generate(**inputs, **options)
 
     try:

@@ -34,7 +34,7 @@ def main(about: Mapping[str, Any]) -> None:
     body.resolve = breakable
     more = {
         function.__name__: function
-        for function in (misbehave, keep, kept, arm, drift, as_script, run, communicated)
+        for function in (misbehave, keep, kept, arm, drift, as_script, run, generate, communicated)
     }
     worker.main(about, {**HANDLERS, **more})
 
@@ -67,6 +67,7 @@ def kept(served: Served, request: Message) -> Message:
 BREAKABLE = "torch.sinh"
 """The function that goes wrong in a step, when it was armed."""
 _fault: str | None = None
+_times = 0
 _resolve = body.resolve
 
 
@@ -86,7 +87,8 @@ def breakable(name: str) -> Any:
 
 def arm(served: Served, request: Message) -> Message:
     """From now on a step goes wrong on rank ``rank``, in the way ``how``; nowhere if that is ``None``."""
-    global _fault
+    global _fault, _times
+    _times = 0
     _fault = request.header["how"] if request.header["rank"] in (served.rank, "all") else None
     return Message()
 
@@ -106,6 +108,14 @@ def _out_of_memory() -> None:
     raise torch.OutOfMemoryError("no memory is left for this step")
 
 
+def _third_time() -> None:
+    """In the third step of a generation, say."""
+    global _times
+    _times += 1
+    if _times == 3:
+        _out_of_memory()
+
+
 def _sleep_long() -> None:
     time.sleep(60)
 
@@ -114,7 +124,12 @@ def _sleep_short() -> None:
     time.sleep(2)
 
 
-_FAULTS = {"memory": _out_of_memory, "sleep": _sleep_long, "short sleep": _sleep_short}
+_FAULTS = {
+    "memory": _out_of_memory,
+    "third time": _third_time,
+    "sleep": _sleep_long,
+    "short sleep": _sleep_short,
+}
 
 
 def as_script(served: Served, request: Message) -> Message:
@@ -171,6 +186,13 @@ def run(served: Served, request: Message) -> Message:
     _communicating.seen.clear()
     with _communicating:
         return serving.run(served, request)
+
+
+def generate(served: Served, request: Message) -> Message:
+    """As the real one, under watch."""
+    _communicating.seen.clear()
+    with _communicating:
+        return serving.generate(served, request)
 
 
 def communicated(served: Served, request: Message) -> Message:

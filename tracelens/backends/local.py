@@ -316,7 +316,10 @@ class Run:
 
     def _vote(self, mesh: Mesh, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Between two passes: a rank that has failed would choose other tokens than the others, and end at another."""
-        if get_ident() == self.thread and mesh.first_failed(self.state.failure is not None) is not None:
+        if get_ident() != self.thread:
+            return
+        self.finish()
+        if mesh.first_failed(self.state.failure is not None) is not None:
             remember(self.state, None)
             raise ForwardStopped
 

@@ -35,6 +35,7 @@ class Pipeline:
             for layer in range(n_layers)
         )
         ranks = device_mesh.mesh.reshape(self.stages, -1)
+        self._speaker = int(ranks[-1, 0])
         column = int((ranks[self.stage] == dist.get_rank()).nonzero()[0, 0])
         self._peers: list[int] = ranks[:, column].tolist()
         # Apart from the stream's own group: what a plan sends may overtake the stream, and be overtaken.
@@ -67,6 +68,20 @@ class Pipeline:
         dist.recv(data, self._peers[stage], group=self.group)
         return found
 
+    @property
+    def speaks(self) -> bool:
+        """Is this the first rank of the last stage?"""
+        import torch.distributed as dist
+
+        return dist.get_rank() == self._speaker
+
+    def told(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Makes a tensor the same on all ranks of all stages: that of the rank that :attr:`speaks`, in place."""
+        import torch.distributed as dist
+
+        dist.broadcast(_bytes(tensor), src=self._speaker, group=self.group)
+        return tensor
+
     def settle(self) -> None:
         """Returns when everything that was sent has left."""
         while self._underway:
@@ -79,22 +94,36 @@ class Pipeline:
         if self.stage > last:
             return
         hf = self._model
-        own: Any = hf._pp_stage
-        given = dict(inputs)
-        if self.stage:
-            ids = given.pop("input_ids")
-            shape = (*ids.shape, hf.config.hidden_size)
-            given["inputs_embeds"] = own.communicate(
-                "recv_forward", device=ids.device, dtype=hf.dtype, shape=shape
-            )
+        given = self.entering(inputs)
         if self.is_last:
             with _own_forward(hf):
                 hf(**given)
             return
-        found = getattr(hf, hf.base_model_prefix)(**given)
+        found = self.base(**given)
         if self.stage < last:
-            hidden = found.last_hidden_state
-            own.communicate("send_forward", device=hidden.device, dtype=hidden.dtype, tensor=hidden)
+            self.hand_on(found.last_hidden_state)
+
+    @property
+    def base(self) -> nn.Module:
+        """The model below its head, which is all that stages before the last one have of it."""
+        return getattr(self._model, self._model.base_model_prefix)
+
+    def entering(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
+        """What this stage's layers are given in a pass: the tokens, or the stream of the stage before."""
+        given = dict(inputs)
+        if self.stage:
+            hf = self._model
+            ids = given.pop("input_ids")
+            given["inputs_embeds"] = hf._pp_stage.communicate(
+                "recv_forward", device=ids.device, dtype=hf.dtype, shape=(*ids.shape, hf.config.hidden_size)
+            )
+        return given
+
+    def hand_on(self, stream: torch.Tensor) -> None:
+        """Gives the stream to the next stage."""
+        self._model._pp_stage.communicate(
+            "send_forward", device=stream.device, dtype=stream.dtype, tensor=stream
+        )
 
 
 @contextmanager
