@@ -15,7 +15,7 @@ from tracelens.compiled import Compiled, relocate
 from tracelens.errors import LayoutError, OptionError, PipelineError, PlansDifferError, TracelensError
 from tracelens.ir.graph import Graph
 from tracelens.ir.layout import WHOLE_EVERYWHERE
-from tracelens.ir.ops import Grad, Keep, Save
+from tracelens.ir.ops import Grad, Keep, Save, Write
 from tracelens.ir.sites import Site
 from tracelens.placement import Placement
 from tracelens.prompted import Prompt
@@ -86,6 +86,12 @@ def refuse_on_ranks(graph: Graph, placement: Placement, *, generating: bool) -> 
             error: TracelensError = OptionError(
                 f'{op.name!r} is saved with device="keep", and the ranks keep nothing between runs',
                 instead="value.save(), which brings it to the host",
+            )
+            raise graph.blame(error, number)
+        if isinstance(op, Write) and placement.has_copies(op.site):
+            error = PipelineError(
+                f"every stage of a pipeline has a {op.site} of its own, and a write would change that of one stage",
+                instead="a write to a named site, or to a module within a layer: each lies in one stage",
             )
             raise graph.blame(error, number)
         if isinstance(op, Grad) and stages > 1:

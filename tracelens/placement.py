@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from tracelens.errors import LayoutError
 from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, Partial, Shard
-from tracelens.ir.module_sites import ModuleSite
+from tracelens.ir.module_sites import OUTPUT, ModuleSite
 from tracelens.ir.sites import Scope, Site
 
 
@@ -100,7 +100,9 @@ class Placement:
 
     def place_of(self, site: Site) -> Place:
         if isinstance(site, ModuleSite):
-            return self.places[self.of_path(site.path)]
+            # What all layers make of the input together is there in the last stage alone.
+            whole = site.side == OUTPUT and self.is_common(site.path) and self._holds_layers(site.path)
+            return self.places[-1 if whole else self.of_path(site.path)]
         if site.kind.scope is Scope.LAYER and site.layer is not None:
             return self.places[self.apart.get((site.name, site.layer), self.layers[site.layer])]
         if not self.layers:
@@ -147,6 +149,20 @@ class Placement:
                 if self.probed is not None
                 else "tl.load(name, tp=...), which looks when it loads the model",
             )
+
+    def is_common(self, path: str) -> bool:
+        """Does every stage of a pipeline run this module, each for itself?"""
+        own = any(not known or f"{path}.".startswith(f"{known}.") for known in self.modules)
+        return len(self.places) > 1 and not own
+
+    def _holds_layers(self, path: str) -> bool:
+        return any(not path or known.startswith(f"{path}.") for known in self.modules)
+
+    def has_copies(self, site: Site) -> bool:
+        """Does every stage of a pipeline have a tensor of its own at this site?"""
+        if not isinstance(site, ModuleSite) or not self.is_common(site.path):
+            return False
+        return site.side != OUTPUT or not self._holds_layers(site.path)
 
     def of_path(self, path: str) -> int:
         """The place of a module, a parameter or a buffer, by its path."""

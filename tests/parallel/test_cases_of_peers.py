@@ -314,3 +314,34 @@ def test_gradients_are_those_of_the_whole_model(shared: Both, staged: Both) -> N
     gradients_alike(shared, ("z", "mlp_act", "resid_post", "q"))
     with pytest.raises(PipelineError), staged.spread.trace(ROWS):
         tl.grad(staged.spread.logits.sum(), staged.spread.layers[0].resid_post).save()
+
+
+def test_what_every_stage_runs_is_that_of_the_last(staged: Both) -> None:
+    """The modules around all layers: each stage runs them for its own layers, and only the last has what they return."""
+    found: list[dict[str, Tensor]] = []
+    for model in (staged.one, staged.spread):
+        ends = {"model": "last_hidden_state", "": "logits"}
+        with model.trace(ROWS):
+            read = {path: model.module(path).output[key].save() for path, key in ends.items()}
+        with model.trace(ROWS):
+            model.module("model").output["last_hidden_state"] *= -1
+            written = model.logits.save()
+        found.append({**{path: handle.value for path, handle in read.items()}, "written": written.value})
+    one, spread = found
+    differ(one["written"], one[""])
+    for name, expected in one.items():
+        same(spread[name], expected)
+
+
+def test_what_each_stage_has_for_itself_is_read_and_not_written(staged: Both) -> None:
+    path = "model.rotary_emb"
+    for part in (0, 1):
+        values: list[Tensor] = []
+        for model in (staged.one, staged.spread):
+            with model.trace(ROWS):
+                value = model.module(path).output[part].save()
+            values.append(value.value)
+        same(values[1], values[0])
+    with pytest.raises(PipelineError, match="would change that of one stage"), staged.spread.trace(ROWS):
+        staged.spread.module(path).output[0] *= -1
+        staged.spread.logits.save()
