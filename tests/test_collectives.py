@@ -11,7 +11,7 @@ import pytest
 import torch
 
 import tracelens as tl
-from tests.support.families import NEURONS, VOCABULARY
+from tests.support.families import D_MODEL, NEURONS, VOCABULARY
 from tests.support.ranks import fragile
 from tracelens.backends.ranks.pool import Ranks
 from tracelens.collectives import SUMMED, Collective, collectives
@@ -235,3 +235,28 @@ def test_the_largest_neurons_are_those_of_the_whole(model: Model) -> None:
     assert torch.equal(top.value, wanted.values)
     assert torch.equal(at.value, wanted.indices)
     torch.testing.assert_close(soft.value, whole.value.softmax(-1).sum(1), rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("drawn", [False, True])
+def test_what_travels_between_stages_in_a_step_of_a_text(
+    drawn: bool, watched: Ranks, tiny_folder: Path
+) -> None:
+    """The stream, and what the block sends, of the positions of the step; and the logits of the newest one."""
+    rows, new = 2, 3
+    stream = [rows * length * D_MODEL * F32 for length in (len(PROMPT), *[1] * (new - 1))]
+    with tl.load(str(tiny_folder), pp=2, ranks=watched) as staged:
+        with staged.generate([PROMPT] * rows, max_new_tokens=new, do_sample=drawn, eos_token_id=None):
+            staged.logits *= 2.0  # of all positions
+            staged.layers[2].resid_post += staged.layers[0].resid_post[..., :1]
+        first, last = _done(watched)
+    told = {rows * VOCABULARY * F32, 4 * 8}  # the logits, and what they are
+    if drawn:
+        told.add(torch.get_rng_state().nbytes)
+    for rank in (first, last):
+        seen = {size: count for (name, size), count in rank.items() if name == "broadcast"}
+        assert seen == dict.fromkeys(told, new)
+    sent, received = (
+        Counter({size: count for (name, size), count in rank.items() if name == what})
+        for rank, what in ((first, "send"), (last, "recv"))
+    )
+    assert sent == received == Counter(stream) + Counter(size // D_MODEL for size in stream)

@@ -53,6 +53,9 @@ STEPS = ("tests/test_sharding_steps.py",)
 OWN_PART = ("tests/test_own_part.py",)
 RANK_FAILURES = ("tests/test_rank_failures.py",)
 RANK_MESSAGES = ("tests/test_rank_messages.py",)
+STAGED_TEXT = ("tests/parallel/test_staged_generation.py", "-k", "llama and not tied or gemma3 or staged")
+IN_A_SCRIPT = ("tests/parallel/test_launched.py", "-k", "stages")
+EVERY_STAGE = ("tests/parallel/test_cases_of_peers.py", "-k", "stage")
 RANK_FAULTS = ("tests/test_rank_faults.py", "-k", "leaves_all or gradient_is or tokens_are or script")
 
 MUTANTS = (
@@ -1189,6 +1192,48 @@ MUTANTS = (
         "mesh.first_failed(self.state.failure is not None) is not None",
         "self.state.failure is not None",
         RANK_FAULTS,
+    ),
+    Mutant(
+        "stages: the cache does not count the positions of other layers",
+        "backends/pipeline_generation.py",
+        "if found.past_key_values is not None:",
+        "if found is None:",
+        STAGED_TEXT,
+    ),
+    Mutant(
+        "stages: the cache counts the layers of the stage itself twice",
+        "backends/pipeline_generation.py",
+        "if stage == pipeline.stage:",
+        "if stage == -1:",
+        STAGED_TEXT,
+    ),
+    Mutant(
+        "stages: the logits of all positions travel",
+        "backends/pipeline_generation.py",
+        "output.logits[:, -1:] if self._newest else output.logits",
+        "output.logits",
+        COLLECTIVES,
+    ),
+    Mutant(
+        "stages: what a stage has drawn changes the choice of its ranks",
+        "backends/pipeline_generation.py",
+        "if self._draws:",
+        "if False:",
+        IN_A_SCRIPT,
+    ),
+    Mutant(
+        "stages: what all layers make is looked for in the first stage",
+        "placement.py",
+        "self.places[-1 if whole else self.of_path(site.path)]",
+        "self.places[self.of_path(site.path)]",
+        EVERY_STAGE,
+    ),
+    Mutant(
+        "stages: a write changes the copy of one stage",
+        "placement.py",
+        "return site.side != OUTPUT or not self._holds_layers(site.path)",
+        "return False",
+        EVERY_STAGE,
     ),
     Mutant(
         "an error that a rank has endured costs a start",

@@ -86,8 +86,11 @@ def check(tmp_path: Path, hf: Any) -> list[dict[str, Any]]:
 def test_a_script_under_torchrun(tmp_path: Path) -> None:
     hf = stored("llama", tmp_path / "model")
     launched([["--standalone", "--nproc-per-node=2"]], tmp_path / "model", tmp_path, "--tp", 2)
-    seen = check(tmp_path, hf)
-    # Ranks that draw other tokens would each write a text of its own.
+    check_text(check(tmp_path, hf), hf)
+
+
+def check_text(seen: list[dict[str, Any]], hf: Any) -> None:
+    """Ranks that draw other tokens would each write a text of its own."""
     for rank in seen:
         assert rank["options"]["error"] == rank["draws"]["error"] == "PlansDifferError"
         assert "options" in rank["options"]["problem"]
@@ -97,7 +100,31 @@ def test_a_script_under_torchrun(tmp_path: Path) -> None:
     one = tl.wrap(hf)
     with one.generate([[5, 6, 7]], max_new_tokens=3, do_sample=False) as greedy:
         one.layers[1].z[:, :, 2] = 0
-    assert seen[0]["tokens"][0] == greedy.tokens
+    torch.manual_seed(1)
+    with one.generate([[5, 6, 7]], max_new_tokens=3, do_sample=True) as sampled:
+        one.layers[1].z[:, :, 2] = 0
+    assert seen[0]["tokens"][-2:] == [greedy.tokens, sampled.tokens]
+
+
+@pytest.mark.parametrize("way", ["load", "wrapped"])
+def test_text_through_the_stages_of_a_script(way: str, tmp_path: Path) -> None:
+    """A function of the script is called on the ranks of one stage alone: what it draws, and what it is given."""
+    hf = stored("llama", tmp_path / "model")
+    arguments = (tmp_path / "model", tmp_path, "--pp", 2, "--way", way)
+    launched([["--standalone", "--nproc-per-node=2"]], *arguments)
+    seen = check(tmp_path, hf)
+    check_text(seen, hf)
+    assert len(seen[0]["tokens"]) == 3
+    steps: list[list[int]] = []
+    one = tl.wrap(hf)
+    with one.generate([[5, 6, 7]], max_new_tokens=4, do_sample=False, eos_token_id=None) as t:
+        pass
+    for length in range(3, 7):
+        with one.trace([[5, 6, 7, *t.tokens[0]][:length]]):
+            scores = one.layers[2].resid_post[:, -1] @ one.param("model.embed_tokens.weight").T
+            best = scores.argmax(-1).save()
+        steps.append(best.value.tolist())
+    assert [rank["steps"] for rank in seen] == [steps, []]
 
 
 @pytest.mark.parametrize("way", ["wrapped", "wrapped plan", "function"])

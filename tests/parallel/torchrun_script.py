@@ -30,7 +30,8 @@ asked = arguments.parse_args()
 def wrapped() -> tl.Model:
     """A model that the script itself has loaded and spread."""
     torch.distributed.init_process_group("gloo")
-    options = {"distributed_config": DistributedConfig(tp_size=asked.tp)} if asked.way == "wrapped" else {}
+    spread = DistributedConfig(tp_size=asked.tp, pp_size=asked.pp)
+    options = {"distributed_config": spread} if asked.way == "wrapped" else {}
     hf = AutoModelForCausalLM.from_pretrained(asked.folder, **options)
     if asked.way == "wrapped plan":
         users_plans.sequence(hf, init_device_mesh("cpu", (asked.tp,)))
@@ -103,7 +104,33 @@ def text(seed: int, **options: object) -> None:
     texts.append(generation.tokens)
 
 
-if asked.way == "load":
+def noisy_text() -> None:
+    """What the ranks of one layer draw by themselves in a pass."""
+    torch.manual_seed(2)
+    with model.generate([[5, 6, 7]], max_new_tokens=6, do_sample=True, eos_token_id=None) as generation:
+        stream = model.layers[2].resid_post
+        model.layers[2].resid_post += tl.apply(torch.randn_like, stream, like=stream)
+    texts.append(generation.tokens)
+
+
+def looked_at() -> None:
+    """A function is called where the embedding is, with what the last layer has made of each step."""
+    steps: list[list[int]] = []
+
+    def note(scores: torch.Tensor) -> torch.Tensor:
+        steps.append(scores[:, -1].argmax(-1).tolist())
+        return scores
+
+    with model.generate([[5, 6, 7]], max_new_tokens=4, do_sample=False, eos_token_id=None):
+        scores = model.layers[2].resid_post @ model.param("model.embed_tokens.weight").T
+        tl.apply(note, scores, like=scores)
+    seen["steps"] = steps
+
+
+if asked.pp > 1:
+    seen["noisy"] = refusal(noisy_text)
+    seen["looked at"] = refusal(looked_at)
+if asked.way == "load" or asked.pp > 1:
     seen["options"] = refusal(lambda: text(1, do_sample=False, eos_token_id=rank + 1))
     seen["draws"] = refusal(lambda: text(rank, do_sample=True))
     seen["greedy"] = refusal(lambda: text(rank, do_sample=False))
