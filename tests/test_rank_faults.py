@@ -265,3 +265,31 @@ def test_ranks_that_differ_in_the_last_bit_are_noticed(tiny_folder: Path, two: R
 
 def test_stages_have_nothing_in_common_to_compare(stages: Model) -> None:
     assert all(row.alike is None for row in stages.check_parallel(PROMPT))
+
+
+@pytest.mark.parametrize(("tp", "pp"), [(2, 1), (1, 2)])
+def test_a_script_that_generates_is_told_on_all_ranks(
+    tp: int, pp: int, two: Ranks, tiny_folder: Path, one: Model
+) -> None:
+    def run() -> list[Any]:
+        return two.ask("as_script", {"source": str(tiny_folder), "tp": tp, "pp": pp, "text": True})
+
+    with one.generate([[5, 6, 7]], max_new_tokens=5, eos_token_id=None) as want:
+        one.layers[2].resid_post += (one.layers[0].resid_post / 10).sinh()
+    pids = two.pids
+    failing = 0 if pp == 2 else 1  # the stage that has the value computes with it
+    for rank, fault in ((None, "memory"), (failing, "memory"), (failing, "third time"), (None, "memory")):
+        arm(two, rank, fault)
+        replies = run()
+        arm(two, None)
+        if rank is None:
+            assert [reply.tensors["tokens"].tolist() for reply in replies] == [want.tokens] * 2
+            continue
+        for number, reply in enumerate(replies):
+            about = reply.header
+            assert about["error"] == "OpFailedError"
+            assert "resid_post / 10).sinh()" in about["text"]
+            assert about["cause"] == ("OutOfMemoryError" if number == rank else "RankFailedError")
+            assert about["rank"] == (None if number == rank else rank)
+    two.ask("drop", {"model": "script"})
+    assert two.pids == pids

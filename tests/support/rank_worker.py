@@ -133,12 +133,16 @@ _FAULTS = {
 
 
 def as_script(served: Served, request: Message) -> Message:
-    """What a script does that all ranks run: a trace on the model of a folder; tells how it ended."""
+    """What a script does that all ranks run: a trace or a text, on the model of a folder; tells how it ended."""
     header = request.header
     with torch.inference_mode(False):
         model = served.models.get("script") or tl.load(header["source"], tp=header["tp"], pp=header["pp"])
     served.models["script"] = model
     try:
+        if header.get("text"):
+            with model.generate([[5, 6, 7]], max_new_tokens=5, eos_token_id=None) as text:
+                model.layers[2].resid_post += (model.layers[0].resid_post / 10).sinh()
+            return Message({"error": None}, {"tokens": torch.tensor(text.tokens)})
         with model.trace([[5, 6, 7]]):
             total = model.layers[0].mlp_act.sinh().sum(-1).save()
             gradient = None
