@@ -21,7 +21,7 @@ from tracelens.ir.graph import Graph
 from tracelens.ir.parse import parse
 from tracelens.ir.sites import Site
 from tracelens.ir.verify import verify
-from tracelens.language import apply, masked_mean, where
+from tracelens.language import apply, chars, masked_mean, token_id, where
 from tracelens.loading import load, wrap
 from tracelens.mapped import MappedValue, per_layer
 from tracelens.model import Model
@@ -70,6 +70,7 @@ __all__ = [
     "Value",
     "__version__",
     "apply",
+    "chars",
     "constant",
     "errors",
     "grad",
@@ -80,6 +81,7 @@ __all__ = [
     "run_with_nnsight",
     "splice",
     "sweep",
+    "token_id",
     "verify",
     "where",
     "wrap",

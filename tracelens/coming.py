@@ -9,7 +9,7 @@ ON_THE_MODEL: dict[str, str] = {
     "lens": "the model's final norm and the unembedding: norm(h) @ model.unembed.T, with norm = model.hf.model.norm",
 }
 ON_BLOCKS: dict[str, str] = {
-    "prompts": "one block for each prompt, or .tok[...] for tokens of each row",
+    "prompts": "one model.generate for each prompt",  # traces and recordings have them
     **dict.fromkeys(("prefill", "decode", "steps"), "a write in model.generate holds in every step"),
 }
 

@@ -13,7 +13,7 @@ from tracelens.backends.spread import lent_to
 from tracelens.errors import TracelensError
 from tracelens.ir.dims import KEY, POSITION, Sizes, symbols
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Const, Index, IndexPut, Read, Ref, Save, TokenSelector
+from tracelens.ir.ops import Const, Index, IndexPut, Read, Ref, Save, Selector
 from tracelens.ir.retype import mixing_operations
 from tracelens.ir.text import text
 from tracelens.ir.types import TensorType
@@ -98,14 +98,14 @@ class Compiled:
         return tuple({(op.index, home[op.out]) for op in self.plan.graph.ops if isinstance(op, Const)})
 
     @cached_property
-    def selectors(self) -> tuple[tuple[int, TokenSelector], ...]:
+    def selectors(self) -> tuple[tuple[int, Selector], ...]:
         """The recorded operations that address tokens, with what they address."""
         return tuple(
             (number, item)
             for number, op in enumerate(self.recorded.ops)
             if isinstance(op, Index | IndexPut)
             for item in op.index
-            if isinstance(item, TokenSelector)
+            if isinstance(item, Selector)
         )
 
     @cached_property

@@ -15,7 +15,7 @@ from tracelens.errors import (
     UnusedGradientError,
 )
 from tracelens.ir.gradients import Sources, is_computed, is_one_number, sources
-from tracelens.ir.ops import Param, Read, TokenSelector
+from tracelens.ir.ops import OwnTokens, Param, PromptRow, Read, TokenSelector
 from tracelens.ir.sites import Effect
 from tracelens.ir.text import index_text
 from tracelens.location import here
@@ -40,9 +40,9 @@ def grad(loss: Value, wrt: Any) -> Any:
     """The derivative of ``loss`` with respect to sites: one value for each, of the site's shape and dtype.
 
     ``loss``: one floating number, computed from sites that the forward pass reaches after (or at) those of ``wrt``.
-    ``wrt``: a site as it was read, also one mapped over layers, the features of a splice (:func:`tracelens.splice`), or
-    a list or tuple of them, in any order; what comes back is of the same kind. All of them take one backward pass,
-    which is run as soon as the loss is there.
+    ``wrt``: a site as it was read, also one mapped over layers or that of one of ``t.prompts``, the features of a
+    splice (:func:`tracelens.splice`), or a list or tuple of them, in any order; what comes back is of the same kind.
+    All of them take one backward pass, which is run as soon as the loss is there.
 
     It is the derivative at the version that was read: before a later write to the site, and through it. Gradients can
     be computed on and saved like any value. They cannot be written into the same forward pass
@@ -78,13 +78,28 @@ def _grad(loss: Any, wrt: Any) -> Any:
             instead="g.detach() in place of the gradient g, which is then a constant of the loss",
         )
     members = [list(part._members) if isinstance(part, MappedValue) else [part] for part in several]
-    flat = tuple(_target(recorder, made_of, member) for part in members for member in part)
+    flat = tuple(_target(recorder, made_of, _of_all_prompts(member)) for part in members for member in part)
     values = iter([Value(recorder, out) for out in recorder.grad(number, flat)])
     found: list[Any] = []
     for part, own in zip(several, members, strict=True):
-        each = tuple(next(values) for _ in own)
+        each = tuple(_of_prompt(next(values), member) for member in own)
         found.append(MappedValue(part.layers, each) if isinstance(part, MappedValue) else each[0])
     return tuple(found) if isinstance(wrt, tuple) else found if isinstance(wrt, list) else found[0]
+
+
+def _of_all_prompts(value: Any) -> Any:
+    """The whole site for a part of it that is one prompt's."""
+    return value._parent if _is_prompts(value) else value
+
+
+def _of_prompt(gradient: Value, value: Any) -> Value:
+    """The part of a site's gradient that belongs to the prompt whose part of the site ``value`` is."""
+    return gradient._indexed(value._index, by_token=True) if _is_prompts(value) else gradient
+
+
+def _is_prompts(value: Any) -> bool:
+    index = value._index if isinstance(value, Value) else None
+    return bool(index) and isinstance(index[0], PromptRow)
 
 
 def _loss(loss: Any) -> tuple[Recorder, int]:
@@ -169,7 +184,7 @@ def _no_site(value: Value, parameter: bool) -> GradientTargetError:
         )
     if root is not value and root._site is not None:
         index = value._index or ()
-        selector = next((item for item in index if isinstance(item, TokenSelector)), None)
+        selector = next((item for item in index if isinstance(item, TokenSelector | OwnTokens)), None)
         part = f"[{index_text(index)}]" if selector is None else written(selector)
         if value._parent is not root:
             part = "[...]"

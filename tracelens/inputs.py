@@ -9,7 +9,7 @@ from typing import Any, NoReturn, cast
 import torch
 
 from tracelens.errors import NotALanguageModelError
-from tracelens.ir.ops import TokenSelector
+from tracelens.ir.ops import Selector
 from tracelens.prompted import Prompt
 from tracelens.subject import INPUTS
 
@@ -31,7 +31,7 @@ class Inputs(Prompt):
     def holds(self, prompt: object) -> bool:
         return False
 
-    def select(self, selector: TokenSelector) -> NoReturn:
+    def select(self, selector: Selector) -> NoReturn:
         raise NotALanguageModelError(
             "these inputs have no tokens that could be addressed",
             instead="plain indices: value[:, 3]",

@@ -1,19 +1,22 @@
-"""The words of a block that are functions: ``tl.where``, ``tl.masked_mean``, ``tl.apply``."""
+"""The words of a block that are functions: ``tl.where``, ``tl.masked_mean``, ``tl.apply``; and names of tokens."""
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
 
-from tracelens.errors import NoTraceError, PositionAxisError, UnsupportedFunctionError
+from tracelens.errors import IndexingError, NoTraceError, PositionAxisError, UnsupportedFunctionError
 from tracelens.ir import dims
+from tracelens.ir.ops import TokenChars, TokenId
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 from tracelens.location import here
 from tracelens.mapped import MappedValue
 from tracelens.operand import Operand, apply_torch, operands_in
+from tracelens.own_tokens import own_tokens
 from tracelens.recorder import Recorder
 from tracelens.values import Value
 
@@ -32,13 +35,16 @@ def where(condition: Any, value: Any, other: Any) -> Any:
 def masked_mean(value: Any) -> Any:
     """The mean over the real tokens of each row: [B, P, ...] becomes [B, ...], padding left out.
 
-    Right for prompts of different lengths, where ``.mean(1)`` is refused.
+    Right for prompts of different lengths, where ``.mean(1)`` is refused. Of one of ``t.prompts`` it is ``.mean(1)``.
     """
     if isinstance(value, MappedValue):
         return value._each(masked_mean)
     if not isinstance(value, Value) or not value._is_recording():
         raise NoTraceError("tl.masked_mean is for values inside a block", at=here(), instead="tensor.mean(1)")
     recorder: Recorder = value._recorder
+    own = own_tokens(value)
+    if own is not None and own.axis == 1:
+        return cast(Any, value).mean(1)  # of a prompt by itself, which has no padding
     if value._type.shape[:2] != (dims.B, dims.P):
         raise PositionAxisError(
             f"tl.masked_mean averages over the position axis of [B, P, ...], and this value is {value._type}",
@@ -52,6 +58,43 @@ def masked_mean(value: Any) -> Any:
         )
     mask = Value(recorder, recorder.read(Site("token_mask")))
     return value._apply("tracelens.masked_mean", (value, mask), None)
+
+
+def token_id(id: int) -> TokenId:
+    """The one token with this id, for ``.tok``: ``site.tok[tl.token_id(4649)]`` is [B, D], one token of each row.
+
+    Raises :class:`~tracelens.errors.TokenMatchError` at ``.tok[...]`` for a row that has none or several, and
+    :class:`~tracelens.errors.IndexingError` for what is no id.
+
+    >>> with model.trace("The capital of France is"):                                # doctest: +SKIP
+    ...     h = model.layers[10].resid_post.tok[tl.token_id(4649)].save()            # at " France"
+    """
+    if isinstance(id, bool) or not hasattr(id, "__index__") or operator.index(id) < 0:
+        raise IndexingError(
+            f"{id!r} is no token id", at=here(), instead='tl.token_id(4649), or .tok["Paris"] for a text'
+        )
+    return TokenId(operator.index(id))
+
+
+def chars(start: int, stop: int) -> TokenChars:
+    """The tokens that spell the characters from ``start`` up to ``stop`` of each row's text, for ``.tok``.
+
+    ``site.tok[tl.chars(15, 21)]`` is [B, K, D]. Characters count from 0 in the prompt as it was given; a space before
+    the first of them does not matter. Raises :class:`~tracelens.errors.TokenMatchError` at ``.tok[...]`` where they do
+    not begin and end as tokens do, and :class:`~tracelens.errors.IndexingError` for what is no span of characters.
+
+    >>> prompt = "The capital of France is"
+    >>> start = prompt.index("France")
+    >>> with model.trace(prompt):                                                    # doctest: +SKIP
+    ...     h = model.layers[10].resid_post.tok[tl.chars(start, start + 6)].save()
+    """
+    if not all(type(part) is int for part in (start, stop)) or not 0 <= start < stop:
+        raise IndexingError(
+            f"tl.chars({start!r}, {stop!r}) is no span of characters",
+            at=here(),
+            instead="two whole numbers, from 0, the first below the second: tl.chars(4, 20)",
+        )
+    return TokenChars(start, stop, None)
 
 
 def apply(function: Callable[..., Any], *values: Any, like: Any = None) -> Any:

@@ -28,6 +28,8 @@ from tracelens.ir.ops import (
     Keep,
     Op,
     Param,
+    PromptRow,
+    PromptTokens,
     Read,
     Redistribute,
     Save,
@@ -41,6 +43,7 @@ from tracelens.placement import Place
 from tracelens.plan import Plan
 from tracelens.program import Block, Program, Side, Step, merged
 
+_VIEWING = int | Slice | PromptRow | PromptTokens
 _VIEWS = frozenset(
     f"torch.{name}" for name in ("detach", "narrow", "select", "chunk", "split", "split_with_sizes", "unbind")
 )
@@ -304,7 +307,7 @@ class _Walk:
 def _viewed(op: Op) -> int | None:
     """The operand in whose memory the result lies, if it makes no memory of its own."""
     if isinstance(op, Index):
-        return op.base if all(item is None or isinstance(item, int | Slice) for item in op.index) else None
+        return op.base if all(item is None or isinstance(item, _VIEWING) for item in op.index) else None
     if not isinstance(op, Call):
         return None
     known = FUNCTIONS.get(op.function)

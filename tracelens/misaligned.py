@@ -51,7 +51,10 @@ def misaligned(what: str, generating: bool, of_keys: bool) -> PositionAxisError:
             f"or key (x[..., -1]); {_ALONE}; or trace one prompt at a time"
         )
     else:
-        instead = "address tokens with .tok[...], average with tl.masked_mean, or trace one prompt at a time"
+        instead = (
+            "address tokens with .tok[...], average with tl.masked_mean, or take each prompt for itself: "
+            "for p in t.prompts: p.layers[i].resid_post ..."
+        )
     return PositionAxisError(
         f"{what.removeprefix('torch.')} needs positions that line up, but {why}", instead=instead
     )

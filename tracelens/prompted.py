@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from tracelens.batch import Batch
-from tracelens.ir.ops import TokenSelector
+from tracelens.ir.ops import Selector
 from tracelens.selection import Selection, mask_indices, resolve
 
 if TYPE_CHECKING:
@@ -25,27 +25,27 @@ class Prompt:
         # Without a cache, attention looks at the very positions of the pass.
         self.sizes = {**batch.sizes, "S": batch.sizes["P"]}
         self.ragged = batch.ragged
-        self._selections: dict[TokenSelector, Selection] = {}
+        self._selections: dict[Selector, Selection] = {}
 
     def holds(self, prompt: object) -> bool:
         """Was this made of the same token ids, given as a tensor?  Then they need not be prepared again."""
         return not self._selections and self.batch.holds(prompt)
 
-    def select(self, selector: TokenSelector) -> Selection:
+    def select(self, selector: Selector) -> Selection:
         """Where a token selector points in every row."""
         known = self._selections.get(selector)
         if known is None:
             known = self._selections[selector] = resolve(selector, self.batch, self.tokenizer)
         return known
 
-    def point(self, selector: TokenSelector, selection: Selection) -> None:
+    def point(self, selector: Selector, selection: Selection) -> None:
         """Says where a token selector points, where that is known from elsewhere."""
         self._selections[selector] = selection
 
-    def width(self, selector: TokenSelector) -> int | None:
+    def width(self, selector: Selector) -> int | None:
         return self.select(selector).width
 
-    def repeats(self, selector: TokenSelector) -> bool:
+    def repeats(self, selector: Selector) -> bool:
         """Does the selector name a token of some row twice?"""
         return self.select(selector).repeats
 

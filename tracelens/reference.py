@@ -29,11 +29,15 @@ from tracelens.ir.ops import (
     IndexItem,
     IndexPut,
     Op,
+    OwnTokens,
     Param,
+    PromptRow,
+    PromptTokens,
     Read,
     Redistribute,
     Ref,
     Save,
+    Selector,
     Slice,
     Special,
     TokenSelector,
@@ -65,7 +69,7 @@ def evaluate(
     *,
     constants: Sequence[Tensor] = (),
     parameters: Callable[[str], Tensor] | None = None,
-    select: Callable[[TokenSelector], Selected] | None = None,
+    select: Callable[[Selector], Selected] | None = None,
     functions: Sequence[Callable[..., Any]] = (),
     sizes: Mapping[str, int] | None = None,
 ) -> dict[str, Tensor]:
@@ -216,6 +220,9 @@ class Evaluator:
 
     def _index(self, op: Index) -> Tensor:
         base = self.values[op.base]
+        if (own := _own_tokens(op.index)) is not None:
+            place, item = own
+            return base[(*[slice(None)] * place, self.columns_of(item))]
         if not _selects(op.index):
             return base[tuple(self.item(item) for item in op.index)]
         chosen = _Chosen(self, op)
@@ -224,6 +231,10 @@ class Evaluator:
     def _put(self, op: IndexPut) -> Tensor:
         result = self.values[op.base].clone()
         value = self.plain(op.value)
+        if (own := _own_tokens(op.index)) is not None:
+            place, item = own
+            result[(*[slice(None)] * place, self.columns_of(item))] = value
+            return result
         if not _selects(op.index):
             result[tuple(self.item(item) for item in op.index)] = value
             return result
@@ -238,8 +249,18 @@ class Evaluator:
                 row[columns] = value
         return result
 
+    def columns_of(self, item: OwnTokens) -> Any:
+        """The places of some of a prompt's own tokens."""
+        selected: Selected = self.select(item)
+        (columns,) = selected.columns
+        return columns[0] if selected.drops else list(columns)
+
     def item(self, item: IndexItem) -> Any:
         """An entry of an index as torch takes it."""
+        if isinstance(item, PromptRow):
+            return slice(item.row, item.row + 1)
+        if isinstance(item, PromptTokens):
+            return slice(-item.length, None)
         return item if item is None or isinstance(item, int) else self.plain(cast(Arg, item))
 
 
@@ -274,6 +295,10 @@ class _Chosen:
         if self.drops:
             return list(tensor.unbind(self.batch - (self.position < self.batch)))
         return [row.movedim(self.position, 0) for row in tensor.unbind(self.batch)]
+
+
+def _own_tokens(index: tuple[IndexItem, ...]) -> tuple[int, OwnTokens] | None:
+    return next(((place, item) for place, item in enumerate(index) if isinstance(item, OwnTokens)), None)
 
 
 def _selects(index: tuple[IndexItem, ...]) -> bool:

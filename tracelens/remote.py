@@ -16,7 +16,7 @@ from tracelens.errors import ForbiddenFunctionError
 from tracelens.ir.functions import FUNCTIONS
 from tracelens.ir.graph import Graph
 from tracelens.ir.layout import Joined, Layout, Partial, Replicate, Shard
-from tracelens.ir.ops import Call, TokenSelector
+from tracelens.ir.ops import Call, Selector
 from tracelens.ir.parse import parse
 from tracelens.placement import InParts, Place, Placement, Probed
 from tracelens.prompted import Prompt
@@ -61,7 +61,7 @@ def with_constants(graph: Graph, names: Sequence[str | None], tensors: Mapping[s
 # --- prompts ---------------------------------------------------------------------------------------------------------
 
 
-def prompt_header(prompt: Prompt, selectors: tuple[TokenSelector, ...]) -> dict[str, Any]:
+def prompt_header(prompt: Prompt, selectors: tuple[Selector, ...]) -> dict[str, Any]:
     """What of a prompt is no tensor: lengths, and where token selectors point, in the order of the graph."""
     chosen = [prompt.select(selector) for selector in selectors]
     return {
@@ -78,7 +78,7 @@ def prompt_tensors(prompt: Prompt) -> dict[str, torch.Tensor]:
 def prompt_from(
     header: Mapping[str, Any],
     tensors: Mapping[str, torch.Tensor],
-    selectors: tuple[TokenSelector, ...],
+    selectors: tuple[Selector, ...],
     owner: object,
 ) -> Prompt:
     """The prompt on a rank, which needs no tokenizer: where selectors point came with it."""

@@ -14,7 +14,18 @@ import torch
 from tracelens.errors import UnknownSaveError
 from tracelens.ir import dims
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Grad, Index, IndexItem, Read, Ref, Save, TokenSelector, operands
+from tracelens.ir.ops import (
+    Grad,
+    Index,
+    IndexItem,
+    OwnTokens,
+    PromptRow,
+    Read,
+    Ref,
+    Save,
+    TokenSelector,
+    operands,
+)
 from tracelens.ir.sites import Site
 from tracelens.ir.text import index_text
 from tracelens.ir.types import TensorType
@@ -46,6 +57,7 @@ class SavedTensor:
     layers: tuple[int, ...] = ()
     part: str = ""
     gradient: bool = False
+    prompt: int | None = None
 
     @property
     def tensor(self) -> Any:
@@ -58,6 +70,8 @@ class SavedTensor:
         if self.site is None:
             return "computed"
         where = f"layers[{_span(self.layers)}].{self.site.name}" if self.layers else self.site.name
+        if self.prompt is not None:
+            where = f"prompts[{self.prompt}].{where}"
         return f"gradient at {where}{self.part}" if self.gradient else where + self.part
 
 
@@ -199,7 +213,9 @@ def describe(graph: Graph, save: Save) -> SavedTensor:
     if save.stacked:
         layers = layers if len(layers) == len(save.values) else _layers(graph, save.values)
         axes = ("layer" if layers else "member", *axes[1:])
-    return SavedTensor(save.name, _nothing, type_, axes, site, layers, part, gradient)
+    prompts = {_prompt(graph, value) for value in save.values} if site is not None else {None}
+    prompt = prompts.pop() if len(prompts) == 1 else None
+    return SavedTensor(save.name, _nothing, type_, axes, site, layers, part, gradient, prompt)
 
 
 def _nothing() -> Any:
@@ -261,9 +277,21 @@ def _site(graph: Graph, value: int) -> tuple[Site | None, str, bool]:
         value = op.base
 
 
+def _prompt(graph: Graph, value: int) -> int | None:
+    """The prompt of ``t.prompts`` that a part of a site belongs to."""
+    while isinstance(op := graph.ops[graph.producer[value]], Index):
+        first = op.index[0] if op.index else None
+        if isinstance(first, PromptRow):
+            return first.row
+        value = op.base
+    return None
+
+
 def _part(index: tuple[IndexItem, ...]) -> str:
     """An index as one writes it in a block. Tensors among it have no words of their own."""
-    selector = next((item for item in index if isinstance(item, TokenSelector)), None)
+    if isinstance(index[0] if index else None, PromptRow):
+        return ""  # said before the site
+    selector = next((item for item in index if isinstance(item, TokenSelector | OwnTokens)), None)
     if selector is not None:
         return written(selector)
     return "[" + ", ".join("tensor" if isinstance(item, Ref) else index_text((item,)) for item in index) + "]"

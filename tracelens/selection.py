@@ -18,16 +18,26 @@ from tracelens.batch import Batch
 from tracelens.errors import (
     DtypeError,
     IndexingError,
-    NoTokenizerError,
     PositionAxisError,
     RaggedSelectionError,
     ShapeError,
     SpecialisedGraphError,
-    TokenMatchError,
     TokenRangeError,
 )
-from tracelens.ir.ops import TokenAt, TokenList, TokenSelector, TokenSlice, TokenText
-from tracelens.spelling import Spelling
+from tracelens.ir.ops import (
+    OwnTokens,
+    PromptTokens,
+    Selector,
+    TokenAt,
+    TokenChars,
+    TokenId,
+    TokenList,
+    TokenSelector,
+    TokenSlice,
+    TokenText,
+    drops_axis,
+)
+from tracelens.matching import Rows, check_widths, counts_text, of_chars, spelt, tokens_text, with_id, written
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -79,14 +89,12 @@ class Selection:
         return numbers if self.drops else numbers[:, None].repeat(1, len(self.columns[0]))
 
 
-def resolve(
-    selector: TokenSelector, batch: Batch, tokenizer: PreTrainedTokenizerBase | None = None
-) -> Selection:
+def resolve(selector: Selector, batch: Batch, tokenizer: PreTrainedTokenizerBase | None = None) -> Selection:
     """Find the tokens that a selector means in each row of a batch.
 
     Raises ``RaggedSelectionError`` where rows would select different numbers of tokens, ``TokenRangeError`` where no
-    row has such tokens, ``TokenMatchError`` where a text is not spelt exactly once, and ``SpecialisedGraphError`` where
-    the selector was recorded with another number of tokens.
+    row has such tokens, ``TokenMatchError`` where a text or an id is not there exactly once, and
+    ``SpecialisedGraphError`` where the selector was recorded with another number of tokens.
 
     >>> from tracelens.batch import prepare
     >>> batch = prepare([[5, 6, 7], [8, 9]], max_positions=None)
@@ -96,51 +104,65 @@ def resolve(
     >>> first.uniform, first.rows.tolist(), first.cols.tolist()
     (None, [0, 1], [0, 1])
     """
+    if isinstance(selector, PromptTokens):
+        _check_prompt(selector, batch)
+        return Selection((range(batch.sizes["P"])[-selector.length :],), drops=False)
+    if isinstance(selector, OwnTokens):
+        _check_prompt(selector, batch)
+        return _resolve(selector.selector, Rows(batch, tokenizer, (selector.row,)), (0,))
+    return _resolve(selector, Rows(batch, tokenizer, range(len(batch.lengths))), batch.pads)
+
+
+def _check_prompt(selector: PromptTokens | OwnTokens, batch: Batch) -> None:
+    """The prompt that the graph singles out is there, and has as many tokens as it had."""
+    row, rows = selector.row, len(batch.lengths)
+    if not 0 <= row < rows:
+        raise SpecialisedGraphError(
+            f"the graph is about t.prompts[{row}], and here {'is one prompt' if rows == 1 else f'are {rows} prompts'}",
+            instead="as many prompts as it was recorded with, or record again for these",
+        )
+    if batch.lengths[row] != selector.length:
+        raise SpecialisedGraphError(
+            f"t.prompts[{row}] had {tokens_text(selector.length)} when it was recorded, and has {batch.lengths[row]} "
+            "here",
+            instead="a prompt of as many tokens there, or record again for this one",
+        )
+
+
+def _resolve(selector: TokenSelector, rows: Rows, pads: Sequence[int]) -> Selection:
     real: Sequence[Sequence[int]]
     match selector:
         case TokenAt():
-            real = _listed((selector.index,), batch, written(selector))
+            real = _listed((selector.index,), rows, written(selector))
         case TokenList():
-            real = _listed(selector.indices, batch, written(selector))
+            real = _listed(selector.indices, rows, written(selector))
         case TokenSlice():
-            real = _sliced(selector, batch)
+            real = _sliced(selector, rows)
         case TokenText():
-            real = _spelt(selector, batch, tokenizer)
-    drops = isinstance(selector, TokenAt) or (isinstance(selector, TokenText) and selector.pick is not None)
-    columns = tuple(_shifted(row, pad) for row, pad in zip(real, batch.pads, strict=True))
+            real = spelt(selector, rows)
+        case TokenId():
+            real = [(with_id(selector, row, rows),) for row in rows.numbers]
+        case TokenChars():
+            spellings = rows.spellings(written(selector))
+            spans = {row: of_chars(selector, row, spelling, rows) for row, spelling in spellings.items()}
+            check_widths({row: len(span) for row, span in spans.items()}, written(selector))
+            real = list(spans.values())
+    drops = drops_axis(selector)
+    columns = tuple(_shifted(row, pad) for row, pad in zip(real, pads, strict=True))
     selection = Selection(columns, drops)
-    recorded = selector.width if isinstance(selector, TokenSlice | TokenText) else None
+    recorded = getattr(selector, "width", None)
     if recorded is not None and not drops and recorded != selection.width:
         raise SpecialisedGraphError(
-            f"{written(selector)} selected {_tokens(recorded)} when it was recorded, "
+            f"{written(selector)} selected {tokens_text(recorded)} when it was recorded, "
             f"and selects {selection.width} here",
             instead="a prompt on which it selects as many, or record again for this one",
         )
     return selection
 
 
-def width(
-    selector: TokenSelector, batch: Batch, tokenizer: PreTrainedTokenizerBase | None = None
-) -> int | None:
+def width(selector: Selector, batch: Batch, tokenizer: PreTrainedTokenizerBase | None = None) -> int | None:
     """How many tokens the selector takes of each row; ``None`` if the position axis goes. Raises as :func:`resolve`."""
     return resolve(selector, batch, tokenizer).width
-
-
-def written(selector: TokenSelector) -> str:
-    """The selector as the user wrote it: ``.tok[2:]``."""
-    match selector:
-        case TokenAt():
-            inner = str(selector.index)
-        case TokenList():
-            inner = str(list(selector.indices))
-        case TokenSlice():
-            parts = [
-                "" if part is None else str(part) for part in (selector.start, selector.stop, selector.step)
-            ]
-            inner = ":".join(parts if parts[2] else parts[:2])
-        case TokenText():
-            inner = f'"{selector.text}"' + ("" if selector.pick is None else f", {selector.pick}")
-    return f".tok[{inner}]"
 
 
 def _shifted(row: Sequence[int], by: int) -> Sequence[int]:
@@ -149,123 +171,39 @@ def _shifted(row: Sequence[int], by: int) -> Sequence[int]:
     return tuple(token + by for token in row)
 
 
-def _tokens(count: int) -> str:
-    return "1 token" if count == 1 else f"{count} tokens"
-
-
-def _counts(counts: Sequence[int], verb: str) -> str:
-    """``row 0 selects 2, row 1 selects 3``, of not too many rows."""
-    shown = ", ".join(f"row {row} {verb} {count}" for row, count in enumerate(counts[:8]))
-    return shown + (f", and {len(counts) - 8} more rows" if len(counts) > 8 else "")
-
-
 # --- by number -------------------------------------------------------------------------------------------------------
 
 
-def _listed(indices: Sequence[int], batch: Batch, what: str) -> list[tuple[int, ...]]:
+def _listed(indices: Sequence[int], rows: Rows, what: str) -> list[tuple[int, ...]]:
+    lengths = rows.lengths
     if not indices:
         raise TokenRangeError(f"{what} selects no tokens", instead="at least one index")
     for index in indices:
-        outside = [row for row, length in enumerate(batch.lengths) if not -length <= index < length]
+        outside = [row for row, length in lengths.items() if not -length <= index < length]
         if not outside:
             continue
-        if len(outside) == len(batch.lengths):
-            only_row = len(batch.lengths) == 1
-            counts = f"it has {_tokens(batch.lengths[0])}" if only_row else _counts(batch.lengths, "has")
+        if len(outside) == len(lengths):
+            only_row = len(lengths) == 1
+            counts = f"it has {tokens_text(lengths[outside[0]])}" if only_row else counts_text(lengths, "has")
             raise TokenRangeError(
                 f"{what} is outside the prompt: there is no token {index}, {counts}",
                 instead="an index that counts the real tokens, from 0, or from -1 at the end",
             )
         row = outside[0]
         raise RaggedSelectionError(
-            f"{what} is outside row {row} of the prompt, which has {_tokens(batch.lengths[row])}",
-            instead="an index that every row has, or one trace per prompt",
+            f"{what} is outside row {row} of the prompt, which has {tokens_text(lengths[row])}",
+            instead="an index that every row has, or t.prompts[i] for one row, or one trace per prompt",
         )
-    return [tuple(index % length for index in indices) for length in batch.lengths]
+    return [tuple(index % length for index in indices) for length in lengths.values()]
 
 
-def _sliced(selector: TokenSlice, batch: Batch) -> list[range]:
+def _sliced(selector: TokenSlice, rows: Rows) -> list[range]:
     if selector.step == 0:
         raise IndexingError(f"{written(selector)} has a step of zero", instead=".tok[1:4]")
     slice_ = slice(selector.start, selector.stop, selector.step)
-    real = [range(length)[slice_] for length in batch.lengths]
-    _check_widths([len(row) for row in real], written(selector))
-    return real
-
-
-def _check_widths(widths: Sequence[int], what: str) -> None:
-    if len(set(widths)) > 1:
-        raise RaggedSelectionError(
-            f"{what} selects different numbers of tokens: {_counts(widths, 'selects')}",
-            instead="a selector that takes equally many of each row, such as [-3:], or one trace per prompt",
-        )
-    if not widths[0]:
-        raise TokenRangeError(
-            f"{what} selects no tokens", instead="a selector that takes at least one token of each row"
-        )
-
-
-# --- by text ---------------------------------------------------------------------------------------------------------
-
-
-def _spelt(selector: TokenText, batch: Batch, tokenizer: PreTrainedTokenizerBase | None) -> list[range]:
-    if tokenizer is None:
-        raise NoTokenizerError(
-            f"{written(selector)} needs a tokenizer to know what the tokens spell, and the model was given none",
-            instead="tl.wrap(model, tokenizer), or a selector that counts tokens",
-        )
-    if not selector.text:
-        raise TokenMatchError(
-            f"{written(selector)} names no text", instead="a text that stands in the prompt once"
-        )
-    spans = [_span(selector, row, spelling) for row, spelling in enumerate(batch.spellings(tokenizer))]
-    if selector.pick is None:
-        _check_widths([len(span) for span in spans], written(selector))
-        return spans
-    picked: list[range] = []
-    for row, span in enumerate(spans):
-        if not -len(span) <= selector.pick < len(span):
-            raise RaggedSelectionError(
-                f"{written(selector)} is outside the span, which has {_tokens(len(span))} in row {row} of the prompt",
-                instead=f'.tok["{selector.text}", -1] for its last token',
-            )
-        picked.append(span[selector.pick : selector.pick + 1 or None])
-    return picked
-
-
-def _span(selector: TokenText, row: int, spelling: Spelling) -> range:
-    """The one span of the row that spells the text.
-
-    Only spans count: in "the theory of", the text " the" is one token and the beginning of another, and means the one.
-    """
-    text = selector.text
-    spans = spelling.spans(text)
-    if len(spans) == 1:
-        return range(*spans[0])
-    if spans:
-        places = "\n".join(
-            f"  tokens {first} to {last - 1}, in\n{spelling.shown(first - 3, last + 3)}"
-            for first, last in spans[:4]
-        )
-        raise TokenMatchError(
-            f"{written(selector)} stands {len(spans)} times in row {row} of the prompt:\n{places}",
-            instead="a longer text that stands there once, or the token's number",
-        )
-    occurrences = spelling.occurrences(text)
-    if occurrences:
-        first, last = spelling.touching(occurrences[0], occurrences[0] + len(text))
-        raise TokenMatchError(
-            f"{written(selector)} stands in row {row} of the prompt, but does not begin and end where tokens do:\n"
-            + spelling.shown(first - 3, last + 3),
-            instead=f"the text of whole tokens, or their numbers: .tok[{first}:{last}]",
-        )
-    instead = "a text as it stands in the prompt, or the token's number"
-    if any(marker in text for marker in "ĠĊ▁"):
-        instead = "plain text, with a space where the vocabulary writes Ġ or ▁"
-    raise TokenMatchError(
-        f"{written(selector)} does not stand in row {row} of the prompt, whose tokens are:\n{spelling.shown()}",
-        instead=instead,
-    )
+    real = {row: range(length)[slice_] for row, length in rows.lengths.items()}
+    check_widths({row: len(chosen) for row, chosen in real.items()}, written(selector))
+    return list(real.values())
 
 
 # --- masks, and values without their padding -------------------------------------------------------------------------
@@ -277,13 +215,7 @@ def mask_indices(mask: Tensor | np.ndarray, batch: Batch) -> tuple[Tensor, Tenso
     The mask is in the padded coordinates of the batch. Raises ``DtypeError`` (not bool), ``ShapeError`` (not [B, P])
     ``PositionAxisError`` (true at padding) and ``TokenRangeError`` (true nowhere).
     """
-    if isinstance(mask, np.ndarray) and mask.dtype == np.bool_:
-        mask = torch.from_numpy(mask.copy())
-    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
-        kind = f"{mask.dtype}" if isinstance(mask, Tensor | np.ndarray) else type(mask).__name__
-        raise DtypeError(
-            f"a mask of tokens holds booleans, not {kind}", instead="mask.bool(), or indices as a list"
-        )
+    mask = _booleans(mask)
     if mask.shape != batch.mask.shape:
         raise ShapeError(
             f"the mask has shape {list(mask.shape)}, and the batch is {list(batch.mask.shape)}: {batch.sizes}",
@@ -295,9 +227,35 @@ def mask_indices(mask: Tensor | np.ndarray, batch: Batch) -> tuple[Tensor, Tenso
         row, column = padding[0].tolist()
         raise PositionAxisError(
             f"the mask is true at row {row}, position {column}, which is padding "
-            f"(the {_tokens(batch.lengths[row])} of that row are the last ones)",
+            f"(the {tokens_text(batch.lengths[row])} of that row are the last ones)",
             instead="a mask that is false at padding",
         )
+    return _true(mask)
+
+
+def own_mask_indices(mask: Tensor | np.ndarray, row: int, length: int) -> tuple[Tensor, Tensor]:
+    """The same for a mask of the ``length`` tokens of prompt ``row`` alone: [1, P_i], or [P_i]."""
+    mask = _booleans(mask)
+    if list(mask.shape) not in ([length], [1, length]):
+        raise ShapeError(
+            f"the mask has shape {list(mask.shape)}, and t.prompts[{row}] has {tokens_text(length)}",
+            instead=f"one entry for each token: [1, {length}], or [{length}]",
+        )
+    return _true(mask.detach().cpu().reshape(1, length))
+
+
+def _booleans(mask: Tensor | np.ndarray) -> Tensor:
+    if isinstance(mask, np.ndarray) and mask.dtype == np.bool_:
+        mask = torch.from_numpy(mask.copy())
+    if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+        kind = f"{mask.dtype}" if isinstance(mask, Tensor | np.ndarray) else type(mask).__name__
+        raise DtypeError(
+            f"a mask of tokens holds booleans, not {kind}", instead="mask.bool(), or indices as a list"
+        )
+    return mask
+
+
+def _true(mask: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = mask.nonzero(as_tuple=True)
     if not len(rows):
         raise TokenRangeError(

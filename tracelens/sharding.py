@@ -28,16 +28,16 @@ from tracelens.ir.ops import (
     IndexItem,
     IndexPut,
     Op,
+    OwnTokens,
     Param,
     Read,
     Redistribute,
     Ref,
     Save,
-    Slice,
-    TokenAt,
     TokenSelector,
     Transfer,
     Write,
+    drops_axis,
     operands,
     results,
 )
@@ -278,7 +278,7 @@ def _indexed_ndim(index: tuple[IndexItem, ...], base: TensorType, types: Mapping
     for item in index:
         if item is None:
             ndim += 1
-        elif isinstance(item, int | TokenAt):
+        elif drops_axis(item):
             ndim -= 1
         elif isinstance(item, Ref):
             ndim += types[item.id].ndim - 1
@@ -306,13 +306,12 @@ def axis_index(
             continue
         if at == axis:
             single = not isinstance(item, Ref) or types[item.id].ndim == 1
-            return AxisIndex(item, entry, there) if single and not isinstance(item, TokenSelector) else None
+            tokens = isinstance(item, TokenSelector | OwnTokens)
+            return AxisIndex(item, entry, there) if single and not tokens else None
         at += 1
-        if isinstance(item, Slice):
-            there += 1
-        elif isinstance(item, Ref):
+        if isinstance(item, Ref):
             there += types[item.id].ndim
-        elif isinstance(item, TokenSelector) and not isinstance(item, TokenAt):
+        elif not drops_axis(item):
             there += 1
     raise AssertionError("an index has an entry for every axis")
 

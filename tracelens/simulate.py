@@ -28,7 +28,7 @@ from tracelens.ir.ops import (
     Redistribute,
     Ref,
     Save,
-    TokenSelector,
+    Selector,
     Transfer,
     Write,
 )
@@ -48,7 +48,7 @@ def simulate(
     *,
     constants: Sequence[Tensor] = (),
     parameters: Callable[[str], Tensor] | None = None,
-    select: Callable[[TokenSelector], Selected] | None = None,
+    select: Callable[[Selector], Selected] | None = None,
     functions: Sequence[Callable[..., Any]] = (),
     sizes: Mapping[str, int] | None = None,
     layouts: Mapping[int, Layout] | None = None,

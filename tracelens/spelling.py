@@ -38,18 +38,36 @@ class Spelling:
 
         A text that begins with a space itself must have that very space.
         """
+        return self._spans([(start, start + len(text)) for start in self.occurrences(text)])
+
+    def span(self, start: int, stop: int) -> tuple[int, int] | None:
+        """The tokens that spell the characters from ``start`` to ``stop``, as :meth:`spans` has them."""
+        return next(iter(self._spans([(start, stop)])), None)
+
+    def _spans(self, places: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
         # Tokens that spell nothing stand at one place with their neighbours: they belong to no span.
         begins = {cut: token for token, cut in enumerate(self.cuts[:-1])}
         ends = {cut: token + 1 for token, cut in reversed(list(enumerate(self.cuts[1:])))}
         found: list[tuple[int, int]] = []
-        for start in self.occurrences(text):
+        for start, stop in places:
             first = begins.get(2 * start)
-            if first is None and text[0] != " " and self.surface[start - 1 : start] == " ":
+            if first is None and self.surface[start] != " " and self.surface[start - 1 : start] == " ":
                 first = begins.get(2 * (start - 1))
-            end = ends.get(2 * (start + len(text)))
+            end = ends.get(2 * stop)
             if first is not None and end is not None:
                 found.append((first, end))
         return found
+
+    def begins(self, text: str) -> int | None:
+        """Where the prompt's text begins in the surface, which special tokens may stand before."""
+        token = 0
+        while True:
+            begin = self.cuts[token] // 2
+            if self.surface.startswith(text, begin):
+                return begin
+            if token not in self.special:
+                return None
+            token += 1
 
     def occurrences(self, text: str) -> list[int]:
         """Where ``text`` stands in the surface, whether tokens end there or not; overlapping ones each count."""

@@ -9,7 +9,7 @@ import torch
 
 from tracelens.ir.dims import Sizes
 from tracelens.ir.module_sites import ModuleSite
-from tracelens.ir.ops import TokenSelector
+from tracelens.ir.ops import Selector
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 
@@ -69,9 +69,9 @@ class Prompted(Protocol):
     @property
     def ragged(self) -> bool: ...
 
-    def width(self, selector: TokenSelector) -> int | None: ...
+    def width(self, selector: Selector) -> int | None: ...
 
-    def repeats(self, selector: TokenSelector) -> bool:
+    def repeats(self, selector: Selector) -> bool:
         """Does the selector name a token of some row twice?"""
         ...
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
 
 from tracelens.errors import (
+    Blaming,
     BlockEndedError,
     DynamicShapeError,
     IndexingError,
@@ -19,9 +21,23 @@ from tracelens.errors import (
 )
 from tracelens.indexing import bound
 from tracelens.ir import dims
-from tracelens.ir.ops import WHOLE, IndexItem, Ref, TokenAt, TokenList, TokenSelector, TokenSlice, TokenText
+from tracelens.ir.ops import (
+    WHOLE,
+    IndexItem,
+    OwnTokens,
+    Ref,
+    TokenAt,
+    TokenChars,
+    TokenId,
+    TokenList,
+    TokenSelector,
+    TokenSlice,
+    TokenText,
+)
 from tracelens.location import here
 from tracelens.operand import Operand
+from tracelens.own_tokens import Own, own_tokens
+from tracelens.selection import own_mask_indices
 from tracelens.subject import PADS
 
 if TYPE_CHECKING:
@@ -58,9 +74,15 @@ class Tokens:
     def _refuse_repeats(self, item: IndexItem) -> None:
         """A token that is assigned to twice would keep one of two values, and nobody could say which."""
         prompt = self._value._recorder.prompt
-        if isinstance(item, TokenList) and prompt is not None and prompt.repeats(item):
+        selector = item.selector if isinstance(item, OwnTokens) else item
+        if (
+            isinstance(selector, TokenList)
+            and isinstance(item, TokenList | OwnTokens)
+            and prompt is not None
+            and prompt.repeats(item)
+        ):
             raise WriteTargetError(
-                f".tok[{list(item.indices)}] names a token twice, so that assigning to it has no one meaning",
+                f".tok[{list(selector.indices)}] names a token twice, so that assigning to it has no one meaning",
                 at=here(),
                 instead="each token once",
             )
@@ -76,12 +98,15 @@ class Tokens:
                 at=here(),
                 instead="a write to all positions (site += v) or to the newest one (site[:, -1] += v)",
             )
-        if len(axes) != 1:
+        own = own_tokens(value) if not axes and recorder.prompt is not None else None
+        if len(axes) != 1 and own is None:
             raise _no_token_axis(value)
         if isinstance(key, Operand) and not key._is_recording():
             key = key._result()
         if isinstance(key, torch.Tensor | np.ndarray) and str(key.dtype).rpartition(".")[2] == "bool":
-            return self._mask(torch.as_tensor(key))
+            return (
+                self._mask(torch.as_tensor(key)) if own is None else self._own_mask(torch.as_tensor(key), own)
+            )
         if isinstance(key, Operand):
             raise DynamicShapeError(
                 f"tokens cannot be addressed with {key!r}, whose numbers do not exist before the run",
@@ -89,17 +114,28 @@ class Tokens:
                 instead="site = tl.where(mask, new, site) to write where the mask holds; or a concrete mask or index",
             )
         selector = _selector(key)
-        if recorder.prompt is not None and not recorder.generating:
-            try:
-                width = recorder.prompt.width(selector)
-            except TracelensError as error:
-                error.at = error.at or here()
-                raise
-            if isinstance(selector, TokenSlice):
-                selector = TokenSlice(selector.start, selector.stop, selector.step, width)
-            elif isinstance(selector, TokenText) and selector.pick is None:
-                selector = TokenText(selector.text, None, width)
-        return (*([WHOLE] * axes[0]), selector)
+        if recorder.prompt is None:
+            return (*([WHOLE] * axes[0]), selector)
+        with Blaming(here()):
+            item = selector if own is None else OwnTokens(own.row, own.length, selector)
+            width = recorder.prompt.width(item)
+        if isinstance(selector, TokenSlice | TokenChars) or (
+            isinstance(selector, TokenText) and selector.pick is None
+        ):
+            selector = replace(selector, width=width)
+        if own is None:
+            return (*([WHOLE] * axes[0]), selector)
+        return (*([WHOLE] * own.axis), OwnTokens(own.row, own.length, selector))
+
+    def _own_mask(self, mask: torch.Tensor, own: Own) -> tuple[IndexItem, ...]:
+        """The tokens of one prompt at which a mask of its own is true."""
+        value = self._value
+        if own.axis != 1 or value._type.shape[0] != 1:
+            raise _no_token_axis(value)
+        with Blaming(here()):
+            rows, columns = own_mask_indices(mask, own.row, own.length)
+        recorder = value._recorder
+        return (Ref(recorder.constant(rows)), Ref(recorder.constant(columns)))
 
     def _mask(self, mask: torch.Tensor) -> tuple[IndexItem, ...]:
         value = self._value
@@ -125,7 +161,7 @@ def _no_token_axis(value: Value) -> PositionAxisError:
     return PositionAxisError(
         f".tok addresses the position axis, but {value._type} does not carry exactly one in the expected place",
         at=here(),
-        instead="use .tok on a value with axes [B, P, ...]",
+        instead="use .tok on a value with axes [B, P, ...], or on a site of t.prompts[i] before positions are mixed",
     )
 
 
@@ -137,6 +173,8 @@ def _selector(key: Any) -> TokenSelector:
             return TokenAt(int(key))
         case str():
             return TokenText(key, None, None)
+        case TokenId() | TokenChars():
+            return key
         case (str() as text, int() as pick):
             return TokenText(text, pick, 1)
         case slice():
@@ -150,5 +188,6 @@ def _selector(key: Any) -> TokenSelector:
     raise IndexingError(
         f"tokens cannot be addressed with {key!r}",
         at=here(),
-        instead='.tok[3], .tok[-1], .tok[1:4], .tok[[0, 2]], .tok["Paris"], .tok["Paris", -1] or .tok[mask]',
+        instead='.tok[3], .tok[-1], .tok[1:4], .tok[[0, 2]], .tok["Paris"], .tok["Paris", -1], '
+        ".tok[tl.token_id(4649)], .tok[tl.chars(4, 20)] or .tok[mask]",
     )

@@ -30,6 +30,7 @@ from tracelens.named import NamedConstants, with_values
 from tracelens.open_recordings import enter, leave, open_recorder
 from tracelens.plan import Plan
 from tracelens.prompted import Prompt
+from tracelens.prompts import Prompts, prompts_of
 from tracelens.recorder import Recorder
 from tracelens.refusing import failed_block, module_that_failed
 from tracelens.report import RunReport
@@ -185,7 +186,24 @@ class PlanView:
         return recording_html(self._recording)
 
 
-class Trace(Recording):
+class OnePass(Recording):
+    """A block about one forward pass, which all positions of all prompts take part in."""
+
+    _prompts: Prompts | None = None
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts of the block, each for itself and without padding: ``t.prompts[1].layers[3].resid_post``.
+
+        Sites of one prompt are [1, P_i, ...]; writing them changes its row alone; values flow between prompts. Raises
+        :class:`~tracelens.errors.SymbolicSizeError` in a recording without a prompt.
+        """
+        if self._prompts is None:
+            self._prompts = prompts_of(self._model.anatomy, self._prompt)
+        return self._prompts
+
+
+class Trace(OnePass):
     """A block that runs the model once, when it ends. ``t["name"]`` and ``t.results`` hold what was saved."""
 
     _most: int | None = None
@@ -246,7 +264,7 @@ def nothing_saved(graph: Graph) -> NothingSavedError:
     )
 
 
-class Record(Recording):
+class Record(OnePass):
     """A block that only records: ``r.graph`` for analysis, ``model.compile(r.graph)`` to run it on many prompts."""
 
     def __repr__(self) -> str:

@@ -18,13 +18,18 @@ from tracelens.ir.ops import (
     IndexPut,
     Keep,
     Op,
+    OwnTokens,
     Param,
+    PromptRow,
+    PromptTokens,
     Read,
     Ref,
     Save,
     Scalar,
     Slice,
     TokenAt,
+    TokenChars,
+    TokenId,
     TokenList,
     TokenSelector,
     TokenSlice,
@@ -91,9 +96,17 @@ SELECTORS: st.SearchStrategy[TokenSelector] = (
     | st.builds(TokenSlice, _BOUND, _BOUND, _BOUND, _WIDTH)
     | st.builds(TokenList, st.lists(SMALL, max_size=4).map(tuple))
     | st.builds(TokenText, NAMES, st.none() | SMALL, _WIDTH)
+    | st.builds(TokenId, st.integers(0, 99))
+    | st.builds(TokenChars, st.integers(0, 9), st.integers(1, 99), _WIDTH)
+)
+_COUNT = st.integers(0, 9)
+PROMPTS = (
+    st.builds(PromptRow, _COUNT)
+    | st.builds(PromptTokens, _COUNT, _COUNT)
+    | st.builds(OwnTokens, _COUNT, _COUNT, SELECTORS)
 )
 INDICES = st.lists(
-    SMALL | st.builds(Slice, _BOUND, _BOUND, _BOUND) | st.none() | REFS | SELECTORS, max_size=4
+    SMALL | st.builds(Slice, _BOUND, _BOUND, _BOUND) | st.none() | REFS | SELECTORS | PROMPTS, max_size=4
 ).map(tuple)
 _IDS = st.integers(0, 99)
 _SEVERAL = st.integers(1, 3).flatmap(

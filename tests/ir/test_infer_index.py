@@ -139,7 +139,7 @@ BASE = parse_type("f32[B,P,576]")
         ("f32[B,P,576]", (WHOLE, TokenSlice(1, 3, None, 2)), "f32[B,2,576]", False),
         ("f32[B,P,576]", (WHOLE, TokenList((0, 3, -1))), "f32[B,3,576]", False),
         ("f32[B,P,576]", (WHOLE, TokenText("Paris", None, 2)), "f32[B,2,576]", False),
-        ("f32[B,P,576]", (WHOLE, TokenText("Paris", -1, 1)), "f32[B,1,576]", False),
+        ("f32[B,P,576]", (WHOLE, TokenText("Paris", -1, 1)), "f32[B,576]", False),
         ("f32[B,9,P,S]", (WHOLE, 3, TokenAt(0)), "f32[B,S]", False),
         ("f32[B,P,576]", (WHOLE, TokenAt(0), Slice(0, 70)), "f32[B,70]", False),
     ],

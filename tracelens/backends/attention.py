@@ -36,7 +36,7 @@ class Visit:
     """What a run does inside one attention module: for each site there, a function that gives the tensor to go on with.
 
     ``replaces``: are the values mixed with the pattern that is computed here, instead of by the model's own function?
-    ``wide``: is the softmax taken in float32, and then cast, as the model's eager function does it?
+    ``wide``: is the softmax taken in float32 at least, and then cast, as the model's eager function does it?
     ``real``: which keys [B, S] are no padding, or ``None`` if all are real. Whatever is written, no query sees padding,
     so that a row in a batch gives what it gives alone.
     """
@@ -69,7 +69,8 @@ class Visit:
             if "scores" in steps:
                 scores = self._written("scores", scores)
             if "pattern" in steps or self.replaces:
-                dtype = torch.float32 if self.wide else None
+                # float32 has no number for the lowest one of float64, which a query that is padding sees everywhere.
+                dtype = torch.promote_types(scores.dtype, torch.float32) if self.wide else None
                 weights = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
                 if "pattern" in steps:
                     weights = self._written("pattern", weights)

@@ -29,6 +29,7 @@ from tracelens.backends.execute import (
     plain_item,
     plain_number,
     read_parameter,
+    rows_axis,
     selector_place,
     sent,
 )
@@ -50,6 +51,8 @@ from tracelens.ir.ops import (
     Keep,
     Op,
     Param,
+    PromptRow,
+    PromptTokens,
     Read,
     Redistribute,
     Ref,
@@ -245,6 +248,8 @@ class _Writer:
                 return self.name(arg.number)
             case Slice():
                 return self.name(slice(arg.start, arg.stop, arg.step))
+            case PromptRow() | PromptTokens():
+                return self.name(plain_item(arg))
             case bool() | None:
                 return repr(arg)
             case _:
@@ -407,7 +412,7 @@ class _Writer:
         if place is None:
             self._new(op.out, f"{base}[{self._subscript(op.index)}]")
             return
-        batch = self.types[op.base].batch_axis
+        batch = rows_axis(op.index[place], self.types[op.base])
         selected = f"state.select({self.name(op.index[place])})"
         self._new(op.out, f"{self.name(take_tokens)}({base}, {selected}, {batch}, {place})")
 
@@ -425,7 +430,7 @@ class _Writer:
         if place is None:
             self.line(f"{new}[{subscript}] = {value}")
             return
-        batch = self.types[op.base].batch_axis
+        batch = rows_axis(op.index[place], self.types[op.base])
         selected = f"state.select({self.name(op.index[place])})"
         self.line(f"{self.name(put_tokens)}({new}, {selected}, {batch}, {place}, {value})")
 

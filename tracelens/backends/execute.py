@@ -23,12 +23,17 @@ from tracelens.ir.ops import (
     WHOLE,
     Apply,
     IndexItem,
+    OwnTokens,
+    PromptRow,
+    PromptTokens,
     Read,
     Save,
     Scalar,
+    Selector,
     Slice,
     Special,
     TokenSelector,
+    as_slice,
 )
 from tracelens.ir.types import TensorType
 
@@ -61,7 +66,7 @@ class State:
         constants: dict[tuple[int, int], torch.Tensor],
         functions: Sequence[Any],
         parameter: Callable[[str, list[Journey], Callable[[torch.Tensor], None]], torch.Tensor],
-        select: Callable[[TokenSelector], Any],
+        select: Callable[[Selector], Any],
         pads: Sequence[int] | None = None,
         departures: Departures | None = None,
     ) -> None:
@@ -289,12 +294,21 @@ def plain_number(value: Scalar) -> Any:
 
 def plain_item(item: IndexItem) -> Any:
     """An entry of an index that is no value, as Python writes it."""
+    if isinstance(item, PromptRow | PromptTokens):
+        item = as_slice(item)
     return slice(item.start, item.stop, item.step) if isinstance(item, Slice) else item
+
+
+def rows_axis(item: IndexItem, base: TensorType) -> int | None:
+    """The axis of the rows in which tokens are selected; ``None`` for those of one prompt alone."""
+    return None if isinstance(item, OwnTokens) else base.batch_axis
 
 
 def selector_place(index: tuple[IndexItem, ...]) -> int | None:
     """The axis that a token selector stands at, if there is one; it stands alone, as ``.tok[...]`` makes it."""
-    place = next((place for place, item in enumerate(index) if isinstance(item, TokenSelector)), None)
+    place = next(
+        (place for place, item in enumerate(index) if isinstance(item, TokenSelector | OwnTokens)), None
+    )
     if place is not None and index != (*([WHOLE] * place), index[place]):
         raise VerificationError(
             "a token selector cannot be mixed with other indices", instead="index in two steps"

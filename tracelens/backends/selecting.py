@@ -1,4 +1,7 @@
-"""Reads and writes the tokens that a selector chose, row by row."""
+"""Reads and writes the tokens that a selector chose, row by row.
+
+``batch_axis`` is ``None`` where an axis is of the tokens of one prompt alone.
+"""
 
 from __future__ import annotations
 
@@ -15,9 +18,9 @@ def take_tokens(
     tensor: torch.Tensor, selection: Selection, batch_axis: int | None, axis: int
 ) -> torch.Tensor:
     """The selected positions of ``axis``, where the axis was (or without it, for one token a row)."""
-    uniform = selection.uniform
-    if uniform is not None:
-        return tensor[(slice(None),) * axis + (uniform,)]
+    alike = _alike(tensor, selection, batch_axis)
+    if alike is not None:
+        return tensor[(slice(None),) * axis + (alike,)]
     front, back = _in_front(tensor, batch_axis, axis)
     taken = front[moved(selection.rows, tensor.device), moved(selection.cols, tensor.device)]
     if selection.drops:
@@ -36,9 +39,9 @@ def put_tokens(
             "a token is selected twice in a row, so that assigning to it has no one meaning",
             instead="each token once",
         )
-    uniform = selection.uniform
-    if uniform is not None:
-        tensor[(slice(None),) * axis + (uniform,)] = value
+    alike = _alike(tensor, selection, batch_axis)
+    if alike is not None:
+        tensor[(slice(None),) * axis + (alike,)] = value
         return
     front, back = _in_front(tensor, batch_axis, axis)
     rows, columns = moved(selection.rows, tensor.device), moved(selection.cols, tensor.device)
@@ -53,6 +56,14 @@ def put_tokens(
             value = value.expand(shape).movedim(back, (0, 1))
         value = value.to(tensor.dtype)
     front[rows, columns] = value
+
+
+def _alike(tensor: torch.Tensor, selection: Selection, batch_axis: int | None) -> Any:
+    """The index of the position axis alone, where all rows agree on one; a prompt of its own has no other rows."""
+    uniform = selection.uniform
+    if uniform is None and batch_axis is None and len(selection.columns) == 1:
+        return moved(selection.cols[0], tensor.device)
+    return uniform
 
 
 def _in_front(

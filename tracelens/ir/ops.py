@@ -85,9 +85,67 @@ class TokenText:
     width: int | None
 
 
-TokenSelector = TokenAt | TokenSlice | TokenList | TokenText
-IndexItem = int | Slice | None | Ref | TokenSelector
+@dataclass(frozen=True, slots=True)
+class TokenId:
+    """``.tok[tl.token_id(4649)]``: the one real token of every row with this id; drops the position axis."""
+
+    id: int
+
+
+@dataclass(frozen=True, slots=True)
+class TokenChars:
+    """``.tok[tl.chars(4, 20)]``: the tokens that spell these characters of every row's text."""
+
+    start: int
+    stop: int
+    width: int | None
+
+
+TokenSelector = TokenAt | TokenSlice | TokenList | TokenText | TokenId | TokenChars
+
+
+@dataclass(frozen=True, slots=True)
+class PromptRow:
+    """``t.prompts[row]`` on the axis of rows: that row alone; the axis stays."""
+
+    row: int
+
+
+@dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """``t.prompts[row]`` on an axis of positions or keys: the row's own ``length``, without padding."""
+
+    row: int
+    length: int
+
+
+@dataclass(frozen=True, slots=True)
+class OwnTokens:
+    """``.tok[...]`` on the axis of one prompt's own ``length`` tokens."""
+
+    row: int
+    length: int
+    selector: TokenSelector
+
+
+Selector = TokenSelector | PromptTokens | OwnTokens
+"""What points to tokens of a prompt, so that only the prompt tells where it points."""
+IndexItem = int | Slice | None | Ref | TokenSelector | PromptRow | PromptTokens | OwnTokens
 """One entry of an index. A ``Ref`` is an integer index tensor, ``None`` a new axis. Ellipses are written out."""
+
+
+def drops_axis(item: IndexItem) -> bool:
+    """Does an entry of an index name one place, so that its axis is not in the result?"""
+    if isinstance(item, OwnTokens):
+        item = item.selector
+    return isinstance(item, int | TokenAt | TokenId) or (
+        isinstance(item, TokenText) and item.pick is not None
+    )
+
+
+def as_slice(item: PromptRow | PromptTokens) -> Slice:
+    """The part of its axis that belongs to one prompt; padding stands before the tokens."""
+    return Slice(item.row, item.row + 1) if isinstance(item, PromptRow) else Slice(-item.length, None)
 
 
 @dataclass(frozen=True, slots=True)

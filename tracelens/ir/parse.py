@@ -21,7 +21,10 @@ from tracelens.ir.ops import (
     IndexPut,
     Keep,
     Op,
+    OwnTokens,
     Param,
+    PromptRow,
+    PromptTokens,
     Read,
     Ref,
     Save,
@@ -29,7 +32,10 @@ from tracelens.ir.ops import (
     Slice,
     Special,
     TokenAt,
+    TokenChars,
+    TokenId,
     TokenList,
+    TokenSelector,
     TokenSlice,
     TokenText,
     Write,
@@ -347,17 +353,31 @@ def _item(line: Line) -> IndexItem:
     if line.accept("tok"):
         line.take("(")
         selector = _selector(line)
+        row = _given(line, "prompt")
+        item = selector if row is None else OwnTokens(row, _needed(line, "length"), selector)
         line.take(")")
-        return selector
+        return item
+    if line.accept("prompt"):
+        line.take("(")
+        row = line.integer()
+        length = _given(line, "length")
+        line.take(")")
+        return PromptRow(row) if length is None else PromptTokens(row, length)
     found = _bounds(line)
     return found if isinstance(found, int) else Slice(*found)
 
 
-def _selector(line: Line) -> TokenAt | TokenSlice | TokenList | TokenText:
+def _selector(line: Line) -> TokenSelector:
     if line.next.startswith('"'):
         text = line.string()
         pick = line.integer() if line.accept(",") else None
-        return TokenText(text, pick, _width(line))
+        return TokenText(text, pick, _given(line, "width"))
+    if line.accept("id"):
+        return TokenId(line.integer())
+    if line.accept("chars"):
+        start = line.integer()
+        line.take(":")
+        return TokenChars(start, line.integer(), _given(line, "width"))
     if line.accept("["):
         indices: list[int] = []
         while not line.accept("]"):
@@ -366,12 +386,16 @@ def _selector(line: Line) -> TokenAt | TokenSlice | TokenList | TokenText:
                 line.take(",")
         return TokenList(tuple(indices))
     found = _bounds(line)
-    return TokenAt(found) if isinstance(found, int) else TokenSlice(*found, _width(line))
+    return TokenAt(found) if isinstance(found, int) else TokenSlice(*found, _given(line, "width"))
 
 
-def _width(line: Line) -> int | None:
-    if not line.accept("width"):
-        return None
+def _given(line: Line, name: str) -> int | None:
+    """The number in ``width=3``, if it stands there."""
+    return _needed(line, name) if line.next == name else None
+
+
+def _needed(line: Line, name: str) -> int:
+    line.take(name)
     line.take("=")
     return line.integer()
 
@@ -379,7 +403,7 @@ def _width(line: Line) -> int | None:
 def _bounds(line: Line) -> int | tuple[int | None, int | None, int | None]:
     """``3`` or ``1:5:2``."""
     parts: list[int | None] = [None]
-    while line.next not in ("]", ",", ")", "width", ""):
+    while line.next not in ("]", ",", ")", "width", "prompt", ""):
         if line.accept(":"):
             parts.append(None)
         else:

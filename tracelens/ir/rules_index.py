@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
-from tracelens.errors import DtypeError, DynamicShapeError, ShapeError, SymbolicSizeError
+from tracelens.errors import (
+    DtypeError,
+    DynamicShapeError,
+    ShapeError,
+    SpecialisedGraphError,
+    SymbolicSizeError,
+)
 from tracelens.ir import dims
 from tracelens.ir.abstract import (
     Defer,
@@ -19,12 +26,26 @@ from tracelens.ir.abstract import (
     rows_differ,
 )
 from tracelens.ir.dims import Dim, Sizes
-from tracelens.ir.ops import Scalar, Slice, TokenAt, TokenList, TokenSelector, TokenSlice, TokenText
+from tracelens.ir.ops import (
+    OwnTokens,
+    PromptRow,
+    PromptTokens,
+    Scalar,
+    Slice,
+    TokenChars,
+    TokenId,
+    TokenList,
+    TokenSelector,
+    TokenSlice,
+    TokenText,
+    drops_axis,
+)
 from tracelens.ir.types import DType, TensorType
 
 _STRETCHED = "a value of that shape; axes of size one, and axes missing in front, are stretched"
 
-AbstractIndex = tuple[int | Slice | TensorType | TokenSelector | None, ...]
+AbstractItem = int | Slice | TensorType | TokenSelector | PromptRow | PromptTokens | OwnTokens | None
+AbstractIndex = tuple[AbstractItem, ...]
 
 
 @dataclass(slots=True)
@@ -37,17 +58,27 @@ class _Axis:
 
 def index_text(index: AbstractIndex) -> str:
     """The index as the user wrote it, for messages."""
-    parts: list[str] = []
-    for item in index:
-        if isinstance(item, Slice):
-            parts.append(_bounds(item))
-        elif isinstance(item, TokenSlice):
-            parts.append(f"tok({_bounds(item)})")
-        elif isinstance(item, TokenText):
-            parts.append(f'tok("{item.text}")')
-        else:
-            parts.append(str(item))
-    return f"[{', '.join(parts)}]"
+    return f"[{', '.join(_item_text(item) for item in index)}]"
+
+
+def _item_text(item: AbstractItem) -> str:
+    match item:
+        case Slice():
+            return _bounds(item)
+        case TokenSlice():
+            return f"tok({_bounds(item)})"
+        case TokenText():
+            return f'tok("{item.text}")'
+        case TokenId():
+            return f"tok(token_id({item.id}))"
+        case TokenChars():
+            return f"tok(chars({item.start}, {item.stop}))"
+        case PromptRow() | PromptTokens():
+            return f"prompt({item.row})"
+        case OwnTokens():
+            return _item_text(item.selector)
+        case _:
+            return str(item)
 
 
 def _bounds(item: Slice | TokenSlice) -> str:
@@ -96,6 +127,32 @@ def _axes(sizing: Sizing, base: TensorType, index: AbstractIndex) -> tuple[list[
                 if item.ndim:
                     axes.append(_Axis(dim, item))
                 touched = True
+            case PromptRow():
+                if dim != dims.B or item.row < 0:
+                    raise _fail(
+                        base, index, f"a prompt is chosen on the axis of rows, and this axis is {dim}"
+                    )
+                _require(sizing, item.row, dim, item.row + 1)
+                axes.append(_Axis(1))
+                continue
+            case PromptTokens():
+                if dim not in (dims.P, dims.S) or item.length < 1:
+                    raise _fail(
+                        base, index, f"a prompt's tokens stand on an axis P or S, and this axis is {dim}"
+                    )
+                _require(sizing, item.row, dim, item.length)
+                axes.append(_Axis(item.length))
+                continue
+            case OwnTokens():
+                if dim != item.length:
+                    raise _fail(
+                        base,
+                        index,
+                        f"a prompt of {item.length} tokens has them on an axis of as many, not of {dim}",
+                    )
+                if not drops_axis(item):
+                    axes.append(_Axis(_width(base, index, item.selector)))
+                continue
             case _:
                 if dim != dims.P:
                     raise _fail(
@@ -106,20 +163,43 @@ def _axes(sizing: Sizing, base: TensorType, index: AbstractIndex) -> tuple[list[
                     raise _fail(
                         base, index, "tokens are selected row by row, and this value has no batch axis B"
                     )
-                if not isinstance(item, TokenAt):
+                if not drops_axis(item):
                     axes.append(_Axis(_width(base, index, item)))
                 continue
         if touched:
             positions = positions or carries(dim, dims.POSITION) or carries(dim, dims.KEY)
             rows = rows or carries(dim, dims.BATCH)
     axes += [_Axis(dim) for dim in base.shape[at:]]
+    _check_prompt(base, index, axes)
     return axes, positions, rows
 
 
-def _width(base: TensorType, index: AbstractIndex, item: TokenSlice | TokenList | TokenText) -> int:
-    width = len(item.indices) if isinstance(item, TokenList) else item.width
-    if isinstance(item, TokenText) and item.pick is not None:
-        width = 1 if width is None else width
+def _require(sizing: Sizing, row: int, dim: Dim, least: int) -> None:
+    try:
+        sizing.at_least(dim, least)
+    except Misfit:
+        there = f"are fewer than {least} prompts" if dim == dims.B else f"is no prompt of {least} tokens"
+        raise SpecialisedGraphError(
+            f"the graph is about t.prompts[{row}], and here {there}",
+            instead="prompts like those that it was recorded with, or record again for these",
+        ) from None
+
+
+def _check_prompt(base: TensorType, index: AbstractIndex, axes: Sequence[_Axis]) -> None:
+    """One prompt's row and its own tokens go together: another row's would be padding, or cut off."""
+    rows = {item.row for item in index if isinstance(item, PromptRow)}
+    of = {item.row for item in index if isinstance(item, PromptTokens)}
+    if not rows and not of:
+        return
+    padded = any(carries(axis.dim, dims.POSITION) or carries(axis.dim, dims.KEY) for axis in axes)
+    if len(rows) != 1 or of != rows or padded:
+        raise _fail(
+            base, index, "a prompt is chosen by its row and its own tokens, on all axes that have them"
+        )
+
+
+def _width(base: TensorType, index: AbstractIndex, item: TokenSelector) -> int:
+    width = len(item.indices) if isinstance(item, TokenList) else getattr(item, "width", None)
     if width is None:
         raise SymbolicSizeError(
             f"{base}{index_text(index)}: how many tokens that selects is not known without a prompt",

@@ -30,7 +30,10 @@ from tracelens.ir.ops import (
     IndexPut,
     Keep,
     Op,
+    OwnTokens,
     Param,
+    PromptRow,
+    PromptTokens,
     Read,
     Redistribute,
     Ref,
@@ -38,7 +41,10 @@ from tracelens.ir.ops import (
     Slice,
     Special,
     TokenAt,
+    TokenChars,
+    TokenId,
     TokenList,
+    TokenSelector,
     TokenSlice,
     TokenText,
     Transfer,
@@ -154,19 +160,36 @@ def _item_text(item: IndexItem) -> str:
             return f"%{item.id}"
         case Slice():
             return _slice_text(item.start, item.stop, item.step)
+        case PromptRow():
+            return f"prompt({item.row})"
+        case PromptTokens():
+            return f"prompt({item.row}{_given('length', item.length)})"
+        case OwnTokens():
+            own = _given("prompt", item.row) + _given("length", item.length)
+            return f"tok({_selector_text(item.selector)}{own})"
+        case _:
+            return f"tok({_selector_text(item)})"
+
+
+def _selector_text(selector: TokenSelector) -> str:
+    match selector:
         case TokenAt():
-            return f"tok({item.index})"
+            return str(selector.index)
         case TokenSlice():
-            return f"tok({_slice_text(item.start, item.stop, item.step)}{_width(item.width)})"
+            return _slice_text(selector.start, selector.stop, selector.step) + _given("width", selector.width)
         case TokenList():
-            return f"tok([{', '.join(map(str, item.indices))}])"
+            return f"[{', '.join(map(str, selector.indices))}]"
         case TokenText():
-            pick = "" if item.pick is None else f", {item.pick}"
-            return f"tok({_quote(item.text)}{pick}{_width(item.width)})"
+            pick = "" if selector.pick is None else f", {selector.pick}"
+            return f"{_quote(selector.text)}{pick}{_given('width', selector.width)}"
+        case TokenId():
+            return f"id {selector.id}"
+        case TokenChars():
+            return f"chars {selector.start}:{selector.stop}{_given('width', selector.width)}"
 
 
-def _width(width: int | None) -> str:
-    return "" if width is None else f" width={width}"
+def _given(name: str, number: int | None) -> str:
+    return "" if number is None else f" {name}={number}"
 
 
 def _slice_text(start: int | None, stop: int | None, step: int | None) -> str:
