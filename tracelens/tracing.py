@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from tracelens.advice import in_generation
 from tracelens.backends.spread import Loading
-from tracelens.coming import ON_BLOCKS, not_yet
+from tracelens.coming import IN_GENERATION, ON_BLOCKS, not_yet
 from tracelens.compiled import Compiled
 from tracelens.compiling import Compiler, owning
 from tracelens.errors import (
@@ -127,8 +127,8 @@ class Recording:
     if not TYPE_CHECKING:  # type checkers know the attributes that there are
 
         def __getattr__(self, name: str) -> NoReturn:
-            if name in ON_BLOCKS:
-                raise not_yet(f"t.{name}", ON_BLOCKS[name])
+            if name in ON_BLOCKS or name in IN_GENERATION:
+                raise not_yet(f"t.{name}", ON_BLOCKS.get(name) or IN_GENERATION[name])
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
             )

@@ -246,9 +246,7 @@ class _Writer:
                 return self.name(torch_dtype(arg))
             case Special():
                 return self.name(arg.number)
-            case Slice():
-                return self.name(slice(arg.start, arg.stop, arg.step))
-            case PromptRow() | PromptTokens():
+            case Slice() | PromptRow() | PromptTokens():
                 return self.name(plain_item(arg))
             case bool() | None:
                 return repr(arg)
