@@ -59,6 +59,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("gradients", 3),
     ("einops_backend", 3),
     ("spelling", 3),
+    ("chat", 3),
     ("batch", 3),
     ("matching", 3),
     ("selection", 3),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from tracelens.chat import rendered
 from tracelens.errors import EmptyPromptError, NoTokenizerError, PromptError, PromptTooLongError
 from tracelens.spelling import Spelling, spell
 
@@ -122,11 +123,12 @@ def prepare(
 ) -> Batch:
     """Make a batch of what a user calls a prompt, or say what is wrong with it.
 
-    ``prompt`` is a text, a list of texts, a list of token ids, a list of such lists (of any lengths), an integer tensor
-    or array of one or two dimensions, or a dict of ``input_ids`` and, if wanted, ``attention_mask`` (0/1 or bool) and
-    ``position_ids``, padded on either side. Texts are tokenised as the tokenizer does it by itself, special tokens
-    included; ``room`` is how many are to be generated after them. Padding is ours, and the tokenizer's own settings are
-    neither used nor changed.
+    ``prompt`` is a text, a list of texts, a conversation (a list of ``{"role": ..., "content": ...}``) or a list of
+    these, a list of token ids, a list of such lists (of any lengths), an integer tensor or array of one or two
+    dimensions, or a dict of ``input_ids`` and, if wanted, ``attention_mask`` (0/1 or bool) and ``position_ids``, padded
+    on either side. Texts are tokenised as the tokenizer does it by itself, special tokens included; conversations are
+    what its chat template makes of them, which has those tokens; ``room`` is how many are to be generated after them.
+    Padding is ours, and the tokenizer's own settings are neither used nor changed.
 
     Raises ``EmptyPromptError``, ``PromptTooLongError`` (more than ``max_positions`` tokens) and ``PromptError``.
 
@@ -136,9 +138,11 @@ def prepare(
     >>> batch.position_ids.tolist(), batch.lengths, batch.pads
     ([[0, 1, 2], [0, 0, 0]], (3, 1), (0, 2))
     """
-    texts = _texts(prompt)
+    conversations = rendered(prompt, tokenizer)
+    texts = _texts(prompt) if conversations is None else conversations
     if texts is not None:
-        ids, mask, positions = _tokenised(texts, tokenizer), None, None
+        # The template has written the special tokens already.
+        ids, mask, positions = _tokenised(texts, tokenizer, special=conversations is None), None, None
     elif isinstance(prompt, Mapping):
         ids, mask, positions = _from_mapping(prompt)
     else:
@@ -195,8 +199,8 @@ Rows = Tensor | list[Tensor]
 """Token ids, masks or positions: one tensor [B, P] where all rows are equally long, else one tensor a row."""
 
 _ACCEPTED = (
-    "a text, a list of texts, a list of token ids, a list of such lists, an integer tensor or array [P] or [B, P], "
-    "or a dict with input_ids"
+    "a text, a list of texts, a list of messages, a list of token ids, a list of such lists, an integer tensor or "
+    "array [P] or [B, P], or a dict with input_ids"
 )
 
 
@@ -226,13 +230,15 @@ def _named(thing: object) -> str:
     )
 
 
-def _tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None) -> Rows:
+def _tokenised(texts: Sequence[str], tokenizer: PreTrainedTokenizerBase | None, *, special: bool) -> Rows:
     if tokenizer is None:
         raise NoTokenizerError(
             "the prompt is text, and the model was given no tokenizer",
             instead="tl.wrap(model, tokenizer), or a prompt of token ids",
         )
-    encoded: Mapping[str, Any] = tokenizer(list(texts))
+    encoded: Mapping[str, Any] = (
+        tokenizer(list(texts)) if special else tokenizer(list(texts), add_special_tokens=False)
+    )
     ids = _id_rows(encoded["input_ids"], "what the tokenizer gave")
     # Some tokenizers of people's own pad by themselves; padding is known by the mask alone.
     mask = encoded.get("attention_mask")

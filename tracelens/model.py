@@ -79,10 +79,12 @@ class Model(Shown):
     ) -> Trace:
         """Opens a block that runs the model once on ``prompt`` when it ends.
 
-        ``prompt``: a text, a list of texts, token ids (list, nested list, tensor, array), or a dict with ``input_ids``
-        and ``attention_mask``. ``max_extra_memory``: how much the block may hold on a device beside the model, in bytes
-        or as ``"2GiB"``. ``measure``: ``t.report`` also tells the peak of memory on each device, for which torch's own
-        peak is reset. Raises :class:`~tracelens.errors.PromptError` and its kinds at once, and
+        ``prompt``: a text, a list of texts, a conversation (a list of ``{"role": ..., "content": ...}``, or several of
+        these), token ids (list, nested list, tensor, array), or a dict with ``input_ids`` and ``attention_mask``.
+        ``max_extra_memory``: how much the block may hold on a device beside the model, in bytes or as ``"2GiB"``.
+        ``measure``: ``t.report`` also tells the peak of memory on each device, for which torch's own peak is reset.
+
+        Raises :class:`~tracelens.errors.PromptError` and its kinds at once, and
         :class:`~tracelens.errors.ExtraMemoryError` before the model runs.
         """
         return Trace(self, self.prepare(prompt), _room(max_extra_memory), measure=measure)
