@@ -104,7 +104,7 @@ def test_a_text_ends_at_its_end_token() -> None:
 def test_what_generation_refuses() -> None:
     model = tl.wrap(FAMILIES["llama"].build())
     with pytest.raises(tl.errors.SaveInGenerationError), model.generate(IDS, max_new_tokens=2):
-        model.logits.save()
+        model.layers[0].pattern.save()
     with pytest.raises(tl.errors.PositionAxisError), model.generate(IDS, max_new_tokens=2):
         model.layers[0].resid_post[:, 0] = 0.0
     with pytest.raises(tl.errors.PositionAxisError), model.generate(IDS, max_new_tokens=2):
@@ -112,7 +112,7 @@ def test_what_generation_refuses() -> None:
     with pytest.raises(tl.errors.PositionAxisError), model.generate(IDS, max_new_tokens=2):
         tl.masked_mean(model.layers[0].resid_post)
     with pytest.raises(tl.errors.PositionAxisError), model.generate(IDS, max_new_tokens=2):
-        model.layers[0].resid_post.tok[1] = 0.0
+        model.layers[0].resid_post.tok[-2] = 0.0
     with pytest.raises(tl.errors.CausalityError), model.generate(IDS, max_new_tokens=2):
         model.layers[0].resid_post += model.layers[2].resid_post
     with pytest.raises(tl.errors.PromptTooLongError):

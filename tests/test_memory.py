@@ -157,7 +157,7 @@ def peaks(hf: Any, seen: Seen) -> Iterator[list[dict[str, int]]]:
 
 
 def predicted(model: tl.Model, graph: tl.Graph) -> dict[str, int]:
-    compiled = model._compiler.compile(graph, generating=False)
+    compiled = model._compiler.compile(graph)
     found = compiled.held(graph, model.prepare(ROWS).sizes)
     return {extra.place.device: extra.bytes for extra in found}
 

@@ -96,7 +96,7 @@ def peaks(hf: Any, seen: Seen, *, without: tuple[str, ...] = ()) -> Iterator[lis
 
 
 def predicted(model: tl.Model, program: tl.Program) -> int:
-    compiled = model._compiler.compile(program.graph, generating=False)
+    compiled = model._compiler.compile(program.graph)
     (extra,) = compiled.held(program.graph, model.prepare(ROWS).sizes)
     assert extra.place.device == P[0]
     return extra.bytes

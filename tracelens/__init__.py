@@ -16,6 +16,7 @@ from tracelens import errors
 from tracelens.backends.ranks.pool import Ranks
 from tracelens.bridge import run_with_nnsight
 from tracelens.errors import TracelensError
+from tracelens.generation import Generation
 from tracelens.gradients import grad
 from tracelens.ir.graph import Graph
 from tracelens.ir.parse import parse
@@ -33,7 +34,7 @@ from tracelens.results import Results, SavedTensor
 from tracelens.site_table import SiteRow, SiteTable
 from tracelens.splicing import Splice, splice
 from tracelens.sweeping import Sweep, sweep
-from tracelens.tracing import Generation, Program, Record, Trace
+from tracelens.tracing import Program, Record, Trace
 from tracelens.values import Saved, Value
 
 try:

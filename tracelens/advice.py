@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import ast
+import re
 from collections.abc import Iterator
 
 from tracelens.errors import TracelensError
+from tracelens.ir.retype import ANY_SIZES
 from tracelens.location import Location
 
 _SHORT = 80
@@ -181,12 +183,20 @@ def in_generation(error: TracelensError) -> None:
             )
             error.instead = instead
             return
+    if any(str(size) in error.problem for size in _ANY):
+        for size, name in _ANY.items():
+            told = re.sub(rf",? {name} = {size}", "", error.problem)
+            error.problem = re.sub(rf"\b{size}\b", name, told)
+        error.problem = error.problem.replace(" where:", ":").replace(" where,", " where")
+        error.problem += "; every step has other positions"
+        error.instead = _ONE_EACH
 
 
 _ONE_EACH = (
-    "a tensor without rows and positions, such as [D]; for another tensor in each prompt, "
+    "a tensor without positions, such as [D], or [B, 1, D] for one in each row; for rows of a number, "
     "one model.generate per prompt"
 )
+_ANY = {ANY_SIZES[name]: name for name in ("P", "S")}
 _OF_ANY_SIZE = {
     ": it depends on the size ": _ONE_EACH,
     ", and this recording is for prompts of any size": _ONE_EACH,

@@ -13,6 +13,7 @@ from tracelens.backends.mesh import Mesh
 from tracelens.backends.ranks.failures import described, failure
 from tracelens.compiled import Compiled, relocate
 from tracelens.errors import LayoutError, OptionError, PipelineError, PlansDifferError, TracelensError
+from tracelens.generation_plan import CompiledGeneration
 from tracelens.ir.graph import Graph
 from tracelens.ir.layout import WHOLE_EVERYWHERE
 from tracelens.ir.ops import Grad, Keep, Save, Write
@@ -23,7 +24,7 @@ from tracelens.prompted import Prompt
 
 def require_agreement(
     mesh: Mesh,
-    compiled: Compiled,
+    compiled: Compiled | CompiledGeneration,
     graph: Graph,
     prompt: Prompt,
     options: Mapping[str, Any] | None = None,

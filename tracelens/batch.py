@@ -101,6 +101,17 @@ class Batch:
             known,
         )
 
+    def each(self, times: int) -> Batch:
+        """Every row ``times`` times, before the next one."""
+        rows = torch.arange(len(self.lengths)).repeat_interleave(times)
+        return Batch(
+            self.input_ids[rows],
+            self.mask[rows],
+            self.position_ids[rows],
+            tuple(self.lengths[row] for row in rows.tolist()),
+            None if self.texts is None else tuple(self.texts[row] for row in rows.tolist()),
+        )
+
     def spellings(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Spelling, ...]:
         """What the real tokens of each row spell, under this tokenizer."""
         for known, spellings in self._spelled:

@@ -37,7 +37,7 @@ def run_with_nnsight(graph: Graph | Recording | Program, nnsight_model: Any, pro
     with Blaming(here()):
         graph = _graph_of(graph)
         model = Model(module_of(nnsight_model), getattr(nnsight_model, "tokenizer", None))
-        compiled = model._compiler.compile(graph, generating=False)
+        compiled = model._compiler.compile(graph)
         prepared = model.prepare(prompt)
         check_fits(graph, compiled, prepared)
         device = model.anatomy.device

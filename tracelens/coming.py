@@ -8,12 +8,6 @@ from tracelens.location import here
 ON_THE_MODEL: dict[str, str] = {
     "lens": "the model's final norm and the unembedding: norm(h) @ model.unembed.T, with norm = model.hf.model.norm",
 }
-ON_BLOCKS: dict[str, str] = {
-    **dict.fromkeys(("prefill", "decode", "steps"), "a write in model.generate holds in every step"),
-}
-
-IN_GENERATION: dict[str, str] = {"prompts": "one model.generate for each prompt"}
-"""What traces and recordings have already."""
 
 
 def not_yet(what: str, meanwhile: str) -> UnknownSiteError:

@@ -15,6 +15,7 @@ from tracelens.ir.dims import KEY, POSITION, Sizes, symbols
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Const, Index, IndexPut, Read, Ref, Save, Selector
 from tracelens.ir.retype import mixing_operations
+from tracelens.ir.sites import Scope
 from tracelens.ir.text import text
 from tracelens.ir.types import TensorType
 from tracelens.location import Location
@@ -87,9 +88,13 @@ class Compiled:
         return Results(self.described, tensors)
 
     @cached_property
-    def reads_mask(self) -> bool:
-        """Does the program look at where the real tokens are?"""
-        return any(isinstance(op, Read) and op.site.name == "token_mask" for op in self.plan.graph.ops)
+    def inputs(self) -> frozenset[str]:
+        """The sites that are no part of the model, and that the program reads: what the pass is over."""
+        return frozenset(
+            op.site.name
+            for op in self.plan.graph.ops
+            if isinstance(op, Read) and op.site.kind.scope is Scope.INPUT
+        )
 
     @cached_property
     def used(self) -> tuple[tuple[int, int], ...]:

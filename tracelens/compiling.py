@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Collection, Hashable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 
@@ -38,6 +38,7 @@ from tracelens.errors import (
     VerificationError,
     WriteTargetError,
 )
+from tracelens.generation_plan import CompiledGeneration, compile_steps
 from tracelens.inputs import Inputs
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import (
@@ -50,9 +51,11 @@ from tracelens.ir.ops import (
     operands,
 )
 from tracelens.ir.padding import has_keys
+from tracelens.ir.passes.at_steps import in_steps
 from tracelens.ir.retype import retype, sizes_of
+from tracelens.ir.step_flow import names_steps
 from tracelens.ir.text import op_text
-from tracelens.ir.verify import verify
+from tracelens.ir.verify import verify, verify_steps
 from tracelens.leaving import Copies, Members, collect, copies_of, elsewhere, leave
 from tracelens.misaligned import graph_misaligned
 from tracelens.plan import Plan, make_plan
@@ -64,6 +67,7 @@ from tracelens.steps import Steps
 from tracelens.subject import PADS
 
 _KEPT_PROGRAMS = 256
+_Made = TypeVar("_Made", Compiled, CompiledGeneration)
 
 
 class Compiler:
@@ -74,21 +78,28 @@ class Compiler:
         self.owned = False
         self.constants = ConstantCache()
         self.steps = Steps()
-        self._known: OrderedDict[Hashable, Compiled] = OrderedDict()
+        self._known: OrderedDict[Hashable, Compiled | CompiledGeneration] = OrderedDict()
         # By the identity of a recording's operations, which are kept here so that no others can take it.
-        self._recent: dict[int, tuple[Hashable, Compiled]] = {}
+        self._recent: dict[int, tuple[Hashable, Compiled | CompiledGeneration]] = {}
 
-    def compile(self, graph: Graph, *, generating: bool) -> Compiled:
+    def compile(self, graph: Graph) -> Compiled:
         """The programs for a graph; verified when they are made, and then kept by the graph's structure."""
+        return self._kept(graph, self._compiled)
+
+    def compile_generation(self, graph: Graph) -> CompiledGeneration:
+        """The programs for a graph that text is generated with: one for each run of steps that do the same."""
+        return self._kept(graph, self._compiled_generation)
+
+    def _kept(self, graph: Graph, make: Callable[[Graph], _Made]) -> _Made:
         anatomy = self.anatomy
-        key = (graph.ops, graph.pins, generating, anatomy.dtype, anatomy.spread.key)
+        key = (graph.ops, graph.pins, make.__name__, anatomy.dtype, anatomy.spread.key)
         recent = self._recent.get(id(graph.ops))
         if recent is not None and recent[0] == key:  # the same objects: nothing is compared in depth
-            return recent[1]
-        compiled = self._known.get(key)
+            return cast(_Made, recent[1])
+        compiled = cast("_Made | None", self._known.get(key))
         if compiled is None:
             try:
-                compiled = self._known[key] = self._compiled(graph, generating)
+                compiled = self._known[key] = make(graph)
             except TracelensError as error:
                 raise relocate(error, graph) from error.__cause__
             while len(self._known) > _KEPT_PROGRAMS:
@@ -101,7 +112,27 @@ class Compiler:
         self._recent[id(graph.ops)] = (key, compiled)
         return compiled
 
-    def _compiled(self, graph: Graph, generating: bool) -> Compiled:
+    def _compiled(self, graph: Graph) -> Compiled:
+        if names_steps(graph):
+            raise VerificationError(
+                "the graph is for a generation: it names steps, and a trace has one forward pass",
+                instead="model.stream(prompt, graph, max_new_tokens=...); or the graph without t.prefill, t.decode and "
+                "t.steps",
+            )
+        return self._planned(self._at_home(graph, generating=False), generating=False)
+
+    def _compiled_generation(self, graph: Graph) -> CompiledGeneration:
+        anatomy = self.anatomy
+        recorded = self._at_home(graph, generating=True)
+        verify_steps(recorded)
+        on_ranks = anatomy.mesh is not None or anatomy.elsewhere is not None
+        return compile_steps(in_steps(recorded), partial(self._planned, generating=True), on_ranks=on_ranks)
+
+    def _at_home(self, graph: Graph, *, generating: bool) -> Graph:
+        """A graph that has been verified, for this model, with the numbers of its operations for lines.
+
+        Lines differ between recordings of one structure: the recording that runs turns the numbers into its own.
+        """
         anatomy = self.anatomy
         verify(graph)
         self._check_layers(graph)
@@ -111,12 +142,13 @@ class Compiler:
             graph = own
         self._check_sites(graph, generating)
         refuse_unseen_in(graph, anatomy)
-        # Lines differ between recordings of one structure: the compiled graph names operations, and the recording that
-        # runs turns these into its own lines.
-        recorded = replace(numbered(graph), constants=(), functions=())
-        there = placement(anatomy)
         if anatomy.mesh is not None or anatomy.elsewhere is not None:
-            refuse_on_ranks(graph, there, generating=generating)
+            refuse_on_ranks(graph, placement(anatomy), generating=generating)
+        return replace(numbered(graph), constants=(), functions=())
+
+    def _planned(self, recorded: Graph, *, generating: bool) -> Compiled:
+        """The programs of one forward pass."""
+        anatomy, there = self.anatomy, placement(self.anatomy)
         plan = make_plan(
             recorded,
             there,
@@ -129,7 +161,7 @@ class Compiler:
         if len(programs) > 1:
             check(programs, plan.placement)
         planned = {save.name: save for save in plan.graph.saves}
-        saves = tuple(planned[save.name] for save in graph.saves)
+        saves = tuple(planned[save.name] for save in recorded.saves)
         return Compiled(recorded, plan, programs, self._prepared(programs, plan), saves, anatomy.spread.key)
 
     def _prepared(self, programs: tuple[Program, ...], plan: Plan) -> LocalCode | None:
@@ -166,7 +198,7 @@ class Compiler:
                             f"{op.site} is {own} in this model; the graph was recorded for {op.type}"
                         )
                     # The verifier knows the types of the sites that the graph reads, and only those.
-                    fits = retype(op, graph.types, sizes, {op.site: own})
+                    fits = retype(op, graph.types, sizes, {op.site.always: own})
                     if fits is not None and not fits.pins <= pinned:
                         raise VerificationError(f"what is written to {op.site} fits prompts of one size only")
                 elif isinstance(op, Param):
@@ -180,7 +212,7 @@ class Compiler:
 
     # --- running -------------------------------------------------------------------------------------------------
 
-    def state(self, graph: Graph, compiled: Compiled, prompt: Prompt) -> State:
+    def state(self, graph: Graph, compiled: Compiled | CompiledGeneration, prompt: Prompt) -> State:
         """A fresh run state, with the constants checked and in place."""
         tensors: dict[tuple[int, int], torch.Tensor] = {}
         traffic: list[Journey] = []
@@ -236,8 +268,10 @@ class Compiler:
         if self.anatomy.mesh is not None and not self.owned:
             require_agreement(self.anatomy.mesh, compiled, graph, prompt)
         state = self.state(graph, compiled, prompt)
-        mask = _mask(prompt, device) if compiled.reads_mask or prompt.ragged else None
-        run = Run(self.anatomy.model, compiled.code, state, mask, mask if prompt.ragged else None)
+        real = moved(prompt.batch.mask, device) if prompt.ragged else None
+        run = Run(self.anatomy.model, compiled.code, state, real)
+        if compiled.inputs:
+            state.inputs = _inputs(prompt, compiled.inputs, device)
         try:
             plan = compiled.plan
             pipeline = None if self.anatomy.mesh is None else self.anatomy.mesh.pipeline
@@ -252,7 +286,7 @@ class Compiler:
                     args = tuple(usable(value) for value in args)
                     inputs = {name: usable(value) for name, value in inputs.items()}
                     state.constants = {key: usable(value) for key, value in state.constants.items()}
-                    run.mask = usable(mask)
+                    state.inputs = {name: usable(value) for name, value in state.inputs.items()}
 
                 def forward() -> None:
                     run.begin(prompt.sizes)
@@ -261,7 +295,7 @@ class Compiler:
                     else:
                         pipeline.forward(inputs, plan.placement.place_of(stop).index)
 
-                run.execute(forward, each_forward=None)
+                run.execute(forward)
             run.finish()
             members: Mapping[str, Members] = state.saved
             mesh = self.anatomy.mesh
@@ -297,11 +331,11 @@ class Compiler:
             raise InStepError(failure.when) from error
 
 
-def _mask(prompt: Prompt, device: torch.device) -> torch.Tensor | None:
-    """Where the prompt's real tokens are; inputs that are no prompt have none."""
-    if isinstance(prompt, Inputs):
-        return None
-    return moved(prompt.batch.mask, device)
+def _inputs(prompt: Prompt, wanted: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
+    """What the pass is over, as the sites of that; inputs that are no prompt have none."""
+    batch = prompt.batch
+    found = {"token_ids": batch.input_ids, "token_mask": batch.mask, "positions": batch.position_ids}
+    return {name: moved(found[name], device) for name in wanted}
 
 
 def _arguments(prompt: Prompt, device: torch.device) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -350,7 +384,7 @@ def _capturing(graph: Graph, index: int) -> int:
     return next(number for number, op in enumerate(graph.ops) if isinstance(op, Const) and op.index == index)
 
 
-def check_fits(graph: Graph, compiled: Compiled, prompt: Prompt) -> None:
+def check_fits(graph: Graph, compiled: Compiled | CompiledGeneration, prompt: Prompt) -> None:
     """Refuses a prompt of other sizes than the graph is right for."""
     for pin in graph.pins:
         size = prompt.lengths_digest if pin.symbol == PADS else prompt.sizes[pin.symbol]

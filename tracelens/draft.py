@@ -15,10 +15,11 @@ from tracelens.errors import (
     BlockEndedError,
     DuplicateNameError,
     ForeignValueError,
+    SymbolicSizeError,
     TracelensError,
     WriteTargetError,
 )
-from tracelens.ir.dims import Sizes
+from tracelens.ir.dims import KEY, POSITION, Sizes
 from tracelens.ir.graph import Pin
 from tracelens.ir.infer import (
     AbstractArg,
@@ -36,6 +37,7 @@ from tracelens.ir.ops import (
     Scalar,
     Special,
 )
+from tracelens.ir.retype import ANY_SIZES
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 from tracelens.location import Location, here
@@ -77,6 +79,10 @@ class Draft:
         self.is_open = True
         self.failure: BaseException | None = None
         self.sizes: Sizes | None = None if prompt is None or generating else prompt.sizes
+        # Of a generation the rows are known, and each step has positions of its own.
+        self._inferring: Sizes | None = (
+            {**ANY_SIZES, "B": prompt.sizes["B"]} if prompt is not None and generating else self.sizes
+        )
         self._aligned = not generating and (prompt is None or not prompt.ragged)
         # What values hold at keys that are padding: followed where there are any.
         self._keys = Keys() if prompt is not None and prompt.ragged else None
@@ -309,5 +315,10 @@ class Draft:
     def _new_pin(self, symbol: str) -> Pin | None:
         if self.prompt is None or any(pin.symbol == symbol for pin in self.pins):
             return None
+        if self.generating and symbol in (POSITION, KEY):
+            raise SymbolicSizeError(
+                "this is right for one number of positions, and the steps of a generation have different ones",
+                instead="a tensor without positions, such as [D] or [B, 1, D]; t.prefill and a trace of the prompt",
+            )
         size = self.prompt.lengths_digest if symbol == PADS else self.prompt.sizes[symbol]
         return Pin(symbol, size, len(self.ops))

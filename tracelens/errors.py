@@ -328,6 +328,10 @@ class FailedRunError(TracelensError):
     """The run that should have produced the value failed."""
 
 
+class GenerationStepError(TracelensError):
+    """Generation steps do not fit: a value of a step that was not, or an other pass than a step makes."""
+
+
 class SaveInGenerationError(TracelensError):
     """Saving inside ``model.generate`` is not possible yet."""
 

@@ -8,14 +8,17 @@ from typing import TYPE_CHECKING
 
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Apply, Write
+from tracelens.ir.step_flow import uncapturable
 from tracelens.ir.text import op_text
 from tracelens.ir.types import bytes_text
+from tracelens.ir.windows import PREFILL
 from tracelens.plan import Plan
 from tracelens.prompted import Prompt
 from tracelens.subject import INPUTS
 
 if TYPE_CHECKING:
     from tracelens.compiled import Compiled
+    from tracelens.generation_plan import CompiledGeneration
 
 
 def explain(model: str, graph: Graph, compiled: Compiled, prompt: Prompt | None) -> str:
@@ -36,6 +39,53 @@ def explain(model: str, graph: Graph, compiled: Compiled, prompt: Prompt | None)
         *(shortened(program.text()) for program in compiled.programs if program.blocks),
     ]
     return "\n\n".join(sections)
+
+
+def explain_generation(
+    model: str, graph: Graph, compiled: CompiledGeneration, prompt: Prompt | None, steps: int | None
+) -> str:
+    """What runs in which steps of a generation: the graph, what is saved over all steps, and each run of steps.
+
+    ``steps``: how many there are at most.
+    """
+    over = f", over {prompt}" if prompt is not None else ""
+    most = f", at most {steps} step{'s' if steps != 1 else ''}" if steps is not None else ""
+    sections = [f"{model}{over}{most}", _graph(graph)]
+    if compiled.courses:
+        sections.append("\n".join(["saves, over all steps", *_courses(compiled, prompt, steps)]))
+    for window, part in zip(compiled.stepped.segments, compiled.parts, strict=True):
+        sizes = None if prompt is None else prompt.sizes
+        if sizes is not None and window.start:
+            sizes = {**sizes, "P": 1, "S": sizes["P"] + window.start}
+        hazards = uncapturable(part.plan.graph)
+        captured = f"no: {'; '.join(hazards)}" if hazards else "yes"
+        lines = [f"{window.words}{' (the prompt)' if window == PREFILL else ''}", part.plan.text(sizes)]
+        lines.append(f"  can be captured in a CUDA graph: {captured}")
+        lines += [shortened(program.text()) for program in part.programs if program.blocks]
+        sections.append("\n".join(lines))
+    return "\n\n".join(sections)
+
+
+def _courses(compiled: CompiledGeneration, prompt: Prompt | None, steps: int | None) -> list[str]:
+    """What each save becomes, and how large it can be."""
+    lines: list[str] = []
+    for course in compiled.courses:
+        how = (
+            "as it is"
+            if course.once
+            else "position after position"
+            if course.axis is not None
+            else "step by step"
+        )
+        where = "" if course.window is None or course.window.every else f" in {course.window.words}"
+        size = ""
+        if prompt is not None and steps is not None:
+            size = f", at most {bytes_text(course.nbytes(prompt.sizes, steps))}"
+        to = f", to {course.save.to}" if course.save.to is not None else ""
+        lines.append(
+            f"  {course.save.name!r}{where}, {how}: {len(course.save.values)} x {course.type}{size}{to}"
+        )
+    return lines
 
 
 def _lent(graph: Graph, compiled: Compiled) -> list[str]:

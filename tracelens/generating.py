@@ -1,26 +1,36 @@
-"""Text from a model whose computation a block changes: transformers' own generation, with the program's hooks."""
+"""Text from a model that a block looks into and changes: transformers' own generation, with each step's program."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
 from tracelens.agreeing import require_agreement
-from tracelens.backends.local import Run
+from tracelens.backends.gathering import Gathering
+from tracelens.backends.generation_options import Watched, require_plain, resolved, watched_criteria
 from tracelens.backends.pipeline_generation import StagedGeneration
 from tracelens.backends.ready import running_device
-from tracelens.backends.transfer import Everywhere, inputs_on
+from tracelens.backends.stepping import SteppedRun
+from tracelens.backends.transfer import inputs_on, moved
 from tracelens.backends.windows import refuse_forgotten
-from tracelens.compiled import Compiled, relocate
+from tracelens.compiled import relocate
 from tracelens.compiling import Compiler, check_fits
-from tracelens.errors import TracelensError
+from tracelens.errors import OptionError, TracelensError
+from tracelens.gathered import Generated, ends_of, finished, from_ranks
+from tracelens.generation_plan import CompiledGeneration, bound_to_steps
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import ModuleSite
+from tracelens.ir.ops import Read, Write
 from tracelens.ir.sites import Scope
+from tracelens.leaving import elsewhere
 from tracelens.prompted import Prompt
 from tracelens.ranked import RankedCompiler
+from tracelens.report import RunReport
 
 if TYPE_CHECKING:
     from tracelens.model import Model
@@ -30,70 +40,201 @@ def generate(
     model: Model,
     compiler: Compiler,
     graph: Graph,
-    compiled: Compiled,
+    compiled: CompiledGeneration,
     prompt: Prompt,
     options: Mapping[str, Any],
-) -> list[list[int]]:
-    """transformers' own generation, with the program's hooks in every forward pass."""
-    anatomy = model.anatomy
+    *,
+    include_last: bool = False,
+    seed: int | None = None,
+) -> Generated:
+    """transformers' own generation, with each step's program in its pass.
+
+    ``options``: those of transformers, ``max_new_tokens`` among them. ``include_last``: one more pass, over the last
+    token. ``seed``: for tokens that are drawn.
+    """
+    hf: Any = compiler.anatomy.model
+    if not compiled.any_passes or include_last or options["max_new_tokens"] == 0:
+        require_plain(hf, options)
+    _require_history(graph, compiled, cached=_cached(hf, options))
     if isinstance(compiler, RankedCompiler):
-        return compiler.generate(graph, compiled, prompt, options)
-    device = running_device(anatomy)
-    check_fits(graph, compiled, prompt)
-    drawn = anatomy.mesh is not None and bool(
-        options.get("do_sample", cast(Any, anatomy.model).generation_config.do_sample)
-    )
-    if anatomy.mesh is not None and not compiler.owned:
-        require_agreement(anatomy.mesh, compiled, graph, prompt, options, sampled=drawn)
-    run = Run(anatomy.model, compiled.code, compiler.state(graph, compiled, prompt), None)
-    inputs = inputs_on(prompt.batch.model_inputs(), device)
-    # transformers derives the positions from the mask itself, and continues them in every step.
-    inputs.pop("position_ids")
-    hf: Any = anatomy.model
-    if any(
-        site.name in ("lm_head", "logits")
-        or (isinstance(site, ModuleSite) and site.kind.scope is Scope.AFTER)
-        for site in compiled.plan.sites
-    ):
-        # transformers would compute only the last position's; the sites are those of every position.
-        inputs["logits_to_keep"] = 0
+        return compiler.generate(graph, compiled, prompt, options, include_last=include_last, seed=seed)
+    with _seeded(seed, running_device(compiler.anatomy)):
+        return _Generation(model, compiler, graph, compiled, prompt, options, include_last).run()
 
-    def sizes(args: Any, kwargs: Mapping[str, Any]) -> dict[str, int]:
-        ids = kwargs.get("input_ids")
-        ids = args[0] if ids is None else ids
-        cache = kwargs.get("past_key_values")
-        if prompt.ragged:
-            run.real = Everywhere(kwargs["attention_mask"].bool())
-        seen = 0 if cache is None else int(cache.get_seq_length())
-        return {"B": ids.shape[0], "P": ids.shape[1], "S": seen + ids.shape[1]}
 
-    pipeline = None if anatomy.mesh is None else anatomy.mesh.pipeline
+class _Generation:
+    """One generation in this process, or this rank's part of one."""
 
-    def forward() -> torch.Tensor:
-        if pipeline is not None:
+    def __init__(
+        self,
+        model: Model,
+        compiler: Compiler,
+        graph: Graph,
+        compiled: CompiledGeneration,
+        prompt: Prompt,
+        options: Mapping[str, Any],
+        include_last: bool,
+    ) -> None:
+        self.compiler, self.graph, self.compiled, self.prompt = compiler, graph, compiled, prompt
+        self.anatomy = compiler.anatomy
+        self.hf: Any = self.anatomy.model
+        self.options = dict(options)
+        self.include_last = include_last
+        self.count: int = self.options["max_new_tokens"]
+        self.watched: list[Watched] = watched_criteria(self.options, model.tokenizer)
+        self.config = resolved(self.hf, options)
+        self.ends = _end_tokens(self.config)
+
+    def run(self) -> Generated:
+        anatomy, compiled, prompt, graph = self.anatomy, self.compiled, self.prompt, self.graph
+        started = perf_counter()
+        check_fits(graph, compiled, prompt)
+        mesh = anatomy.mesh
+        drawn = bool(self.config.do_sample)
+        if mesh is not None and not self.compiler.owned:
+            require_agreement(mesh, compiled, graph, prompt, self.options, sampled=drawn)
+        cached = _cached(self.hf, self.options)
+        steps = max(1, self.count)
+        gathering = Gathering(
+            compiled.courses, prompt.sizes, steps, include_last=self.include_last, cached=cached
+        )
+        run = SteppedRun(
+            self.hf,
+            compiled.segments,
+            self.compiler.state(graph, compiled, prompt),
+            gathering,
+            sizes=prompt.sizes,
+            cached=cached,
+            any_passes=compiled.any_passes,
+            mask=moved(prompt.batch.mask, running_device(anatomy)),
+            ragged=prompt.ragged,
+            inputs=bool(compiled.inputs),
+        )
+        inputs = self._inputs(prompt)
+        if mesh is not None and mesh.pipeline is not None:
             newest = inputs.get("logits_to_keep") == 0
-            StagedGeneration(run, pipeline, newest=newest, draws=drawn).begin(compiled.code.seat)
-        return hf.generate(**inputs, **options)
+            run.staged = StagedGeneration(run, mesh.pipeline, newest=newest, draws=drawn)
+        try:
+            self._refuse_forgotten()
+            found = run.execute(partial(self._forward, inputs))
+            if mesh is not None:
+                self.compiler.report(graph, run, mesh)
+            tokens = [] if found is None else self._tokens(found[:, prompt.sizes["P"] :])
+            tensors = self._tensors(gathering, run, tokens)
+        except TracelensError as error:
+            raise relocate(error, graph) from error.__cause__
+        finally:
+            gathering.remove()
+        report = RunReport(perf_counter() - started, run.state.traffic, tuple, {})
+        return Generated(tokens, tensors, report)
 
-    try:
-        refuse_forgotten(anatomy, compiled.plan.graph, prompt.sizes["P"], options)
-        output = run.execute(forward, each_forward=sizes)
-        if anatomy.mesh is not None:
-            compiler.report(graph, run, anatomy.mesh)
-    except TracelensError as error:
-        raise relocate(error, graph) from error.__cause__
-    new = output[:, inputs["input_ids"].shape[1] :].tolist()
-    ends = _end_tokens(hf, options)
-    return [_until_end(row, ends) for row in new]
+    def _inputs(self, prompt: Prompt) -> dict[str, Any]:
+        inputs = inputs_on(prompt.batch.model_inputs(), running_device(self.anatomy))
+        # transformers derives the positions from the mask itself, and continues them in every step.
+        inputs.pop("position_ids")
+        if any(_behind_all(op) for part in self.compiled.parts for op in part.plan.graph.ops):
+            # transformers would compute only the last position's; the sites are those of every position.
+            inputs["logits_to_keep"] = 0
+        return inputs
+
+    def _forward(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+        """All passes of the generation: the tokens, the prompt's among them."""
+        if self.count == 0:
+            # One pass, over the prompt alone.
+            self.hf(**inputs, use_cache=False)
+            return inputs["input_ids"]
+        found = self.hf.generate(**inputs, **self.options, return_dict_in_generate=True)
+        if self.include_last:
+            self._last_pass(inputs, found)
+        return found.sequences
+
+    def _last_pass(self, inputs: Mapping[str, Any], found: Any) -> None:
+        """One more pass, over the last token, which generation has no need of."""
+        text: torch.Tensor = found.sequences
+        mask = inputs["attention_mask"]
+        new = text.shape[1] - mask.shape[1]
+        mask = torch.cat([mask, mask.new_ones(mask.shape[0], new)], 1)
+        cache = found.past_key_values
+        positions = (mask.cumsum(-1) - 1).clamp(min=0)
+        given: dict[str, Any] = {"input_ids": text, "attention_mask": mask, "position_ids": positions}
+        if _cached(self.hf, self.options):
+            given |= {"input_ids": text[:, -1:], "position_ids": positions[:, -1:], "past_key_values": cache}
+        keep = {"logits_to_keep": 0} if "logits_to_keep" in inputs else {}
+        self.hf(**given, **keep, use_cache=_cached(self.hf, self.options))
+
+    def _tokens(self, new: torch.Tensor) -> list[list[int]]:
+        """The new tokens of each row up to its end."""
+        rows: list[list[int]] = new.tolist()
+        for row, text in enumerate(rows):
+            del text[next((at + 1 for at, token in enumerate(text) if token in self.ends), len(text)) :]
+            for watched in self.watched:
+                if (end := watched.steps(len(rows))[row]) is not None:
+                    del text[end:]
+        return rows
+
+    def _tensors(
+        self, gathering: Gathering, run: SteppedRun, tokens: list[list[int]]
+    ) -> dict[str, Callable[[], Any]]:
+        ends = ends_of(tokens)
+        mesh = self.anatomy.mesh
+        if mesh is None:
+            return finished(gathering, self.prompt, ends)
+        members = from_ranks(gathering, ends, run.code.devices, mesh)
+        if not mesh.has_results:
+            return {name: partial(elsewhere, name) for name in gathering.courses}
+        return finished(gathering, self.prompt, ends, members)
+
+    def _refuse_forgotten(self) -> None:
+        for segment, part in zip(self.compiled.stepped.segments, self.compiled.parts, strict=True):
+            if segment.stop != 1:
+                refuse_forgotten(self.anatomy, part.plan.graph, self.prompt.sizes["P"], self.options)
 
 
-def _end_tokens(hf: Any, options: Mapping[str, Any]) -> frozenset[int]:
-    end = options.get("eos_token_id", getattr(hf.generation_config, "eos_token_id", None))
-    return frozenset(end if isinstance(end, list | tuple) else () if end is None else (end,))
+def _behind_all(op: object) -> bool:
+    """Is an operation on what is made of the last positions alone, unless more are asked for?"""
+    return isinstance(op, Read | Write) and (
+        op.site.name in ("lm_head", "logits")
+        or (isinstance(op.site, ModuleSite) and op.site.kind.scope is Scope.AFTER)
+    )
 
 
-def _until_end(row: list[int], ends: frozenset[int]) -> list[int]:
-    for position, token in enumerate(row):
-        if token in ends:
-            return row[: position + 1]
-    return row
+def _cached(hf: Any, options: Mapping[str, Any]) -> bool:
+    """Has a pass of a later step the new token alone?"""
+    return resolved(hf, options).use_cache is not False and options.get("max_new_tokens") != 0
+
+
+def _require_history(graph: Graph, compiled: CompiledGeneration, *, cached: bool) -> None:
+    """Without a cache, a pass is over earlier positions again, and has to do to them what their own steps did."""
+    if cached or (compiled.stepped.segments[-1].start == 0 and not compiled.recorded.writes):
+        return
+    number = bound_to_steps(compiled.stepped)
+    if number is not None and compiled.recorded.writes:
+        raise graph.blame(
+            OptionError(
+                "without a cache every step runs the model over the whole text again, and this would be done to the "
+                "positions of other steps as well",
+                instead="use_cache=True, which is the default",
+            ),
+            number,
+        )
+
+
+def _end_tokens(config: Any) -> frozenset[int]:
+    end = config.eos_token_id
+    if isinstance(end, torch.Tensor):
+        end = end.tolist()
+    return frozenset(
+        cast("list[int]", end) if isinstance(end, list | tuple) else () if end is None else (end,)
+    )
+
+
+@contextmanager
+def _seeded(seed: int | None, device: torch.device) -> Iterator[None]:
+    """Random numbers from a seed, and after it those that the user's own would have been."""
+    if seed is None:
+        yield
+        return
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        torch.manual_seed(seed)
+        yield

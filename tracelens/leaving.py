@@ -11,8 +11,8 @@ from typing import Any, NoReturn
 
 import torch
 
-from tracelens.backends.body import Devices
 from tracelens.backends.departing import Departures, require_unchanged
+from tracelens.backends.devices import Devices
 from tracelens.backends.enduring import remember
 from tracelens.backends.execute import State
 from tracelens.backends.mesh import Mesh
@@ -21,7 +21,7 @@ from tracelens.backends.transfer import land, on_cpu
 from tracelens.errors import ElsewhereError, SavedFileError, SiteMismatchError, TracelensError
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import torch_dtype
-from tracelens.ir.layout import WHOLE_EVERYWHERE, Replicate
+from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, Replicate
 from tracelens.ir.ops import Keep, Save
 from tracelens.ir.types import TensorType
 from tracelens.location import here
@@ -83,32 +83,46 @@ def collect(
 
     A rank that has failed gives zeros, so that nobody waits for it.
     """
-    pipeline = mesh.pipeline
     found: dict[str, Members] = {}
     for save in saves:
         members: list[tuple[torch.Tensor, int]] = []
         for part, value in enumerate(save.values):
             home, layout, type_ = plan.home[value], plan.layouts[value], plan.graph.types[value]
             own = devices.local(type_ if save.dtype is None else replace(type_, dtype=save.dtype), layout)
-            whole: torch.Tensor | None = None
+            mine: torch.Tensor | None = None
             if home == mesh.stage:
-                whole = _member(save, part, plan, state)
-                if whole is None:
-                    whole = mesh.zeros(own, state.sizes)
-                if not isinstance(layout, Replicate):
-                    whole = mesh.collected(whole.detach(), type_.sizes(state.sizes), layout)
-            if home != 0 and pipeline is not None and mesh.leads:
-                if whole is not None:
-                    pipeline.send(whole, 0)
-                elif mesh.has_results:
-                    dtype = torch_dtype(save.dtype or type_.dtype)
-                    whole = pipeline.receive(type_.sizes(state.sizes), dtype, home, mesh.device)
+                mine = _member(save, part, plan, state)
+                if mine is None:
+                    mine = mesh.zeros(own, state.sizes)
+            dtype = torch_dtype(save.dtype or type_.dtype)
+            whole = whole_on_first(mine, home, layout, type_.sizes(state.sizes), dtype, mesh)
             if whole is not None:
                 members.append((whole, whole._version))
         found[save.name] = members
-    if pipeline is not None:
-        pipeline.settle()
+    if mesh.pipeline is not None:
+        mesh.pipeline.settle()
     return found
+
+
+def whole_on_first(
+    mine: torch.Tensor | None,
+    home: int,
+    layout: Layout,
+    shape: tuple[int, ...],
+    dtype: torch.dtype,
+    mesh: Mesh,
+) -> torch.Tensor | None:
+    """A tensor of a place, of which the ranks of that place have ``mine``, whole on the first rank of all."""
+    whole = mine
+    if whole is not None and not isinstance(layout, Replicate):
+        whole = mesh.collected(whole.detach(), shape, layout)
+    pipeline = mesh.pipeline
+    if home != 0 and pipeline is not None and mesh.leads:
+        if whole is not None:
+            pipeline.send(whole, 0)
+        elif mesh.has_results:
+            whole = pipeline.receive(shape, dtype, home, mesh.device)
+    return whole
 
 
 Copies = dict[str, list[str]]

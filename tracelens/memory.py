@@ -24,6 +24,7 @@ from tracelens.ir.ops import (
     Call,
     Const,
     Grad,
+    Hold,
     Index,
     Keep,
     Op,
@@ -195,6 +196,11 @@ class _Walk:
                     self._save(op, op.values[part], step.number)
             case Transfer() | Redistribute():
                 self._made(op.out)
+            case Hold():
+                self.copies -= 1
+                self.users[self.copies] = 1
+                size = self._nbytes(op.value)
+                self._add(op.place, self.copies, Holding(step.number, op_text(op), size))
             case Grad():
                 for out in op.outs:
                     self._made(out)

@@ -11,9 +11,11 @@ import torch
 from torch import nn
 
 from tracelens.backends.anatomy import ModelAnatomy
+from tracelens.backends.generation_options import require_own
 from tracelens.batch import prepare
 from tracelens.compiling import Compiler
 from tracelens.errors import Blaming, OptionError, PromptError, TracelensError
+from tracelens.generation import Generation
 from tracelens.handles import LayerHandle, Layers, global_site, no_target, recorder_of, unknown_global
 from tracelens.ir.graph import Graph
 from tracelens.ir.sites import GLOBAL_KINDS, Site
@@ -26,7 +28,7 @@ from tracelens.prompt_tokens import PromptTokens
 from tracelens.prompted import Prompt
 from tracelens.ranked import Parts, RankedCompiler
 from tracelens.site_table import SiteTable, site_table
-from tracelens.tracing import Generation, Program, Record, Trace
+from tracelens.tracing import Program, Record, Trace
 from tracelens.values import Value
 from tracelens.view import Fold, Line, Shown, Stack, View, display, html
 
@@ -101,42 +103,65 @@ class Model(Shown):
         recorded = graph.graph if isinstance(graph, Record | Trace) else graph
         return Program(self, recorded, _room(max_extra_memory))
 
-    def generate(self, prompt: Any, *, max_new_tokens: int, **options: Any) -> Generation:
-        """Opens a block whose writes hold in every forward pass while ``max_new_tokens`` tokens are generated.
+    def generate(
+        self,
+        prompt: Any,
+        *,
+        max_new_tokens: int,
+        seed: int | None = None,
+        include_last: bool = False,
+        max_extra_memory: int | str | None = None,
+        **options: Any,
+    ) -> Generation:
+        """Opens a block that reads and writes while up to ``max_new_tokens`` tokens are generated, when it ends.
 
-        ``options`` go to transformers' ``generate`` (``do_sample``, ``temperature``, ``eos_token_id``, ...); the
-        default is greedy. Afterwards ``t.text`` and ``t.tokens`` hold what is new. Nothing can be saved in it yet.
+        ``prompt``: as for :meth:`trace`. ``seed``: of tokens that are drawn (``do_sample=True``), which are then the
+        same on one device and on ranks; your own random numbers go on as if nothing had been drawn. ``include_last``:
+        one more pass, over the last token, so that saved positions are those of the whole text.
+        ``max_extra_memory``: as for :meth:`trace`. ``options`` go to transformers' ``generate`` (``do_sample``,
+        ``temperature``, ``eos_token_id``, ``stop_strings``, ...); the default is greedy.
+
+        >>> with model.generate("The capital of France is", max_new_tokens=20) as t:   # doctest: +SKIP
+        ...     model.layers[12].post_ln += 3.0 * v                    # in every step
+        ...     t.decode.layers[20].resid_post += w                    # in those of new tokens
+        ...     norms = model.layers[:].resid_post.norm(dim=-1).save() # [layers, 1, P + 19]
+        >>> t.text                                                                     # doctest: +SKIP
+
+        Raises :class:`~tracelens.errors.OptionError` for options under which a step would not be one token of each row
+        (beam search, assisted generation, ...).
         """
-        if type(max_new_tokens) is not int or max_new_tokens < 1:
+        if type(max_new_tokens) is not int or max_new_tokens < 0:
             raise OptionError(
-                f"max_new_tokens={max_new_tokens!r} is not a positive whole number",
+                f"max_new_tokens={max_new_tokens!r} is no number of tokens",
                 at=here(),
-                instead="max_new_tokens=20; or model.trace for the prompt alone",
+                instead="max_new_tokens=20; 0 runs the model over the prompt alone",
             )
         prepared = self.prepare(prompt, room=max_new_tokens)
         single = isinstance(prompt, str) or prepared.sizes["B"] == 1
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             single = False
-        if options.get("num_return_sequences", 1) != 1:
-            single = False
-        if options.get("return_dict_in_generate"):
-            raise OptionError(
-                "return_dict_in_generate=True is not an option of model.generate, which keeps the new tokens alone",
-                at=here(),
-                instead="t.tokens and t.text; or model.hf.generate for what transformers itself returns",
-            )
-        settings: dict[str, Any] = {
-            "do_sample": False,
-            "return_dict_in_generate": False,
-            **options,
-            "max_new_tokens": max_new_tokens,
-        }
+        each = options.pop("num_return_sequences", None) or 1
+        if each != 1:
+            # Several texts of one prompt are rows of their own.
+            batch = prepared.batch.each(each)
+            prepared, single = Prompt(batch, prepared.tokenizer, prepared.owner), False
+        settings: dict[str, Any] = {"do_sample": False, **options, "max_new_tokens": max_new_tokens}
         if settings["do_sample"] is False:
             # Sampling settings of the model's own generation_config do not belong to a greedy run (and warn).
             for name in ("temperature", "top_p", "top_k"):
                 settings.setdefault(name, None)
         settings.setdefault("pad_token_id", self._pad_id)
-        return Generation(self, prepared, settings, single)
+        with Blaming(here()):
+            require_own(settings)
+        return Generation(
+            self,
+            prepared,
+            settings,
+            single=single,
+            include_last=include_last,
+            seed=seed,
+            most=_room(max_extra_memory),
+        )
 
     def prepare(self, prompt: Any, *, room: int = 0) -> Prompt:
         """The prompt as the model will see it: token ids, padded on the left, with a mask and positions.
@@ -336,7 +361,7 @@ class Model(Shown):
 
     def __dir__(self) -> list[str]:
         present = [kind.name for kind in GLOBAL_KINDS if self.anatomy.has(Site(kind.name))]
-        return sorted({*_PUBLIC, *present, "token_mask"})
+        return sorted({*_PUBLIC, *present, "token_mask", "token_ids", "positions"})
 
     def _view(self) -> View:
         return Line(f"<tracelens model: {self.describe()}>")

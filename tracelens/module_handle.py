@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from tracelens.backends.module_sides import shown
 from tracelens.backends.replacing import output_site
 from tracelens.backends.survey import Leaf, ModuleCall
-from tracelens.errors import Blaming, ModuleTensorError, OptionError, UnknownSiteError
+from tracelens.errors import Blaming, ModuleTensorError, OptionError, ReplacementError, UnknownSiteError
 from tracelens.handles import recorder_of
 from tracelens.ir.module_sites import INPUT, OUTPUT, Key
+from tracelens.ir.windows import StepWindow
 from tracelens.location import here
 from tracelens.operand import Operand
 from tracelens.values import Value
@@ -28,9 +29,11 @@ class ModuleHandle:
     choose. They are read and written as named sites are.
     """
 
-    __slots__ = ("_anatomy", "_number", "_path")
+    __slots__ = ("_anatomy", "_number", "_path", "_steps")
 
-    def __init__(self, anatomy: ModelAnatomy, path: str, number: int | None = None) -> None:
+    def __init__(
+        self, anatomy: ModelAnatomy, path: str, number: int | None = None, steps: StepWindow | None = None
+    ) -> None:
         if not isinstance(path, str):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
             raise OptionError(
                 f"a module is named by its path, not by {path!r}",
@@ -39,13 +42,14 @@ class ModuleHandle:
             )
         with Blaming(here()):
             known = anatomy.sides.path_of(path)
-        for name, value in (("_anatomy", anatomy), ("_path", known), ("_number", number)):
+        for name, value in (("_anatomy", anatomy), ("_path", known), ("_number", number), ("_steps", steps)):
             object.__setattr__(self, name, value)
 
     if TYPE_CHECKING:
         _anatomy: ModelAnatomy
         _path: str
         _number: int | None
+        _steps: StepWindow | None
 
     def call(self, number: int) -> ModuleHandle:
         """One of several calls of the module in a forward pass, counted from 0."""
@@ -55,7 +59,7 @@ class ModuleHandle:
                 at=here(),
                 instead=f"model.module({self._path!r}).call(0) is the first",
             )
-        handle = ModuleHandle(self._anatomy, self._path, number)
+        handle = ModuleHandle(self._anatomy, self._path, number, self._steps)
         handle._call()
         return handle
 
@@ -96,6 +100,12 @@ class ModuleHandle:
         more than one tensor, :class:`~tracelens.errors.CausalityError` for values that come later, and
         :class:`~tracelens.errors.SkippedSiteError` where the block has looked inside.
         """
+        if self._steps is not None:
+            raise ReplacementError(
+                "a module is left out in every step of a generation, or in none",
+                at=here(),
+                instead=f"model.module({self._path!r}).replace(...); or a write of its output in these steps",
+            )
         call = self._call()
         recorder = recorder_of(self._anatomy, f"{self!r}.replace")
         with Blaming(here()):
@@ -174,7 +184,9 @@ class _Side:
             if not any(known[: len(key)] == key for known in self.leaves):
                 raise self.no_tensor(key)
             return _Choice(self, key)
-        return Value.of_site(recorder_of(self.handle._anatomy, self.spelled(key)), leaf.site)
+        return Value.of_site(
+            recorder_of(self.handle._anatomy, self.spelled(key)), leaf.site.during(self.handle._steps)
+        )
 
     def write(self, key: Key, new: Any) -> None:
         """Replaces the tensor at this place."""
@@ -185,7 +197,7 @@ class _Side:
                 if any(known[: len(key)] == key for known in self.leaves)
                 else self.no_tensor(key)
             )
-        recorder_of(self.handle._anatomy, self.spelled(key)).write(leaf.site, new)
+        recorder_of(self.handle._anatomy, self.spelled(key)).write(leaf.site.during(self.handle._steps), new)
 
     def extended(self, key: Key, part: Any) -> Key:
         """The place one step further in; the names of arguments and their positions are the same thing."""

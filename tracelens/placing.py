@@ -26,6 +26,7 @@ from tracelens.ir.ops import (
     Call,
     Const,
     Grad,
+    Hold,
     Index,
     IndexPut,
     Keep,
@@ -113,6 +114,8 @@ class _Placing:
                 found = self.placement.of_path(op.path)
             case Read() | Write():
                 found = self.placement.place_of(op.site).index
+            case Hold():
+                return op.place
             case Grad():
                 for out, value in zip(op.outs, op.wrt, strict=True):
                     self.home[out] = self.home[value]

@@ -332,7 +332,7 @@ def make_plan(
 
     ``reached``: sites of one level that the model reaches in another order than the vocabulary has them.
     """
-    marked = mark_leaves(improve(graph, verify_each=verify_each))
+    marked = mark_leaves(improve(graph, verify_each=verify_each, keep_writes=generating))
     if reached:
         marked = as_reached(marked, reached)
     improved = carry_stream_writes(marked, carries, type_of=type_of, to_the_end=generating)

@@ -24,6 +24,8 @@ from tracelens.errors import (
     RankFailedError,
     UntrustedApplyError,
 )
+from tracelens.gathered import Generated, ends_of, missed
+from tracelens.generation_plan import CompiledGeneration
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Apply
 from tracelens.leaving import same, write_files
@@ -89,15 +91,36 @@ class RankedCompiler(Compiler):
         return Ran(found, RunReport(perf_counter() - started, travelled, planned, {}))
 
     def generate(
-        self, graph: Graph, compiled: Compiled, prompt: Prompt, options: Mapping[str, Any]
-    ) -> list[list[int]]:
-        """New tokens, with the block's writes in every forward pass."""
-        seed = int(torch.randint(2**62, ()).item())
-        replies = self._asked("generate", graph, compiled, prompt, {"options": dict(options), "seed": seed})
-        return replies[0].header["tokens"]
+        self,
+        graph: Graph,
+        compiled: CompiledGeneration,
+        prompt: Prompt,
+        options: Mapping[str, Any],
+        *,
+        include_last: bool,
+        seed: int | None,
+    ) -> Generated:
+        """New tokens and what was saved on the way, with each step's program in its pass."""
+        started = perf_counter()
+        seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        more = {"options": dict(options), "seed": seed, "include_last": include_last}
+        reply = self._asked("generate", graph, compiled, prompt, more)[0]
+        tokens, ends = reply.header["tokens"], ends_of(reply.header["tokens"])
+        values = results_from(reply.header, reply.tensors)
+        found: dict[str, Callable[[], Any]] = {
+            course.save.name: missed(course, prompt, ends) or partial(same, values[course.save.name])
+            for course in compiled.courses
+        }
+        write_files([save for save in compiled.saves if save.to is not None and save.name in values], found)
+        return Generated(tokens, found, RunReport(perf_counter() - started, (), tuple, {}))
 
     def _asked(
-        self, name: str, graph: Graph, compiled: Compiled, prompt: Prompt, more: Mapping[str, Any]
+        self,
+        name: str,
+        graph: Graph,
+        compiled: Compiled | CompiledGeneration,
+        prompt: Prompt,
+        more: Mapping[str, Any],
     ) -> list[Reply]:
         self._parts.require_open()
         _refuse_python(graph)

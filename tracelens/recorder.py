@@ -6,20 +6,12 @@ lost updates, stale values, shapes, dtypes, the position axis. It knows types an
 
 from __future__ import annotations
 
-import weakref
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import Any
+from collections.abc import Hashable, Mapping, Sequence
 
-from tracelens.advice import another_name
-from tracelens.destination import require_writable
-from tracelens.draft import Delivery, Draft
 from tracelens.errors import (
     Blaming,
-    DuplicateNameError,
     LostUpdateError,
-    OptionError,
     ReplacementError,
-    SaveInGenerationError,
     TracelensError,
     WriteTargetError,
 )
@@ -42,19 +34,27 @@ from tracelens.ir.ops import (
     Index,
     IndexItem,
     IndexPut,
-    Keep,
     Read,
     Ref,
-    Save,
     Scalar,
+    Selector,
     Write,
 )
 from tracelens.ir.padding import has_keys
 from tracelens.ir.sites import AFTER_ALL, Effect, Site
-from tracelens.ir.types import DType, TensorType
+from tracelens.ir.step_flow import steps_of
+from tracelens.ir.types import TensorType
+from tracelens.ir.windows import PREFILL
 from tracelens.location import Location, here
 from tracelens.misaligned import PaddedSize, misaligned, padded_size, padding_counted
-from tracelens.origins import Origin, latest_origin, refuse_backwards
+from tracelens.origins import (
+    Origin,
+    latest_origin,
+    origin_in_steps,
+    refuse_backwards,
+    refuse_other_steps,
+)
+from tracelens.saving import SavingDraft
 from tracelens.skipping import (
     Skipped,
     refuse_inside,
@@ -69,7 +69,7 @@ from tracelens.subject import spelling
 _OF_NUMBERS = frozenset({Kind.POINTWISE, Kind.REDUCTION, Kind.PRODUCT})
 
 
-class Recorder(Draft):
+class Recorder(SavingDraft):
     """One open recording."""
 
     # --- values ----------------------------------------------------------------------------------------------
@@ -89,10 +89,18 @@ class Recorder(Draft):
         step = self._at.next.get(site)
         if step is None:
             type_ = self._type_of(site, location)
-            op = Read(len(self.types), type_, site, self._versions.get(site, 0))
-            step = self._add(site, op, (type_,), Origin(site.order, frozenset((site,)), len(self.ops)))
+            op = Read(len(self.types), type_, site, self._versions.get(site.always, 0))
+            steps = steps_of(site) if self.generating else None
+            origin = Origin(site.order, frozenset((site.always,)), len(self.ops), steps)
+            step = self._add(site, op, (type_,), origin)
         value = self._current[site] = self._take(step, location)
         return value
+
+    def _origin(self, args: Sequence[Arg], *, by_token: bool = False) -> Origin | None:
+        """Where something comes from that is made of these arguments."""
+        if self.generating:
+            return origin_in_steps(self._origins, self.types, args, by_token=by_token)
+        return latest_origin(self._origins, args)
 
     def _type_of(self, site: Site, location: Location) -> TensorType:
         if self.skipped:
@@ -142,8 +150,9 @@ class Recorder(Draft):
         named = tuple((key, self.argument(arg)) for key, arg in kwargs.items())
         abstract = tuple(self._abstract(arg) for arg in plain)
         abstract_named = tuple((key, self._abstract(arg)) for key, arg in named)
-        inferred = infer_call(name, abstract, abstract_named, self.sizes)
-        self._check_positions(name, inferred, (*abstract, *abstract_named))
+        inferred = infer_call(name, abstract, abstract_named, self._inferring)
+        origin = self._origin([*plain, *(arg for _, arg in named)])
+        self._check_positions(name, inferred, (*abstract, *abstract_named), origin)
         first = len(self.types)
         outs = tuple(range(first, first + len(inferred.types)))
         op = Call(outs, inferred.types, name, plain, named)
@@ -153,7 +162,6 @@ class Recorder(Draft):
             known = self._at.next.get(op)
             if known is not None:
                 return known
-        origin = latest_origin(self._origins, [*plain, *(arg for _, arg in named)])
         return self._add(op if key is None else key, op, inferred.types, origin, inferred, inferred.fields)
 
     def index(self, base: int, index: tuple[IndexItem, ...], *, by_token: bool = False) -> int:
@@ -161,11 +169,11 @@ class Recorder(Draft):
         self.require_open()
         location = here()
         with Blaming(location):
-            inferred = infer_index(self.types[base], self._abstract_index(index), self.sizes)
+            inferred = infer_index(self.types[base], self._abstract_index(index), self._inferring)
+            origin = self._origin([Ref(base), *_index_refs(index)], by_token=_selects(index))
             if not by_token:
-                self._check_positions("indexing", inferred, (self.types[base],))
+                self._check_positions("indexing", inferred, (self.types[base],), origin)
         (type_,) = inferred.types
-        origin = latest_origin(self._origins, [Ref(base), *_index_refs(index)])
         op = Index(len(self.types), type_, base, index)
         return self._take(self._step(op, (type_,), origin, inferred), location)
 
@@ -176,11 +184,13 @@ class Recorder(Draft):
         with Blaming(location):
             arg = self._ref_or_scalar(new)
             abstract = self.types[arg.id] if isinstance(arg, Ref) else arg
-            inferred = infer_index_put(self.types[base], self._abstract_index(index), abstract, self.sizes)
+            inferred = infer_index_put(
+                self.types[base], self._abstract_index(index), abstract, self._inferring
+            )
+            origin = self._origin([Ref(base), arg, *_index_refs(index)], by_token=_selects(index))
             if not by_token:
-                self._check_positions("indexed assignment", inferred, (self.types[base],))
+                self._check_positions("indexed assignment", inferred, (self.types[base],), origin)
         type_ = self.types[base]
-        origin = latest_origin(self._origins, [Ref(base), arg, *_index_refs(index)])
         op = IndexPut(len(self.types), type_, base, index, arg)
         return self._take(self._step(op, (type_,), origin, inferred), location)
 
@@ -192,7 +202,7 @@ class Recorder(Draft):
         location = here()
         with Blaming(location):
             plain = tuple(self.argument(arg) for arg in args)
-        origin = latest_origin(self._origins, list(plain))
+            origin = self._origin(list(plain))
         first = len(self.types)
         outs = tuple(range(first, first + len(types)))
         self._take(self._step(Apply(outs, types, len(self.functions), plain), types, origin), location)
@@ -224,8 +234,13 @@ class Recorder(Draft):
             error.at = error.at or location
             raise
         self._take(step, location)
-        self._versions[site] = self._versions.get(site, 0) + 1
+        tensor = site.always
+        self._versions[tensor] = self._versions.get(tensor, 0) + 1
         self._current.pop(site, None)
+        if self.generating:
+            for other in [known for known in self._current if known.always == tensor]:
+                if steps_of(other).overlaps(steps_of(site)):
+                    del self._current[other]
         if self._pending and isinstance(op := step.op, Write) and isinstance(op.value, Ref):
             self.returned(op.value.id, site)
 
@@ -237,18 +252,22 @@ class Recorder(Draft):
             refuse_unseen(self.skipped, site, self.anatomy)
         arg = self._ref_or_scalar(new)
         inferred = self._fit(type_, arg)
-        self._check_positions("a write", inferred)
         origin = self._origins[arg.id] if isinstance(arg, Ref) else None
-        if origin is not None:
+        self._check_positions("a write", inferred, (), origin)
+        if (
+            origin is not None
+            and isinstance(arg, Ref)
+            and not (self.generating and refuse_other_steps(site, self.types[arg.id], origin))
+        ):
             refuse_backwards(site, origin, self.locations, location)
-        op = Write(site, self._versions.get(site, 0) + 1, arg)
+        op = Write(site, self._versions.get(site.always, 0) + 1, arg)
         if key is None:
             return self._step(op, (), None, inferred)
         return self._add(key, op, inferred=inferred)
 
     def is_written(self, site: Site) -> bool:
         """Has the block written to a site so far?"""
-        return site in self._versions
+        return site.always in self._versions
 
     def replace(self, site: Site, begins: ModuleSite, new: object) -> None:
         """The module between ``begins`` and ``site`` is not run, and ``new`` is what it would have made."""
@@ -265,8 +284,10 @@ class Recorder(Draft):
             skipped = Skipped(begins, site, location, op)
             refuse_late(skipped, self.ops, self.locations)
             inferred = self._fit(self._type_of(site, location), arg)
-            self._check_positions("a write", inferred)
             origin = self._origins[arg.id] if isinstance(arg, Ref) else None
+            self._check_positions("a write", inferred, (), origin)
+            if origin is not None and isinstance(arg, Ref) and self.generating:
+                refuse_other_steps(site, self.types[arg.id], origin)
             if origin is not None:
                 refuse_unready(skipped, origin, self.locations)
             refuse_overlooked(skipped, self.ops, self.locations, self.anatomy)
@@ -277,66 +298,14 @@ class Recorder(Draft):
     def _fit(self, site: TensorType, arg: Ref | Scalar) -> Inferred:
         """How a written value fits a site; remembered for as long as the answer does not depend on the prompt."""
         if not isinstance(arg, Ref):
-            return infer_index_put(site, (), arg, self.sizes)
+            return infer_index_put(site, (), arg, self._inferring)
         key = (site, self.types[arg.id])
         known = _fits.get(key)
         if known is None:
-            known = infer_index_put(site, (), key[1], self.sizes)
+            known = infer_index_put(site, (), key[1], self._inferring)
             if not known.pins:
                 _fits[key] = known
         return known
-
-    def save(
-        self,
-        values: tuple[int, ...],
-        *,
-        name: str | None,
-        stacked: bool,
-        keep: Keep,
-        dtype: DType | None,
-        to: str | None,
-    ) -> Delivery:
-        """Lets values leave the run; returns where their tensor will be found."""
-        self.require_open()
-        location = here()
-        if self.generating:
-            raise SaveInGenerationError(
-                "values cannot be saved inside model.generate yet: only writes, and t.text and t.tokens, are available",
-                at=location,
-                instead="generate first, then trace the whole text: with model.trace(prompt + t.text) as t2: ...",
-            )
-        if name is None:
-            name = f"#{len(self.saves)}"
-        elif not isinstance(name, str) or not name or name.startswith("#"):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
-            raise OptionError(
-                f"{name!r} is not a name for a saved value: a name is a text, not empty, that does not begin with #",
-                at=location,
-                instead='value.save("name")',
-            )
-        if name in self.saves:
-            raise DuplicateNameError(
-                f"the name {name!r} is used by two saves of this trace",
-                at=location,
-                also=(("first used at", self.saves[name]),),
-                instead=another_name(name, self.saves[name], location),
-            )
-        if to is not None:
-            if keep is Keep.DEVICE:
-                raise OptionError(
-                    f"to={str(to)!r} writes the value to a file, from which it is read into the memory of the CPU, and "
-                    'device="keep" would leave it on its device',
-                    at=location,
-                    instead=f'value.save(to={str(to)!r}), or value.save(device="keep"); or both, as two saves',
-                )
-            with Blaming(location):
-                require_writable(to)
-        self.saves[name] = location
-        key = (name, values, stacked, keep is Keep.CPU, dtype, to)
-        step = self._at.next.get(key) or self._add(key, Save(name, values, stacked, keep, dtype, to))
-        self._take(step, location)
-        delivery = Delivery(name)
-        self.awaiting.append(weakref.ref(delivery))
-        return delivery
 
     # --- += ----------------------------------------------------------------------------------------------------
 
@@ -359,14 +328,6 @@ class Recorder(Draft):
             del self._pending[value]
 
     # --- the end -----------------------------------------------------------------------------------------------
-
-    def deliver(self, tensors: Mapping[str, Callable[[], Any]]) -> None:
-        """Gives every handle its tensor. The recording itself keeps none, so that a dropped handle frees its memory."""
-        for reference in self.awaiting:
-            delivery = reference()
-            if delivery is not None:
-                delivery.fetch = tensors[delivery.name]
-        self.awaiting.clear()
 
     def finish(self) -> Graph:
         """Closes the recording; raises :class:`LostUpdateError` if an update was dropped on the way."""
@@ -394,9 +355,19 @@ class Recorder(Draft):
             tuple(self.locations),
         )
 
-    def _check_positions(self, what: str, inferred: Inferred, of: tuple[AbstractArg, ...] = ()) -> None:
-        if inferred.mixes and not self._aligned:
-            raise misaligned(what, self.generating, has_keys(tensors_in(of)))
+    def _check_positions(
+        self,
+        what: str,
+        inferred: Inferred,
+        of: tuple[AbstractArg, ...] = (),
+        origin: Origin | None = None,
+    ) -> None:
+        if not inferred.mixes or self._aligned:
+            return
+        # The step over the prompt has all of its positions, as a trace has.
+        chunked = self.generating and (origin is None or origin.steps != PREFILL)
+        if chunked or (self.prompt is not None and self.prompt.ragged):
+            raise misaligned(what, chunked, has_keys(tensors_in(of)))
 
     def _check_keys(self, keys: Keys, op: Call) -> None:
         """Refuses a function that would count what stands at keys that are padding."""
@@ -408,6 +379,11 @@ class Recorder(Draft):
 
 
 _fits: dict[tuple[TensorType, TensorType], Inferred] = {}
+
+
+def _selects(index: tuple[IndexItem, ...]) -> bool:
+    """Does an index choose tokens of the prompt?"""
+    return any(isinstance(item, Selector) for item in index)
 
 
 def _index_refs(index: tuple[IndexItem, ...]) -> list[Arg]:

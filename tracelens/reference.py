@@ -25,6 +25,7 @@ from tracelens.ir.ops import (
     Call,
     Const,
     Grad,
+    Hold,
     Index,
     IndexItem,
     IndexPut,
@@ -190,7 +191,7 @@ class Evaluator:
                     self.values[out] = part
             case Transfer() | Redistribute():
                 self.values[op.out] = self.values[op.value]
-            case Write() | Save():
+            case Write() | Save() | Hold():
                 pass  # these make no values
         for out, _ in results(op) if self.leaves else ():
             if out in self.leaves:

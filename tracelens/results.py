@@ -29,6 +29,7 @@ from tracelens.ir.ops import (
 from tracelens.ir.sites import Site
 from tracelens.ir.text import index_text
 from tracelens.ir.types import TensorType
+from tracelens.ir.windows import DECODE, PREFILL, StepWindow
 from tracelens.location import here
 from tracelens.selection import written
 from tracelens.view import Shown, Table, View
@@ -58,6 +59,8 @@ class SavedTensor:
     part: str = ""
     gradient: bool = False
     prompt: int | None = None
+    steps: StepWindow | None = None
+    """In which steps of a generation it was made."""
 
     @property
     def tensor(self) -> Any:
@@ -72,6 +75,8 @@ class SavedTensor:
         where = f"layers[{_span(self.layers)}].{self.site.name}" if self.layers else self.site.name
         if self.prompt is not None:
             where = f"prompts[{self.prompt}].{where}"
+        if self.steps is not None and not self.steps.every:
+            where = f"{_scope(self.steps)}.{where}"
         return f"gradient at {where}{self.part}" if self.gradient else where + self.part
 
 
@@ -151,6 +156,8 @@ class Results(Mapping[str, Any], Shown):
             columns = dict(zip(entry.axes, index, strict=True))
             if len(parts) > 1 and "row" in columns:
                 columns["row"] = np.full_like(columns["row"], number)
+            if "step" in columns and entry.steps is not None:
+                columns["step"] = columns["step"] + entry.steps.start
             if "layer" in columns and entry.layers:
                 columns["layer"] = np.asarray(entry.layers)[columns["layer"]]
             frames.append(pandas.DataFrame({**columns, "value": array.reshape(-1)}))
@@ -164,6 +171,16 @@ class Results(Mapping[str, Any], Shown):
 
 
 _HEADS = ("name", "what", "shape", "dtype", "device", "min", "mean", "max")
+
+
+def _scope(steps: StepWindow) -> str:
+    """The steps as one writes them in a block."""
+    if steps in _SCOPES:
+        return _SCOPES[steps]
+    return f"steps[{steps.start if steps.single else steps}]"
+
+
+_SCOPES = {PREFILL: "prefill", DECODE: "decode"}
 
 
 def _summary(entry: SavedTensor) -> dict[str, Any]:

@@ -96,7 +96,7 @@ def _closing(site: Site) -> Iterator[Site]:
     for branch in _BRANCHES:
         if KIND[branch[0]].level <= site.kind.level < KIND[branch[-1]].level:
             yield from (
-                Site(name, site.layer, site.step) for name in branch if KIND[name].level > site.kind.level
+                Site(name, site.layer, site.steps) for name in branch if KIND[name].level > site.kind.level
             )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from tracelens.backends.generation_options import tokenizer_of
 from tracelens.backends.mesh import local
 from tracelens.backends.places import look_at, placement
 from tracelens.backends.ranks.channel import Message
@@ -16,8 +18,11 @@ from tracelens.backends.ranks.instep import InStepError
 from tracelens.backends.sharded_loading import load_part
 from tracelens.backends.users_plan import load_parallelized
 from tracelens.compiled import Compiled
+from tracelens.compiling import Compiler
 from tracelens.errors import PlansDifferError
+from tracelens.gathered import ends_of, missed
 from tracelens.generating import generate as generated
+from tracelens.generation_plan import CompiledGeneration
 from tracelens.ir.graph import Graph
 from tracelens.model import Model
 from tracelens.prompted import Prompt
@@ -34,13 +39,16 @@ if TYPE_CHECKING:
 
 
 _KEPT = 256
+_Made = TypeVar("_Made", Compiled, CompiledGeneration)
 
 
 class Loaded:
     """A model on a rank, with the graphs that it was told of: each is sent and read once."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Model, source: str) -> None:
         self.model = model
+        self.source = source
+        """Where it was loaded from."""
         self._graphs: OrderedDict[str, Graph] = OrderedDict()
 
     def graph(self, name: str, sent: str | None) -> Graph | None:
@@ -66,7 +74,7 @@ def load(served: Served, request: Message) -> Message:
     model = Model(part)
     look_at(model.anatomy)
     model._compiler.owned = True
-    served.models[header["model"]] = Loaded(model)
+    served.models[header["model"]] = Loaded(model, source)
     return Message(
         {
             "placement": placement_data(placement(model.anatomy)),
@@ -82,7 +90,7 @@ def _dtype(name: str) -> Any:
 
 def run(served: Served, request: Message) -> Message:
     """One forward pass; the first rank answers with what was saved."""
-    asked = _asked(served, request, generating=False)
+    asked = _asked(served, request, Compiler.compile)
     if asked is None:
         return Message({"unknown": True})
     model, graph, compiled, prompt = asked
@@ -102,18 +110,37 @@ def run(served: Served, request: Message) -> Message:
 
 def generate(served: Served, request: Message) -> Message:
     """New tokens, drawn alike on all ranks."""
-    asked = _asked(served, request, generating=True)
+    asked = _asked(served, request, Compiler.compile_generation)
     if asked is None:
         return Message({"unknown": True})
     model, graph, compiled, prompt = asked
-    torch.manual_seed(request.header["seed"])
-    tokens = generated(model, model._compiler, graph, compiled, prompt, request.header["options"])
-    return Message({"tokens": tokens})
+    header = request.header
+    options = dict(header["options"])
+    if options.get("stop_strings") is not None:
+        options["tokenizer"] = tokenizer_of(served.models[header["model"]].source)
+    torch.manual_seed(header["seed"])
+    made = generated(
+        model, model._compiler, graph, compiled, prompt, options, include_last=header["include_last"]
+    )
+    mesh = model.anatomy.mesh
+    if mesh is not None and not mesh.has_results:
+        return Message({"tokens": made.tokens})
+    try:
+        # Of what no step was made the owner knows by itself.
+        values = {
+            course.save.name: made.tensors[course.save.name]()
+            for course in compiled.courses
+            if missed(course, prompt, ends_of(made.tokens)) is None
+        }
+        found, tensors = results_data(values)
+    except Exception as error:
+        raise InStepError from error
+    return Message({**found, "tokens": made.tokens}, tensors)
 
 
 def _asked(
-    served: Served, request: Message, *, generating: bool
-) -> tuple[Model, Graph, Compiled, Prompt] | None:
+    served: Served, request: Message, compile: Callable[[Compiler, Graph], _Made]
+) -> tuple[Model, Graph, _Made, Prompt] | None:
     """What a request is about; ``None`` if it names a graph that this rank does not know (any more)."""
     header, tensors = request.header, request.tensors
     loaded: Loaded = served.models[header["model"]]
@@ -122,7 +149,7 @@ def _asked(
         return None
     graph = with_constants(graph, header["constants"], tensors)
     # The owner has held the constants to the graph; those of a sweep have a row for each row of this very prompt.
-    compiled = loaded.model._compiler.compile(replace(graph, constants=()), generating=generating)
+    compiled = compile(loaded.model._compiler, replace(graph, constants=()))
     if compiled.plan_digest != header["plan"]:
         raise PlansDifferError(
             "a rank has made another plan than the process that recorded the block",

@@ -24,6 +24,7 @@ from tracelens.ir.ops import (
     Call,
     Const,
     Grad,
+    Hold,
     Index,
     IndexItem,
     IndexPut,
@@ -155,7 +156,7 @@ class _LayingOut:
     def _choice(self, op: Op) -> Choice:
         whole = Choice(dict.fromkeys(operands(op), WHOLE_EVERYWHERE), (WHOLE_EVERYWHERE,) * len(results(op)))
         match op:
-            case Const() | Apply():
+            case Const() | Apply() | Hold():
                 return whole
             case Param():
                 return Choice({}, (self.placement.parameters.get(op.path, WHOLE_EVERYWHERE),))

@@ -21,6 +21,7 @@ from tracelens.ir.layout import WHOLE_EVERYWHERE, Joined, Layout, Partial, Repli
 from tracelens.ir.ops import (
     Call,
     Grad,
+    Hold,
     Index,
     IndexPut,
     Op,
@@ -207,6 +208,8 @@ class _Simulation:
                 kept.update({part: self._joined(index, op.values[part]) for part in step.parts})
             case Write():
                 self._write(index, op)
+            case Hold():
+                raise VerificationError("one forward pass is simulated, and no later generation step")
             case _:
                 for rank, evaluator in enumerate(ranks):
                     self._compute(evaluator, op, rank, len(ranks))

@@ -333,7 +333,7 @@ class _Together:
         self.repeated: dict[int, Prompt] = {}
 
     def _compile(self, graph: Graph) -> Compiled:
-        return self.compiler.compile(replace(graph, constants=()), generating=False)
+        return self.compiler.compile(replace(graph, constants=()))
 
     def __call__(self, points: Sequence[Point]) -> dict[str, Any]:
         differing = [self._before(point) for point in points]

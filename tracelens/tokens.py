@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NoReturn, cast
 
 import numpy as np
 import torch
@@ -15,6 +15,7 @@ from tracelens.errors import (
     DynamicShapeError,
     IndexingError,
     PositionAxisError,
+    StaleValueError,
     SymbolicSizeError,
     TracelensError,
     WriteTargetError,
@@ -34,11 +35,12 @@ from tracelens.ir.ops import (
     TokenSlice,
     TokenText,
 )
+from tracelens.ir.windows import PREFILL
 from tracelens.location import here
-from tracelens.operand import Operand
+from tracelens.operand import Operand, apply_torch
 from tracelens.own_tokens import Own, own_tokens
-from tracelens.selection import own_mask_indices
-from tracelens.subject import PADS
+from tracelens.selection import own_mask_indices, written
+from tracelens.subject import PADS, spelling
 
 if TYPE_CHECKING:
     from tracelens.values import Value
@@ -54,10 +56,15 @@ class Tokens:
 
     def __getitem__(self, key: Any) -> Any:
         self._require_open()
+        if _is_mask(key):
+            return WhereMasked(self._value, key)
         return self._value._indexed(self._index(key), by_token=True)
 
     def __setitem__(self, key: Any, new: Any) -> None:
         self._require_open()
+        if _is_mask(key):
+            _write_where(self._value, _spread(key, self._value), new)
+            return
         index = self._index(key)
         self._refuse_repeats(index[-1])
         self._value._assign(index, new, by_token=True)
@@ -91,19 +98,18 @@ class Tokens:
         value = self._value
         axes = value._type.position_axes
         recorder = value._recorder
-        if recorder.generating:
-            # A number counts from the start of the text, and a step holds some other part of it.
-            raise PositionAxisError(
-                "tokens cannot be addressed inside model.generate yet: a step holds one position, not the whole text",
-                at=here(),
-                instead="a write to all positions (site += v) or to the newest one (site[:, -1] += v)",
-            )
         own = own_tokens(value) if not axes and recorder.prompt is not None else None
         if len(axes) != 1 and own is None:
             raise _no_token_axis(value)
         if isinstance(key, Operand) and not key._is_recording():
             key = key._result()
         if isinstance(key, torch.Tensor | np.ndarray) and str(key.dtype).rpartition(".")[2] == "bool":
+            if recorder.generating and own is None and recorder.steps_of(value._id) != PREFILL:
+                raise PositionAxisError(
+                    "a mask of the prompt's tokens was used on a value of more steps than the prompt's own",
+                    at=here(),
+                    instead="t.prefill....tok[mask]; .tok[model.positions >= 5] for a mask that each step makes",
+                )
             return (
                 self._mask(torch.as_tensor(key)) if own is None else self._own_mask(torch.as_tensor(key), own)
             )
@@ -114,6 +120,10 @@ class Tokens:
                 instead="site = tl.where(mask, new, site) to write where the mask holds; or a concrete mask or index",
             )
         selector = _selector(key)
+        if recorder.generating and own is None and recorder.steps_of(value._id) != PREFILL:
+            if selector == TokenAt(-1):  # of each step the newest one
+                return (*([WHOLE] * axes[0]), -1)
+            _require_of_the_prompt(selector)
         if recorder.prompt is None:
             return (*([WHOLE] * axes[0]), selector)
         with Blaming(here()):
@@ -155,6 +165,99 @@ class Tokens:
             raise
         recorder.pin(PADS)
         return (Ref(recorder.constant(rows)), Ref(recorder.constant(columns)))
+
+
+def _is_mask(key: Any) -> bool:
+    """Is it a mask of positions that the run makes?"""
+    return (
+        isinstance(key, Operand)
+        and key._is_recording()
+        and str(getattr(key, "dtype", "")) == "torch.bool"
+        and key._type.shape == (dims.B, dims.P)  # pyright: ignore[reportAttributeAccessIssue]  # of single values
+    )
+
+
+def _spread(mask: Any, value: Value) -> Any:
+    """A mask [B, P] with an axis for each further one of a site [B, P, ...]."""
+    if value._type.shape[:2] != (dims.B, dims.P):
+        raise _no_token_axis(value)
+    for _ in range(value._type.ndim - 2):
+        mask = mask.unsqueeze(-1)
+    return mask
+
+
+def _write_where(value: Value, mask: Any, new: Any) -> None:
+    """Assigns to the positions of a mask: the others stay as they are."""
+    site, recorder = value._site, value._recorder
+    if site is None:
+        raise WriteTargetError(
+            "a mask chooses positions of a site; this is a value that was computed, or a part of one",
+            at=here(),
+            instead="model.layers[i].resid_post.tok[mask] = new",
+        )
+    if not recorder.is_current(site, value._id):
+        raise StaleValueError(
+            f"{site} was written after this value was read, so assigning through it would undo that write",
+            at=here(),
+            instead=f"read the site again before assigning into it: {spelling(site)}.tok[mask] = new",
+        )
+    recorder.write(site, apply_torch(torch.where, (mask, new, value), {}))
+    if isinstance(new, Operand) and isinstance(number := getattr(new, "_id", None), int):
+        recorder.returned(number, site)
+    value._stale = here()
+
+
+class WhereMasked:
+    """A site at the positions of a mask that the run makes: what ``site.tok[mask] += v`` changes.
+
+    It can be changed in place and nothing else, because how many positions there are is not known before the run.
+    """
+
+    __slots__ = ("_mask", "_value")
+
+    def __init__(self, value: Value, mask: Value) -> None:
+        self._value = value
+        self._mask = mask
+
+    def __getattr__(self, name: str) -> NoReturn:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        raise DynamicShapeError(
+            "how many positions a mask chooses is known only in the run, so they cannot be read as a value",
+            at=here(),
+            instead="tl.where(mask[..., None], value, 0.0), which has all positions; site.tok[mask] += v to write",
+        )
+
+
+def _in_place(name: str) -> Callable[[WhereMasked, Any], Any]:
+    def method(self: WhereMasked, other: Any) -> Any:
+        return getattr(self._value, name)(other)
+
+    return method
+
+
+for _word in ("add", "sub", "mul", "truediv", "pow"):
+    setattr(WhereMasked, f"__i{_word}__", _in_place(f"__i{_word}__"))
+
+
+def _require_of_the_prompt(selector: TokenSelector) -> None:
+    """Refuses, outside of the prompt's own step, what counts from the end of a text that is still being written."""
+    match selector:
+        case TokenAt(index):
+            counts = [index]
+        case TokenList(indices):
+            counts = list(indices)
+        case TokenSlice(start, stop, _, _):
+            counts = [-1 if stop is None else stop, start or 0]
+        case _:
+            return
+    if any(count < 0 for count in counts):
+        raise PositionAxisError(
+            f"{written(selector)} depends on where the text ends, and in a generation every step adds a token",
+            at=here(),
+            instead="t.prefill....tok[...] for tokens of the prompt; .tok[-1] for the newest token of each step; "
+            ".tok[model.positions >= 5] for positions of prompt and text",
+        )
 
 
 def _no_token_axis(value: Value) -> PositionAxisError:

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from html import escape
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self
 
 from tracelens.advice import in_generation
 from tracelens.backends.spread import Loading
-from tracelens.coming import IN_GENERATION, ON_BLOCKS, not_yet
 from tracelens.compiled import Compiled
 from tracelens.compiling import Compiler, owning
 from tracelens.errors import (
     Blaming,
     NestedTraceError,
     NothingSavedError,
-    NoTokenizerError,
     NotRunYetError,
+    OptionError,
     TracelensError,
 )
-from tracelens.explain import explain
-from tracelens.generating import generate
+from tracelens.explain import explain, explain_generation
+from tracelens.generation_plan import CompiledGeneration
 from tracelens.ir.dims import with_lengths
 from tracelens.ir.graph import Graph
 from tracelens.ir.retype import retype, site_types
+from tracelens.ir.windows import DECODE, PREFILL, StepWindow
 from tracelens.location import here
 from tracelens.named import NamedConstants, with_values
 from tracelens.open_recordings import enter, leave, open_recorder
@@ -36,6 +34,7 @@ from tracelens.refusing import failed_block, module_that_failed
 from tracelens.report import RunReport
 from tracelens.results import Results
 from tracelens.reusable import Reusable, require_graph
+from tracelens.scopes import GenerationSteps, StepScope
 
 if TYPE_CHECKING:
     from tracelens.model import Model
@@ -45,6 +44,9 @@ class Recording:
     """The base of all blocks: what was written inside becomes a graph."""
 
     _generating = False
+    _most_steps: int | None = None
+    """Of a generation: how many steps it has at most."""
+    _prompts: Prompts | None = None
 
     def __init__(self, model: Model, prompt: Prompt | None) -> None:
         self._model = model
@@ -127,8 +129,6 @@ class Recording:
     if not TYPE_CHECKING:  # type checkers know the attributes that there are
 
         def __getattr__(self, name: str) -> NoReturn:
-            if name in ON_BLOCKS or name in IN_GENERATION:
-                raise not_yet(f"t.{name}", ON_BLOCKS.get(name) or IN_GENERATION[name])
             raise AttributeError(
                 f"{type(self).__name__!r} object has no attribute {name!r}", name=name, obj=self
             )
@@ -142,8 +142,52 @@ class Recording:
             f"there is no {what}: {why}", at=here(), instead=f"read the {what} after the block"
         )
 
-    def _compiled(self) -> Compiled:
-        return self._compiler.compile(self.graph, generating=self._generating)
+    def _compiled(self) -> Compiled | CompiledGeneration:
+        make = self._compiler.compile_generation if self._generating else self._compiler.compile
+        return make(self.graph)
+
+    @property
+    def prompts(self) -> Prompts:
+        """The prompts of the block, each for itself and without padding: ``t.prompts[1].layers[3].resid_post``.
+
+        Sites of one prompt are [1, P_i, ...]; writing them changes its row alone; values flow between prompts. In a
+        generation they are those of the step that is over the prompts. Raises
+        :class:`~tracelens.errors.SymbolicSizeError` in a recording without a prompt.
+        """
+        if self._prompts is None:
+            self._prompts = prompts_of(self._model.anatomy, self._prompt)
+        return self._prompts
+
+    # --- parts of a generation -----------------------------------------------------------------------------------
+
+    @property
+    def prefill(self) -> StepScope:
+        """The step over the prompt, step 0 of a generation: its sites, read and written in no other step."""
+        return self._scope("prefill", PREFILL)
+
+    @property
+    def decode(self) -> StepScope:
+        """All steps but the prompt's, which have one new token each: their sites, read and written in these alone."""
+        return self._scope("decode", DECODE)
+
+    @property
+    def steps(self) -> GenerationSteps:
+        """The steps of a generation by number: ``t.steps[0]`` is the prompt's, and step k makes token k.
+
+        ``t.steps[5:10]`` are five of them, ``t.steps[5:]`` all from the sixth on. Steps that a text does not come to
+        are not made: what is saved of them ends where the text does.
+        """
+        self._scope("steps", DECODE)
+        return GenerationSteps(self._model.anatomy)
+
+    def _scope(self, name: str, steps: StepWindow) -> StepScope:
+        if not self._generating:
+            raise OptionError(
+                f"t.{name} is a part of a generation, and this block has one forward pass",
+                at=here(),
+                instead="with model.generate(prompt, max_new_tokens=...) as t: ...",
+            )
+        return StepScope(self._model.anatomy, steps)
 
     def plan(self) -> PlanView:
         """Where the graph runs and how far the forward pass goes."""
@@ -152,6 +196,10 @@ class Recording:
     def explain(self) -> str:
         """The graph with its lines, the plan, and the program of each place."""
         compiled = self._compiled()
+        if isinstance(compiled, CompiledGeneration):
+            return explain_generation(
+                self._model.describe(), self.graph, compiled, self._prompt, self._most_steps
+            )
         return explain(self._model.describe(), self.graph, compiled, self._prompt)
 
     def _repr_html_(self) -> str:
@@ -168,6 +216,7 @@ class PlanView:
 
     @property
     def plan(self) -> Plan:
+        """The plan; of a generation, that of its first steps."""
         return self._recording._compiled().plan
 
     def explain(self) -> str:
@@ -186,24 +235,7 @@ class PlanView:
         return recording_html(self._recording)
 
 
-class OnePass(Recording):
-    """A block about one forward pass, which all positions of all prompts take part in."""
-
-    _prompts: Prompts | None = None
-
-    @property
-    def prompts(self) -> Prompts:
-        """The prompts of the block, each for itself and without padding: ``t.prompts[1].layers[3].resid_post``.
-
-        Sites of one prompt are [1, P_i, ...]; writing them changes its row alone; values flow between prompts. Raises
-        :class:`~tracelens.errors.SymbolicSizeError` in a recording without a prompt.
-        """
-        if self._prompts is None:
-            self._prompts = prompts_of(self._model.anatomy, self._prompt)
-        return self._prompts
-
-
-class Trace(OnePass):
+class Trace(Recording):
     """A block that runs the model once, when it ends. ``t["name"]`` and ``t.results`` hold what was saved."""
 
     _most: int | None = None
@@ -225,7 +257,7 @@ class Trace(OnePass):
                 raise nothing_saved(graph)
             self._results = Results((), {})
             return
-        compiled = self._compiled()
+        compiled = self._compiler.compile(graph)
         if self._most is not None:
             compiled.require_room(graph, self._prompt.sizes, self._most)
         ran = self._compiler.run(graph, compiled, self._prompt, measure=self._measure)
@@ -264,70 +296,13 @@ def nothing_saved(graph: Graph) -> NothingSavedError:
     )
 
 
-class Record(OnePass):
+class Record(Recording):
     """A block that only records: ``r.graph`` for analysis, ``model.compile(r.graph)`` to run it on many prompts."""
 
     def __repr__(self) -> str:
         from tracelens.ir.text import text
 
         return text(self._graph) if self._graph is not None else "<recording>"
-
-
-class Generation(Recording):
-    """A block whose writes hold in every forward pass of a generation; then ``t.text`` and ``t.tokens``."""
-
-    _generating = True
-
-    def __init__(self, model: Model, prompt: Prompt, options: Mapping[str, Any], single: bool) -> None:
-        super().__init__(model, prompt)
-        self._options = dict(options)
-        self._single = single
-        self._new: list[list[int]] | None = None
-
-    def _end(self, recorder: Recorder, graph: Graph) -> None:
-        assert self._prompt is not None
-        compiled = self._compiled()
-        self._new = generate(self._model, self._compiler, graph, compiled, self._prompt, self._options)
-
-    @property
-    def tokens(self) -> list[int] | list[list[int]]:
-        """The new token ids, without padding after the end of a text; one list per prompt for a batch."""
-        if self._new is None:
-            raise self._missing("new token", "the model has not generated yet")
-        return self._new[0] if self._single else self._new
-
-    @property
-    def text(self) -> str | list[str]:
-        """The new text; one per prompt for a batch."""
-        tokenizer = self._model.tokenizer
-        if self._new is None:
-            raise self._missing("new text", "the model has not generated yet")
-        if tokenizer is None:
-            raise NoTokenizerError(
-                "there is no tokenizer to spell the tokens with",
-                at=here(),
-                instead="t.tokens, or a model with its tokenizer: tl.wrap(model, tokenizer)",
-            )
-        texts = [str(tokenizer.decode(row, skip_special_tokens=True)) for row in self._new]
-        return texts[0] if self._single else texts
-
-    def __repr__(self) -> str:
-        if self._new is None:
-            return "<generation>"
-        if self._model.tokenizer is not None:
-            return repr(self.text)
-        counts = ", ".join(str(len(row)) for row in self._new)
-        return (
-            f"<generation: {counts} new tokens>"
-            if len(self._new) == 1
-            else f"<generation: {counts} new tokens, by row>"
-        )
-
-    def _repr_html_(self) -> str:
-        if self._new is None or self._model.tokenizer is None:
-            return super()._repr_html_()
-        texts = [self.text] if isinstance(self.text, str) else self.text
-        return "".join(f'<pre style="white-space: pre-wrap">{escape(text)}</pre>' for text in texts)
 
 
 class Program(Reusable):
@@ -354,7 +329,7 @@ class Program(Reusable):
                 )
             )
         with Blaming(here()):
-            self._compiled = self._compiler.compile(self.graph, generating=False)
+            self._compiled = self._compiler.compile(self.graph)
         self._constants = NamedConstants(self.graph)
         self._fitting: set[tuple[tuple[str, int], ...]] = set()
 

@@ -30,10 +30,12 @@ from tracelens.ir.ops import (
     Keep,
     Param,
     Ref,
+    Selector,
     Write,
 )
 from tracelens.ir.sites import Site
 from tracelens.ir.types import DType, TensorType
+from tracelens.ir.windows import PREFILL
 from tracelens.location import Location, here
 from tracelens.operand import Operand, apply_torch
 from tracelens.per_prompt import not_one_tensor
@@ -253,7 +255,7 @@ class Value(Operand):
             raise StaleValueError(
                 f"{site} was written after this value was read, so assigning through it would undo that write",
                 at=here(),
-                also=(("the site was written at", _last_write(recorder, site)),),
+                also=(("the site was written at", last_write(recorder, site)),),
                 instead=f"read the site again before assigning into it: {spelling(site)}[...] = new",
             )
         value = recorder.put(self._id, index, new, by_token=by_token)
@@ -262,9 +264,12 @@ class Value(Operand):
             assert step._index is not None
             value = recorder.put(step._parent._id, step._index, Value(recorder, value), by_token=True)
             step = step._parent
+        root_site = site
+        if recorder.generating and self._chooses_tokens(index) and recorder.steps_of(value) == PREFILL:
+            site = site.during(PREFILL)  # tokens of the prompt are there in the step that is over it
         recorder.write(site, Value(recorder, value))
         if isinstance(new, Value):
-            recorder.returned(new._id, site)
+            recorder.returned(new._id, root_site)
         at = here()
         step = self
         while True:
@@ -272,6 +277,15 @@ class Value(Operand):
             if step._parent is None:
                 break
             step = step._parent
+
+    def _chooses_tokens(self, index: tuple[IndexItem, ...]) -> bool:
+        """Are tokens of the prompt chosen, by an index or on the way to what it is applied to?"""
+        value: Value | None = self
+        while value is not None:
+            if any(isinstance(item, Selector) for item in index):
+                return True
+            index, value = value._index or (), value._parent
+        return False
 
     # --- leaving the run -----------------------------------------------------------------------------------------
 
@@ -430,9 +444,9 @@ def save_dtype(dtype: torch.dtype | None) -> DType | None:
         raise
 
 
-def _last_write(recorder: Recorder, site: Site) -> Location:
+def last_write(recorder: Recorder, site: Site) -> Location:
     return next(
         location
         for op, location in zip(reversed(recorder.ops), reversed(recorder.locations), strict=True)
-        if isinstance(op, Write) and op.site == site
+        if isinstance(op, Write) and op.site.always == site.always
     )

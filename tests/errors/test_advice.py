@@ -165,13 +165,14 @@ def test_an_empty_name() -> None:
 def test_a_constant_for_each_prompt_of_a_generation() -> None:
     generate = {"max_new_tokens": 2}
     says = "in model.generate a write must not depend on the number of rows"
-    for shape in [(2, 1, D), (3, D)]:
+    for shape, says_so in [((5, 1, D), "lengths 2 and 5"), ((3, D), "lengths P and 3")]:
         with (
-            refused(ShapeError, says, instead="one model.generate per prompt") as caught,
+            refused(ShapeError, says_so, instead="one model.generate per prompt") as caught,
             model.generate([IDS, IDS], **generate),
         ):
             model.layers[1].resid_post += torch.ones(shape)  # <-
         assert "no prompt" not in str(caught.error)
+        assert "101" not in caught.error.problem
     with (
         refused(SymbolicSizeError, says, instead="one model.generate per prompt"),
         model.generate([IDS, IDS], **generate),
@@ -181,6 +182,7 @@ def test_a_constant_for_each_prompt_of_a_generation() -> None:
         model.layers[1].resid_post += torch.ones(2, 1, D)  # <-
     with model.generate([IDS, IDS], **generate) as t:
         model.layers[1].resid_post += torch.ones(D)
+        model.layers[2].resid_post += torch.ones(2, 1, D)
     assert len(t.tokens) == 2
 
 

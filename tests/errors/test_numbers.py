@@ -143,7 +143,7 @@ def test_a_copy_of_a_value_is_the_value() -> None:
         (lambda h: torch.bincount(h[0, 0].to(torch.int64)), "tl.where"),
         (lambda h: h[0 : h.argmax()], "torch.gather"),
         (lambda h: h[True], "value[None]"),
-        (lambda h: h.tok[h[..., 0] > 0], "a concrete mask"),
+        (lambda h: h.tok[h[..., 0] > 0].sum(), "tl.where(mask"),
         (lambda h: h.tok[h[0, 0].argmax()], "a concrete mask"),
         (lambda h: h.tok[0 : h[0, 0].argmax()], "torch.gather"),
     ],

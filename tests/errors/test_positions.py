@@ -130,13 +130,26 @@ def test_a_mean_over_no_positions() -> None:
 # --- generation ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    "compute", [*MIXING[:8], lambda h: h.tok[0], lambda h: h.tok.__setitem__(-1, 0), lambda h: h.tok[:]]
-)
+@pytest.mark.parametrize("compute", MIXING[:8])
 def test_positions_in_a_generation(compute) -> None:
     block = model.generate(IDS, max_new_tokens=2)
     with refused(PositionAxisError, instead="site[:, -1] += v", text="lambda h:"), block:
         compute(model.layers[0].resid_post)
+
+
+def test_tokens_from_the_end_of_a_text_that_grows() -> None:
+    for compute in (lambda h: h.tok[:], lambda h: h.tok[-2], lambda h: h.tok.__setitem__([0, -1], 0)):
+        block = model.generate(IDS, max_new_tokens=2)
+        with (
+            refused(PositionAxisError, "every step adds a token", instead="t.prefill", text="lambda h:"),
+            block,
+        ):
+            compute(model.layers[0].resid_post)
+    with (
+        refused(PositionAxisError, "none of the prompt's", instead="[:, -1]"),
+        model.generate(IDS, max_new_tokens=2) as t,
+    ):
+        t.decode.layers[0].resid_post.tok[0].save()  # <-
 
 
 def test_a_masked_mean_in_a_generation() -> None:

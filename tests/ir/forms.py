@@ -38,6 +38,7 @@ from tracelens.ir.ops import (
 )  # fmt: skip
 from tracelens.ir.sites import KINDS, Scope, Site
 from tracelens.ir.types import DType, TensorType
+from tracelens.ir.windows import StepWindow
 
 SMALL = st.integers(-5, 40)
 _BOUND = st.none() | SMALL
@@ -60,12 +61,17 @@ def symbolic() -> st.SearchStrategy[dims.Dim]:
 
 
 TYPES = st.builds(TensorType, st.sampled_from(DType), st.lists(symbolic(), max_size=4).map(tuple))
+WINDOWS = st.builds(
+    lambda start, length: StepWindow(start, None if length is None else start + length),
+    st.integers(0, 9),
+    st.none() | st.integers(1, 9),
+).filter(lambda window: not window.every)
 SITES = st.sampled_from(KINDS).flatmap(
     lambda kind: st.builds(
         Site,
         st.just(kind.name),
         st.integers(0, 99) if kind.scope is Scope.LAYER else st.none(),
-        st.none() | st.integers(0, 9),
+        st.none() | WINDOWS,
     )
 )
 

@@ -35,6 +35,7 @@ from tracelens.ir.parse import parse
 from tracelens.ir.sites import Site
 from tracelens.ir.text import arg_text, op_text, text
 from tracelens.ir.types import DType, parse_type
+from tracelens.ir.windows import StepWindow
 
 MODEL = tl.wrap(FAMILIES["llama"].build())
 STREAM = parse_type("f32[B,P,48]")
@@ -98,7 +99,11 @@ def test_pins_stand_in_the_first_line():
         (Const(0, parse_type("f32[3]"), 1, 'a "v"'), '%0 = const #1 "a \\"v\\"" : f32[3]'),
         (Param(1, parse_type("bf16[97,48]"), 'a "b"'), '%1 = param "a \\"b\\"" : bf16[97,48]'),
         (Read(2, STREAM, SITE, 1), "%2 = read layers.3.resid_post@1 : f32[B,P,48]"),
-        (Read(2, STREAM, Site("logits", None, 4), 0), "%2 = read step.4.logits@0 : f32[B,P,48]"),
+        (
+            Read(2, STREAM, Site("logits", None, StepWindow(4, 5)), 0),
+            "%2 = read logits@0 steps(4:5) : f32[B,P,48]",
+        ),
+        (Write(Site("embed", None, StepWindow(1)), 2, Ref(0)), "write embed@2 steps(1:) <- %0"),
         (
             Call((3,), (STREAM,), "torch.softmax", (Ref(2),), (("dim", -1), ("dtype", DType.FLOAT64))),
             "%3 = call torch.softmax(%2, dim=-1, dtype=dtype(f64)) : f32[B,P,48]",

@@ -19,6 +19,7 @@ from tracelens.ir.dims import B, P
 from tracelens.ir.sites import (
     CANONICAL,
     GLOBAL_KINDS,
+    INPUT_KINDS,
     KIND,
     KINDS,
     LAYER_KINDS,
@@ -67,7 +68,8 @@ def test_what_is_no_type_is_refused(other):
 
 @given(SITES)
 def test_a_site_reads_back(site):
-    assert parse_site(str(site)) == site
+    assert parse_site(site.text) == site.always
+    assert site.always.during(site.steps) == site
 
 
 @pytest.mark.parametrize(
@@ -110,7 +112,6 @@ def test_what_one_site_feeds_comes_later():
     assert before("layers.0.resid_post", "layers.1.resid_pre")
     assert before("layers.9.resid_post", "final_norm")
     assert before("lm_head", "logits")
-    assert before("step.0.logits", "step.1.embed")
     # The two branches of a gated MLP are there at the same moment.
     assert not before("layers.0.mlp_pre", "layers.0.mlp_up")
     assert not before("layers.0.mlp_up", "layers.0.mlp_pre")
@@ -123,16 +124,21 @@ def test_the_sequence_refines_the_order(sites):
             if one.precedes(other):
                 assert one.sequence < other.sequence
             if one.sequence == other.sequence:
-                assert (one.name, one.layer, one.step or 0) == (other.name, other.layer, other.step or 0)
+                assert one.always == other.always
 
 
 def test_the_vocabulary_is_sound():
     assert len(KIND) == len(KINDS)
-    assert set(LAYER_KINDS) | set(GLOBAL_KINDS) | {KIND["token_mask"]} == set(KINDS)
+    assert set(LAYER_KINDS) | set(GLOBAL_KINDS) | set(INPUT_KINDS) == set(KINDS)
     assert CANONICAL["post_ln"] == "mlp_norm"
     assert CANONICAL["pre_ln"] == "attn_norm"
     assert all(CANONICAL[kind.name] == kind.name for kind in KINDS)
-    assert {kind.name for kind in KINDS if kind.effect is Effect.NONE} == {"token_mask", "expert_index"}
+    assert {kind.name for kind in KINDS if kind.effect is Effect.NONE} == {
+        "token_mask",
+        "token_ids",
+        "positions",
+        "expert_index",
+    }
     assert {kind.name for kind in LAYER_KINDS if kind.effect is Effect.STREAM} == {
         "resid_pre",
         "resid_mid",

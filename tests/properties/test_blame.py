@@ -129,7 +129,11 @@ IN_A_BLOCK: tuple[Wrong, ...] = (
     Wrong("SymbolicSizeError", _READ + "x = int(h.shape[1])  # <--", "with model.record() as t:"),
     Wrong("SymbolicSizeError", _READ + "for p in range(h.shape[1]):  # <--\n    pass", "with model.record() as t:"),
     Wrong("ShapeError", _READ + "x = h + torch.ones(3, 7, 48)  # <--", "with model.record() as t:"),
-    Wrong("SaveInGenerationError", "model.logits.save()  # <--", "with model.generate(rows, max_new_tokens=2):"),
+    Wrong(
+        "SaveInGenerationError",
+        "model.layers[0].pattern.save()  # <--",
+        "with model.generate(rows, max_new_tokens=2):",
+    ),
 )  # fmt: skip
 
 AROUND_A_BLOCK: tuple[Wrong, ...] = (

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import builtins
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from pathlib import Path
 from types import CodeType, FunctionType
@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from tracelens.backends.devices import Devices
 from tracelens.backends.differentiate import Gradients
 from tracelens.backends.enduring import Enduring, Part
 from tracelens.backends.execute import (
@@ -33,18 +34,18 @@ from tracelens.backends.execute import (
     selector_place,
     sent,
 )
-from tracelens.backends.mesh import Mesh
 from tracelens.backends.selecting import put_tokens, take_tokens
 from tracelens.backends.views import Put, Take, TakeSized
 from tracelens.ir import dims
 from tracelens.ir.infer import resolve, torch_dtype
-from tracelens.ir.layout import WHOLE_EVERYWHERE, Layout, OwnType, Partial, local_type
+from tracelens.ir.layout import WHOLE_EVERYWHERE, OwnType, Partial
 from tracelens.ir.ops import (
     Apply,
     Arg,
     Call,
     Const,
     Grad,
+    Hold,
     Index,
     IndexItem,
     IndexPut,
@@ -63,11 +64,10 @@ from tracelens.ir.ops import (
     Write,
     results,
 )
-from tracelens.ir.sites import Site
+from tracelens.ir.sites import Scope
 from tracelens.ir.types import DType, TensorType
-from tracelens.own_part import OwnPart, own_picks
+from tracelens.own_part import own_picks
 from tracelens.program import Side, Step
-from tracelens.sharding import own_part
 
 # A name inside the package, so that no line of a generated function is taken for the user's.
 _FILE = str(Path(__file__).with_name("<hook>"))
@@ -93,36 +93,6 @@ class Body:
         while trace is not None and trace.tb_frame.f_code is not code:
             trace = trace.tb_next
         return trace.tb_lineno if trace is not None else len(self.numbers)
-
-
-@dataclass(frozen=True, slots=True)
-class Devices:
-    """Where values are: the device of each place, and the place of each value."""
-
-    places: tuple[torch.device, ...]
-    home: Mapping[int, int]
-    views: frozenset[int] = frozenset()
-    """The values that may be parts of others, in the same memory."""
-    departing: Mapping[tuple[int, int], tuple[torch.device, tuple[tuple[Save, int], ...]]] = field(
-        default_factory=dict[tuple[int, int], tuple[torch.device, tuple[tuple[Save, int], ...]]]
-    )
-    """After which member of which save (their numbers) a device has saved all, and what that is."""
-    mesh: Mesh | None = None
-    """The ranks that have the place of this process together."""
-    layouts: Mapping[int, Layout] = field(default_factory=dict[int, Layout])
-    """How values lie on them."""
-    layout_of: Callable[[Site], Layout] = lambda site: WHOLE_EVERYWHERE
-    """How sites do."""
-
-    def local(self, type_: TensorType, layout: Layout) -> TensorType | OwnType:
-        """The type of what this rank has of a value."""
-        return type_ if self.mesh is None else local_type(type_, layout, self.mesh.ranks, self.mesh.rank)
-
-    def own_part(self, op: Index | IndexPut, types: Mapping[int, TensorType]) -> OwnPart | None:
-        """What this rank does by itself of an index into an axis that is in parts."""
-        if self.mesh is None:
-            return None
-        return own_part(op, self.layouts, types, self.mesh.ranks, self.mesh.rank)
 
 
 @lru_cache(maxsize=4096)
@@ -285,6 +255,10 @@ class _Writer:
                 )
             case Redistribute():
                 self._redistribute(op)
+            case Hold():
+                # A copy: the model may go on to change what lies in its own memory.
+                key = self.name((op.index, op.place))
+                self.line(f"state.constants[{key}] = {self.ref(op.value)}.clone()")
             case Param():
                 self._new(op.out, f"{self.name(read_parameter)}(state, {self.name(op.path)})")
             case Read():
@@ -313,6 +287,9 @@ class _Writer:
     def _save(self, op: Save, part: int) -> None:
         value = op.values[part]
         saved = self.ref(value)
+        if self.devices.gathers:
+            self.line(f"state.into[{self.name(op.name)}][{part}].copy_({saved})")
+            return
         if op.stacked and op.keep is Keep.DEVICE:
             self.line(f"state.put({self.name(op)}, {self.name(part)}, {saved})")
             return
@@ -366,6 +343,8 @@ class _Writer:
         own = self.devices.local(op.type, self.devices.layouts.get(op.out, WHOLE_EVERYWHERE))
         shape = self.shapes.setdefault(own, len(self.shapes))
         dtype = torch_dtype(op.type.dtype)
+        if op.site.kind.scope is Scope.INPUT:
+            self.line(f"tensor = state.inputs[{self.name(op.site.name)}]")
         self.line(f"if tensor.shape != state.shapes[{shape}] or tensor.dtype is not {self.name(dtype)}:")
         self.line(f"    raise {self.name(mismatch)}(state, tensor, {self.name(op)})")
         self._new(op.out, "tensor")

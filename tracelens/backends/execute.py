@@ -49,6 +49,8 @@ class State:
         "departures",
         "failure",
         "functions",
+        "inputs",
+        "into",
         "pads",
         "parameter",
         "saved",
@@ -81,6 +83,10 @@ class State:
         self.parameter = parameter
         self.select = select
         self.sizes: Mapping[str, int] = {}
+        # The sites that are no part of the model: what the pass is over.
+        self.inputs: Mapping[str, torch.Tensor] = {}
+        # In a generation, by name, where each member of a save goes.
+        self.into: Mapping[str, Sequence[Any]] = {}
         self.shapes: Sequence[tuple[int, ...]] = ()
         # By name: the tensors, each with the version that was saved. Those of later layers come later.
         self.saved: dict[str, list[Any]] = {}

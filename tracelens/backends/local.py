@@ -14,13 +14,13 @@ from torch import nn
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.autograd_mode import plain_mode, with_autograd
 from tracelens.backends.base import HeadsView, RowsView, Side, Tap
-from tracelens.backends.body import Body, Devices, body
+from tracelens.backends.body import Body, body
+from tracelens.backends.devices import Devices
 from tracelens.backends.differentiate import gradients_of
 from tracelens.backends.enduring import remember
 from tracelens.backends.execute import State
 from tracelens.backends.hooks import Seat, seat_of
 from tracelens.backends.inside_hooks import InsideHook, join
-from tracelens.backends.mesh import Mesh
 from tracelens.backends.module_hooks import ModuleHook
 from tracelens.backends.replacing import replacement
 from tracelens.backends.side_hooks import (
@@ -93,9 +93,11 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
     """Compiles the programs of all places for a model whose devices this process owns."""
     graph = plan.graph
     places = tuple(torch.device(place.device) for place in plan.placement.places)
-    departing = _departing(programs, places) if anatomy.mesh is None else {}
+    gathers = plan.whole  # a generation, which makes many passes
+    departing = _departing(programs, places) if anatomy.mesh is None and not gathers else {}
     lying = plan.placement.layout_of
-    devices = Devices(places, plan.home, _views(graph), departing, anatomy.mesh, plan.layouts, lying)
+    views = _views(graph)
+    devices = Devices(places, plan.home, views, departing, anatomy.mesh, plan.layouts, lying, gathers)
     fresh = frozenset(
         value
         for op in graph.ops
@@ -233,22 +235,16 @@ _FRESH = frozenset(f"torch.{name}" for name in ("add", "sub", "mul", "div", "mat
 class Run:
     """One use of a model: hooks on, forward passes, hooks off."""
 
-    __slots__ = ("code", "forward_number", "mask", "model", "real", "state", "thread")
+    __slots__ = ("code", "forward_number", "model", "real", "state", "thread")
 
     def __init__(
-        self,
-        model: nn.Module,
-        code: LocalCode,
-        state: State,
-        mask: torch.Tensor | None,
-        real: torch.Tensor | None = None,
+        self, model: nn.Module, code: LocalCode, state: State, real: torch.Tensor | None = None
     ) -> None:
-        """``mask``: the site ``token_mask``. ``real``: which keys [B, S] are no padding; ``None``: all of them."""
+        """``real``: which keys [B, S] are no padding; ``None``: all of them."""
         self.model = model
         self.real = real if real is None else Everywhere(real)
         self.code = code
         self.state = state
-        self.mask = mask
         self.thread = get_ident()
         # Among all forward passes of the model's runs; no pass has the number 0.
         self.forward_number = 0
@@ -260,16 +256,10 @@ class Run:
         state.sizes = sizes
         state.shapes = self.code.sizes_of(sizes)
         if before is not None:
-            done(before, state, self.mask)
+            done(before, state, None)
 
-    def execute(
-        self, forward: Callable[[], Any], *, each_forward: Callable[[Any, Any], Mapping[str, int]] | None
-    ) -> Any:
-        """Calls ``forward`` with the hooks in place, holding the model's lock.
-
-        ``each_forward`` is for functions that run the model several times: it is given the root module's arguments and
-        says the sizes of that pass. Without it, :meth:`begin` was called by the caller.
-        """
+    def execute(self, forward: Callable[[], Any]) -> Any:
+        """Calls ``forward`` with the hooks in place, holding the model's lock."""
         seat = self.code.seat
         sitting = seat.run
         if sitting is not None and sitting.thread == self.thread:
@@ -282,20 +272,7 @@ class Run:
             try:
                 seat.clear()
                 seat.run = self
-                if self.code.keepers:
-                    seat.hold(Loading(self.code.keepers))
-                if each_forward is not None:
-
-                    def starting(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-                        if get_ident() == self.thread:
-                            self.begin(each_forward(args, kwargs))
-
-                    seat.before(self.model, starting)
-                for hook in self.code.hooks:
-                    hook.register()
-                mesh = self.code.devices.mesh
-                if each_forward is not None and mesh is not None:
-                    seat.after(self.model, partial(self._vote, mesh))
+                self.put_on()
                 if not self.code.differentiates:
                     with plain_mode():
                         result = forward()
@@ -303,10 +280,10 @@ class Run:
                     seat.freeze(self.model)
                     with with_autograd():
                         result = forward()
-                self._require_reached()
+                self.require_reached()
                 return result
             except ForwardStopped:
-                self._require_reached()
+                self.require_reached()
                 return None
             except Blamed as blamed:
                 raise self._explained(blamed) from blamed.__cause__
@@ -314,16 +291,14 @@ class Run:
                 seat.run = None
                 seat.clear()
 
-    def _vote(self, mesh: Mesh, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        """Between two passes: a rank that has failed would choose other tokens than the others, and end at another."""
-        if get_ident() != self.thread:
-            return
-        self.finish()
-        if mesh.first_failed(self.state.failure is not None) is not None:
-            remember(self.state, None)
-            raise ForwardStopped
+    def put_on(self) -> None:
+        """Puts the hooks of the program on the model."""
+        if self.code.keepers:
+            self.code.seat.hold(Loading(self.code.keepers))
+        for hook in self.code.hooks:
+            hook.register()
 
-    def _require_reached(self) -> None:
+    def require_reached(self) -> None:
         """A pass must have come by every site that is named by a module's path before it ended."""
         for hook in self.code.hooks:
             if isinstance(hook, ModuleHook | StandIn) and (what := hook.missed(self)):

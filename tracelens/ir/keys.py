@@ -44,6 +44,7 @@ from tracelens.ir.ops import (
     Call,
     Const,
     Grad,
+    Hold,
     Index,
     IndexPut,
     Op,
@@ -157,7 +158,7 @@ class Keys:
                 if self._with_keys(op) and op.function not in SMOOTH and not moves(op.function):
                     self._smooth = False
                 return found
-            case Write() | Save():
+            case Write() | Save() | Hold():
                 return ()
 
     def _read(self, op: Read) -> Held:

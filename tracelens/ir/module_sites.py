@@ -41,7 +41,7 @@ class ModuleSite(Site):
     __hash__ = Site.__hash__
 
     def __str__(self) -> str:
-        return self.name
+        return self.name if self.steps is None else f"{self.name} in {self.steps.words}"
 
     @property
     def text(self) -> str:
@@ -73,13 +73,13 @@ class ModuleSite(Site):
     @property
     def order(self) -> Order:
         """The site's place in the forward pass, which :attr:`sequence` refines."""
-        base = (self.step or 0, *_START) if self.after is None else self.after.order
+        base = (0, *_START) if self.after is None else self.after.order
         return base if self.amid else (*base, self.number)
 
     @property
     def sequence(self) -> Sequence:
         """A total order that refines :attr:`order`."""
-        base = (self.step or 0, *_START) if self.after is None else self.after.sequence
+        base = (0, *_START) if self.after is None else self.after.sequence
         return (*base, self.number)
 
 

@@ -287,7 +287,30 @@ class Redistribute:
     target: Layout
 
 
-Op = Const | Param | Read | Call | Index | IndexPut | Write | Save | Apply | Grad | Transfer | Redistribute
+@dataclass(frozen=True, slots=True)
+class Hold:
+    """A place keeps a value of one generation step for later ones, as their constant ``index``. Only plans hold it."""
+
+    value: int
+    index: int
+    place: int
+
+
+Op = (
+    Const
+    | Param
+    | Read
+    | Call
+    | Index
+    | IndexPut
+    | Write
+    | Save
+    | Apply
+    | Grad
+    | Transfer
+    | Redistribute
+    | Hold
+)
 
 
 def moment(op: Read | Write) -> Site:
@@ -302,7 +325,7 @@ def results(op: Op) -> tuple[tuple[int, TensorType], ...]:
             return ((op.out, op.type),)
         case Call() | Apply() | Grad():
             return tuple(zip(op.outs, op.types, strict=True))
-        case Write() | Save():
+        case Write() | Save() | Hold():
             return ()
 
 
@@ -336,5 +359,5 @@ def operands(op: Op) -> tuple[int, ...]:
             return op.values
         case Grad():
             return (op.loss, *op.wrt)
-        case Transfer() | Redistribute():
+        case Transfer() | Redistribute() | Hold():
             return (op.value,)

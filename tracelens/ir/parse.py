@@ -42,6 +42,7 @@ from tracelens.ir.ops import (
 )
 from tracelens.ir.sites import Site, parse_site
 from tracelens.ir.types import DTYPE_BY_SHORT, DType, TensorType, parse_type
+from tracelens.ir.windows import StepWindow, parse_window
 
 
 def parse(source: str) -> Graph:
@@ -176,7 +177,20 @@ def _grad(line: Line, outs: tuple[int, ...]) -> Grad:
 def _versioned(line: Line) -> tuple[Site, int]:
     site = _module_site(line) if line.next == "module" else _named_site(line)
     line.take("@")
-    return site, line.integer()
+    version = line.integer()
+    return (site.during(_window(line)) if line.accept("steps") else site), version
+
+
+def _window(line: Line) -> StepWindow:
+    """``(5:10)``, ``(1:)``"""
+    line.take("(")
+    text = f"{line.integer()}{line.take(':')}"
+    text += "" if line.next == ")" else str(line.integer())
+    line.take(")")
+    try:
+        return parse_window(text)
+    except ValueError as error:
+        raise line.error(str(error)) from None
 
 
 def _named_site(line: Line) -> Site:

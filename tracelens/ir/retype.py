@@ -16,14 +16,14 @@ from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
 
 # Sizes for a graph that is pinned in only some of its sizes: primes that no width of a model equals.
-_ANY_SIZES = {"B": 1009, "P": 1013, "S": 1019}
+ANY_SIZES = {"B": 1009, "P": 1013, "S": 1019}
 
 
 def sizes_of(graph: Graph) -> Sizes | None:
     """Sizes under which the graph's types can be inferred: its pins, and anything for the others."""
     if not graph.pins:
         return None
-    return {**_ANY_SIZES, **{pin.symbol: pin.size for pin in graph.pins if pin.symbol in _ANY_SIZES}}
+    return {**ANY_SIZES, **{pin.symbol: pin.size for pin in graph.pins if pin.symbol in ANY_SIZES}}
 
 
 def retype(
@@ -52,16 +52,16 @@ def retype(
         case IndexPut():
             new = types[op.value.id] if isinstance(op.value, Ref) else op.value
             return infer_index_put(types[op.base], index(op.index), new, sizes)
-        case Write() if op.site in sites:
+        case Write() if op.site.always in sites:
             new = types[op.value.id] if isinstance(op.value, Ref) else op.value
-            return infer_index_put(sites[op.site], (), new, sizes)
+            return infer_index_put(sites[op.site.always], (), new, sizes)
         case _:
             return None
 
 
 def site_types(graph: Graph) -> dict[Site, TensorType]:
     """The types of the sites that the graph reads."""
-    return {op.site: op.type for op in graph.ops if isinstance(op, Read)}
+    return {op.site.always: op.type for op in graph.ops if isinstance(op, Read)}
 
 
 def mixing_operations(graph: Graph) -> list[int]:

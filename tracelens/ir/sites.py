@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from functools import lru_cache
 
 from tracelens.ir.dims import B, P, S, Sym
 from tracelens.ir.types import DType
+from tracelens.ir.windows import StepWindow
 
 
 class Effect(Enum):
@@ -73,6 +74,24 @@ KINDS: tuple[Kind, ...] = (
         Effect.NONE,
         "True at real tokens, False at padding",
         dtype=DType.BOOL,
+    ),
+    Kind(
+        "token_ids",
+        Scope.INPUT,
+        0,
+        (B, P),
+        Effect.NONE,
+        "the id of each token that the pass is over",
+        dtype=DType.INT64,
+    ),
+    Kind(
+        "positions",
+        Scope.INPUT,
+        0,
+        (B, P),
+        Effect.NONE,
+        "where each token stands in its text: real tokens, counted from 0; 0 at padding",
+        dtype=DType.INT64,
     ),
     Kind("embed", Scope.BEFORE, 0, _RESIDUAL, Effect.STREAM, "what the token embedding returns"),
     Kind("pos_embed", Scope.BEFORE, 1, _RESIDUAL, Effect.STREAM, "the learned position embedding"),
@@ -190,6 +209,7 @@ KIND: dict[str, Kind] = {kind.name: kind for kind in KINDS}
 CANONICAL: dict[str, str] = {alias: kind.name for kind in KINDS for alias in (kind.name, *kind.aliases)}
 LAYER_KINDS = tuple(kind for kind in KINDS if kind.scope is Scope.LAYER)
 GLOBAL_KINDS = tuple(kind for kind in KINDS if kind.scope in (Scope.BEFORE, Scope.AFTER))
+INPUT_KINDS = tuple(kind for kind in KINDS if kind.scope is Scope.INPUT)
 
 _SCOPE_RANK = {Scope.INPUT: 0, Scope.BEFORE: 1, Scope.LAYER: 2, Scope.AFTER: 3}
 
@@ -205,31 +225,41 @@ _ROW = {kind.name: row for row, kind in enumerate(KINDS)}
 class Site:
     """A named tensor of the forward pass: ``Site("resid_post", 3)``, ``Site("logits")``.
 
-    ``step`` is the generation step; ``None`` means every step (the only one, in a trace). ``row`` is for the sites of a
-    plan: the row of the vocabulary in whose place this model reaches the site, where that is another than its own.
+    ``steps`` are the generation steps in which it is meant; ``None`` means every step (the only one, in a trace).
+    ``row`` is for the sites of a plan: the row of the vocabulary in whose place this model reaches the site, where that
+    is another than its own.
     """
 
     name: str
     layer: int | None = None
-    step: int | None = None
+    steps: StepWindow | None = None
     row: int | None = field(default=None, kw_only=True, repr=False, compare=False)
     # Sites are the keys of most look-ups, in every line of a block.
     _hash: int = field(default=0, init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "_hash", hash((self.name, self.layer, self.step)))
+        object.__setattr__(self, "_hash", hash((self.name, self.layer, self.steps)))
 
     def __hash__(self) -> int:
         return self._hash
 
     @property
     def text(self) -> str:
-        """The site in the text form of a graph."""
-        return str(self)
+        """The site in the text form of a graph, where its steps stand after its version."""
+        return self.name if self.layer is None else f"layers.{self.layer}.{self.name}"
 
     def __str__(self) -> str:
-        where = self.name if self.layer is None else f"layers.{self.layer}.{self.name}"
-        return where if self.step is None else f"step.{self.step}.{where}"
+        return self.text if self.steps is None else f"{self.text} in {self.steps.words}"
+
+    @property
+    def always(self) -> Site:
+        """The same tensor of the forward pass, whatever the step."""
+        return self if self.steps is None else _during(self, None)
+
+    def during(self, steps: StepWindow | None) -> Site:
+        """The same tensor in some generation steps; all of them are not said."""
+        steps = None if steps is not None and steps.every else steps
+        return self if steps == self.steps else _during(self, steps)
 
     @property
     def kind(self) -> Kind:
@@ -259,22 +289,26 @@ def rows_of(reached: Collection[str]) -> dict[str, int]:
 @lru_cache(maxsize=65536)
 def _order(site: Site) -> Order:
     kind = KIND[site.name]
-    return (site.step or 0, _SCOPE_RANK[kind.scope], -1 if site.layer is None else site.layer, kind.level)
+    return (0, _SCOPE_RANK[kind.scope], -1 if site.layer is None else site.layer, kind.level)
+
+
+@lru_cache(maxsize=65536)
+def _during(site: Site, steps: StepWindow | None) -> Site:
+    """One object for each, which look-ups find by identity."""
+    return replace(site, steps=steps)
 
 
 def parse_site(text: str) -> Site:
-    """The inverse of ``str(site)``; raises ``ValueError`` on anything else."""
+    """The inverse of ``site.text``; raises ``ValueError`` on anything else."""
     parts = text.split(".")
-    step = layer = None
-    if parts[0] == "step" and len(parts) > 2:
-        step, parts = int(parts[1]), parts[2:]
+    layer = None
     if parts[0] == "layers" and len(parts) == 3:
         layer, parts = int(parts[1]), parts[2:]
     if len(parts) != 1 or parts[0] not in KIND:
         raise ValueError(f"{text!r} is not a site")
     if (KIND[parts[0]].scope is Scope.LAYER) != (layer is not None):
         raise ValueError(f"{text!r} is not a site")
-    return Site(parts[0], layer, step)
+    return Site(parts[0], layer)
 
 
 def near(name: str, candidates: tuple[str, ...]) -> tuple[str, ...]:

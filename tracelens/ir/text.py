@@ -25,6 +25,7 @@ from tracelens.ir.ops import (
     Call,
     Const,
     Grad,
+    Hold,
     Index,
     IndexItem,
     IndexPut,
@@ -50,6 +51,7 @@ from tracelens.ir.ops import (
     Transfer,
     Write,
 )
+from tracelens.ir.sites import Site
 from tracelens.ir.types import DType, TensorType
 
 
@@ -68,7 +70,7 @@ def op_text(op: Op) -> str:
         case Param():
             return f"%{op.out} = param {_quote(op.path)} : {op.type}"
         case Read():
-            return f"%{op.out} = read {op.site.text}@{op.version} : {op.type}"
+            return f"%{op.out} = read {op.site.text}@{op.version}{_steps(op.site)} : {op.type}"
         case Call():
             parts = [arg_text(arg) for arg in op.args] + [
                 f"{name}={arg_text(arg)}" for name, arg in op.kwargs
@@ -80,7 +82,7 @@ def op_text(op: Op) -> str:
             return f"%{op.out} = put %{op.base}[{index_text(op.index)}] <- {arg_text(op.value)} : {op.type}"
         case Write():
             instead = "" if op.instead is None else f" instead of {op.instead.text}"
-            return f"write {op.site.text}@{op.version} <- {arg_text(op.value)}{instead}"
+            return f"write {op.site.text}@{op.version}{_steps(op.site)} <- {arg_text(op.value)}{instead}"
         case Save():
             values = ", ".join(f"%{value}" for value in op.values)
             return f"save {_quote(op.name)} <- {f'stack({values})' if op.stacked else values}{_options(op)}"
@@ -92,6 +94,8 @@ def op_text(op: Op) -> str:
             return f"%{op.out} = transfer %{op.value} from place {op.source} to place {op.target} : {op.type}"
         case Redistribute():
             return f"%{op.out} = {redistribution(op.source, op.target)} %{op.value} : {op.type}"
+        case Hold():
+            return f"hold #{op.index} <- %{op.value} at place {op.place} for later steps"
 
 
 def redistribution(source: Layout, target: Layout) -> str:
@@ -190,6 +194,10 @@ def _selector_text(selector: TokenSelector) -> str:
 
 def _given(name: str, number: int | None) -> str:
     return "" if number is None else f" {name}={number}"
+
+
+def _steps(site: Site) -> str:
+    return "" if site.steps is None else f" steps({site.steps})"
 
 
 def _slice_text(start: int | None, stop: int | None, step: int | None) -> str:

@@ -25,7 +25,7 @@ def goes_only_to(site: Site, unrun: Write) -> bool:
     assert begins is not None
     if isinstance(site, ModuleSite):
         return site.side == INPUT and (site.path, site.call) == (begins.path, begins.call)
-    if isinstance(made, ModuleSite) or (site.layer, site.step) != (made.layer, made.step):
+    if isinstance(made, ModuleSite) or (site.layer, site.steps) != (made.layer, made.steps):
         return False
     if made.name in _FIRST:
         kind = KIND[site.name]

@@ -15,7 +15,9 @@ from tracelens.ir.module_sites import INPUT, ModuleSite, can_travel
 from tracelens.ir.ops import Const, Grad, Read, Save, Write, moment, operands, results
 from tracelens.ir.retype import retype, site_types, sizes_of
 from tracelens.ir.sites import AFTER_ALL, KIND, Effect, Order, Scope, Site
+from tracelens.ir.step_flow import complaints_about_steps, made_in, names_steps
 from tracelens.ir.types import TensorType
+from tracelens.ir.windows import ApartError, StepWindow, is_earlier
 
 Complaint = tuple[int, str]
 Rule = Callable[[Graph], Iterator[Complaint]]
@@ -61,27 +63,35 @@ def versions_count_the_writes(graph: Graph) -> Iterator[Complaint]:
     written: dict[Site, int] = {}
     for number, op in enumerate(graph.ops):
         if isinstance(op, Write):
-            written[op.site] = written.get(op.site, 0) + 1
-            if op.version != written[op.site]:
-                yield number, f"this is write {written[op.site]} to {op.site}, not {op.version}"
-        elif isinstance(op, Read) and op.version != written.get(op.site, 0):
-            yield (
-                number,
-                f"{op.site} has {written.get(op.site, 0)} writes before this read of version {op.version}",
-            )
+            site = op.site.always
+            written[site] = written.get(site, 0) + 1
+            if op.version != written[site]:
+                yield number, f"this is write {written[site]} to {site}, not {op.version}"
+        elif isinstance(op, Read) and op.version != (before := written.get(op.site.always, 0)):
+            yield number, f"{op.site.always} has {before} writes before this read of version {op.version}"
 
 
 def nothing_travels_backwards(graph: Graph) -> Iterator[Complaint]:
     latest: dict[int, tuple[Order, frozenset[Site]]] = {}
+    windows: dict[int, StepWindow | None] = {}
+    stepped = names_steps(graph)
     for number, op in enumerate(graph.ops):
         origin: tuple[Order, frozenset[Site]] | None = None
         if isinstance(op, Read):
-            origin = (op.site.order, frozenset((op.site,)))
+            origin = (op.site.order, frozenset((op.site.always,)))
         elif isinstance(op, Grad):
             origin = (AFTER_ALL, frozenset())
+        window = None
+        if stepped:
+            try:
+                window = made_in(op, windows.__getitem__, graph.types)
+            except ApartError as error:
+                yield number, str(error)
+                return
+            windows.update(dict.fromkeys((value for value, _ in results(op)), window))
         for value in operands(op):
             other = latest.get(value)
-            if other is None:
+            if other is None or is_earlier(windows.get(value), window):
                 continue
             if origin is None or other[0] > origin[0]:
                 origin = other
@@ -91,7 +101,7 @@ def nothing_travels_backwards(graph: Graph) -> Iterator[Complaint]:
             order, sites = origin
             target = moment(op)
             reached = order < target.order or (order == target.order and can_travel(sites, target))
-            if not reached and (op.instead is not None or sites != frozenset((op.site,))):
+            if not reached and (op.instead is not None or sites != frozenset((op.site.always,))):
                 late = ", ".join(sorted(map(str, sites))) or "a gradient"
                 yield number, f"{op.site} is written from {late}, which is not reached before it"
         if origin is not None:
@@ -110,13 +120,15 @@ def modules_that_are_not_run_are_left_alone(graph: Graph) -> Iterator[Complaint]
                 yield number, f"{begins.text} is not the moment before a module"
             elif not begins.sequence < op.site.sequence:
                 yield number, f"{op.site} does not come after {begins}"
+            if op.site.steps is not None:
+                yield number, f"{begins.module} is replaced in some steps only"
             if op.version != 1:
                 yield number, f"{op.site} is written before the module that makes it is replaced"
         for write in stood_in:
             assert write.instead is not None
             if write.instead.sequence < op.site.sequence < write.site.sequence:
                 yield number, f"{op.site} lies inside of {write.instead.module}, which is not run"
-            elif isinstance(op, Read) and op.site == write.site and op.version == 0:
+            elif isinstance(op, Read) and op.site.always == write.site and op.version == 0:
                 yield number, f"{op.site}@0 does not exist: {write.instead.module} is not run"
 
 
@@ -180,8 +192,8 @@ def constants_have_one_name(graph: Graph) -> Iterator[Complaint]:
 def one_site_has_one_type(graph: Graph) -> Iterator[Complaint]:
     types: dict[Site, TensorType] = {}
     for number, op in enumerate(graph.ops):
-        if isinstance(op, Read) and types.setdefault(op.site, op.type) != op.type:
-            yield number, f"{op.site} is read as {op.type} and as {types[op.site]}"
+        if isinstance(op, Read) and types.setdefault(op.site.always, op.type) != op.type:
+            yield number, f"{op.site} is read as {op.type} and as {types[op.site.always]}"
 
 
 def gradients_are_of_sites(graph: Graph) -> Iterator[Complaint]:
@@ -240,6 +252,13 @@ def verify(graph: Graph) -> None:
     """Raises :class:`VerificationError` for the first operation that breaks a rule."""
     for rule, number, problem in complaints(graph):
         error = VerificationError(f"the graph is not valid ({rule.replace('_', ' ')}): {problem}")
+        raise graph.blame(error, number)
+
+
+def verify_steps(graph: Graph) -> None:
+    """Raises :class:`VerificationError` for the first operation that is not right in a generation."""
+    for number, problem in complaints_about_steps(graph):
+        error = VerificationError(f"the graph is not right for a generation: {problem}")
         raise graph.blame(error, number)
 
 

@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Apply, Read, Save, Write, operands, results
+from tracelens.ir.ops import Apply, Hold, Read, Save, Write, operands, results
 from tracelens.ir.passes.rebuild import rebuild
 
 
-def drop_dead(graph: Graph) -> Graph:
-    """Keeps saves and applies, and all that they depend on.
+def drop_dead(graph: Graph, *, keep_writes: bool = False) -> Graph:
+    """Keeps saves and applies, what is held for later steps, and all that they depend on.
 
     A write is kept if some kept read sees it: a read of the same site and a version not before it, or of any site that
-    the forward pass reaches later, also where values cannot flow (sites of one level). A graph that saves nothing (one
-    for generation) is there for its writes: all stay.
+    the forward pass reaches later, also where values cannot flow (sites of one level). A graph that saves nothing is
+    there for its writes: all stay. So they do with ``keep_writes``, in a generation, whose text they change.
     """
-    keep_writes = not any(isinstance(op, Save | Apply) for op in graph.ops)
+    keep_writes = keep_writes or not any(isinstance(op, Save | Apply | Hold) for op in graph.ops)
     needed: set[int] = set()
     live: set[int] = set()
     changed = True
@@ -27,7 +27,7 @@ def drop_dead(graph: Graph) -> Graph:
                 continue
             if isinstance(op, Write):
                 wanted = keep_writes or any(_sees(read, op) for read in reads)
-            elif isinstance(op, Save | Apply):
+            elif isinstance(op, Save | Apply | Hold):
                 wanted = True
             else:
                 wanted = any(value in needed for value, _ in results(op))

@@ -16,16 +16,16 @@ Pass = Callable[[Graph], Graph]
 PASSES: tuple[Pass, ...] = (share_values, fold_writes, drop_dead, forward_order)
 
 
-def improve(graph: Graph, *, verify_each: bool = False) -> Graph:
+def improve(graph: Graph, *, verify_each: bool = False, keep_writes: bool = False) -> Graph:
     """``graph`` after all passes. With ``verify_each`` every intermediate graph is verified (as the tests do).
 
     What one pass removes can give another more to do (a write that only a dropped computation looked at), so they go
-    round until nothing is removed any more.
+    round until nothing is removed any more. ``keep_writes``: also those that nothing in the graph sees.
     """
     while True:
         size = len(graph.ops)
         for step in PASSES:
-            graph = step(graph)
+            graph = drop_dead(graph, keep_writes=keep_writes) if step is drop_dead else step(graph)
             if verify_each:
                 verify(graph)
         if len(graph.ops) == size:

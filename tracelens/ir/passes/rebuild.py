@@ -12,6 +12,7 @@ from tracelens.ir.ops import (
     Call,
     Const,
     Grad,
+    Hold,
     Index,
     IndexItem,
     IndexPut,
@@ -67,7 +68,7 @@ def substitute(op: Op, values: Mapping[int, int]) -> Op:
         case Grad():
             wrt = tuple(values.get(value, value) for value in op.wrt)
             return replace(op, loss=values.get(op.loss, op.loss), wrt=wrt)
-        case Transfer() | Redistribute():
+        case Transfer() | Redistribute() | Hold():
             return replace(op, value=values.get(op.value, op.value))
         case Const() | Param() | Read():
             return op
@@ -81,7 +82,7 @@ def renamed(op: Op, values: Mapping[int, int]) -> Op:
             return replace(op, out=values.get(op.out, op.out))
         case Call() | Apply() | Grad():
             return replace(op, outs=tuple(values.get(out, out) for out in op.outs))
-        case Write() | Save():
+        case Write() | Save() | Hold():
             return op
 
 

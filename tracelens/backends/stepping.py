@@ -1,0 +1,144 @@
+"""One generation: the forward passes that transformers' own loop makes, each with the program of its step."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from threading import get_ident
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+
+from tracelens.backends.enduring import remember
+from tracelens.backends.execute import State
+from tracelens.backends.gathering import Gathering
+from tracelens.backends.local import LocalCode, Run
+from tracelens.backends.pipeline_generation import StagedGeneration
+from tracelens.backends.side_hooks import ForwardStopped
+from tracelens.backends.transfer import Everywhere
+from tracelens.errors import GenerationStepError
+from tracelens.ir.windows import StepWindow
+from tracelens.plan import Plan
+
+
+class Segment(NamedTuple):
+    """Steps in a row that do the same, and what they do."""
+
+    window: StepWindow
+    plan: Plan
+    code: LocalCode
+
+
+class SteppedRun(Run):
+    """A run of many passes: step 0 is over the prompt, and each of the others over one more token.
+
+    ``sizes``, ``mask``: the prompt's. ``cached``: does a pass have the new token alone?  ``ragged``: is there padding?
+    ``inputs``: are sites read that are no part of the model?  ``any_passes``: is any pass right, whatever it is over?
+    """
+
+    __slots__ = (
+        "any_passes",
+        "cached",
+        "gathering",
+        "inputs",
+        "mask",
+        "ragged",
+        "segment",
+        "segments",
+        "sizes",
+        "staged",
+        "step",
+    )
+
+    def __init__(
+        self,
+        model: nn.Module,
+        segments: Sequence[Segment],
+        state: State,
+        gathering: Gathering,
+        *,
+        sizes: Mapping[str, int],
+        cached: bool,
+        any_passes: bool,
+        mask: torch.Tensor,
+        ragged: bool,
+        inputs: bool,
+    ) -> None:
+        super().__init__(model, segments[0].code, state)
+        self.segments = segments
+        self.segment = 0
+        self.gathering = gathering
+        self.sizes = sizes
+        self.cached = cached
+        self.ragged = ragged
+        self.inputs = inputs
+        self.any_passes = any_passes
+        self.mask = mask
+        self.step = 0
+        """Of the pass that comes next, or that runs."""
+        self.staged: StagedGeneration | None = None
+        """What leads a pass through the stages of a pipeline."""
+
+    def put_on(self) -> None:
+        """Puts the program of the next step on the model, and what leads from step to step around it."""
+        seat = self.code.seat
+        # The passes that are the run's own: other threads may use the model meanwhile.
+        seat.before(self.model, self._starting)
+        super().put_on()
+        seat.after(self.model, self._ended)
+        if self.staged is not None:
+            self.staged.begin(seat)
+
+    def _starting(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if get_ident() != self.thread:
+            return
+        found = kwargs.get("input_ids")
+        found = args[0] if found is None and args else found
+        ids: torch.Tensor = torch.empty(0, 0) if found is None else found
+        rows, columns = ids.shape
+        text = self.sizes["P"] + self.step
+        expected = text if self.step == 0 or not self.cached else 1
+        if not self.any_passes and (rows, columns) != (self.sizes["B"], expected):
+            raise GenerationStepError(
+                f"transformers made a pass over {rows} rows of {columns} tokens as step {self.step} of the generation, "
+                f"where {self.sizes['B']} of {expected} were expected",
+                instead="the options of plain generation: greedy or sampled, one token at a time",
+            )
+        if (self.ragged or self.inputs) and not self.any_passes:
+            # Of our own: for some caches transformers has made other masks of it by now.
+            real = torch.cat([self.mask, self.mask.new_ones(rows, self.step)], 1) if self.step else self.mask
+            if self.ragged:
+                self.real = Everywhere(real)
+            if self.inputs:
+                self.state.inputs = _inputs(ids, real)
+        segment = self.segments[self.segment]
+        self.state.into = self.gathering.open(segment.plan, self.code.devices, self.step)
+        self.begin({"B": rows, "P": columns, "S": text})
+
+    def _ended(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Between two passes: the program changes where the next step does something else."""
+        if get_ident() != self.thread:
+            return
+        self.finish()
+        mesh = self.code.devices.mesh
+        if mesh is not None and mesh.first_failed(self.state.failure is not None) is not None:
+            # A rank that has failed would choose other tokens than the others, and end at another.
+            remember(self.state, None)
+            raise ForwardStopped
+        self.step += 1
+        if self.step in self.segments[self.segment].window:
+            return
+        self.require_reached()
+        self.segment += 1
+        seat = self.code.seat
+        self.code = self.segments[self.segment].code
+        self.state.values = [None] * self.code.count
+        seat.clear()
+        self.put_on()
+
+
+def _inputs(ids: torch.Tensor, real: torch.Tensor) -> Mapping[str, torch.Tensor]:
+    """What a pass is over: its tokens, where they stand in their texts, and which of them are no padding."""
+    width = ids.shape[1]
+    positions = (real.long().cumsum(-1) - 1).clamp(min=0)
+    return {"token_ids": ids, "token_mask": real[:, -width:], "positions": positions[:, -width:]}

@@ -1,0 +1,282 @@
+"""Graphs for generation, compiled: a program for each run of steps that do the same, and what the saves become."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property
+
+from tracelens.backends.gathering import Course
+from tracelens.backends.local import LocalCode
+from tracelens.backends.stepping import Segment
+from tracelens.compiled import Compiled, digest, document, keeps_padding
+from tracelens.errors import ExtraMemoryError, LayoutError
+from tracelens.ir.dims import KEY, POSITION, Sizes
+from tracelens.ir.graph import Graph
+from tracelens.ir.ops import WHOLE, Index, IndexPut, Ref, Save, TokenSelector, Write, operands, results
+from tracelens.ir.padding import has_keys
+from tracelens.ir.passes.at_steps import Stepped
+from tracelens.ir.retype import mixing_operations
+from tracelens.ir.text import op_text
+from tracelens.ir.types import TensorType, bytes_text
+from tracelens.ir.windows import PREFILL
+from tracelens.misaligned import misaligned
+from tracelens.plan import Plan
+from tracelens.results import SavedTensor, describe
+
+
+@dataclass(frozen=True)
+class CompiledGeneration:
+    """A graph made ready to generate with: one :class:`~tracelens.compiled.Compiled` for each segment of its steps."""
+
+    recorded: Graph
+    stepped: Stepped
+    parts: tuple[Compiled, ...]
+
+    @property
+    def spread(self) -> object:
+        """The key of what the model's parts ran on."""
+        return self.parts[0].spread
+
+    @property
+    def plan(self) -> Plan:
+        """The plan of the first step, which says where the model's parts are."""
+        return self.parts[0].plan
+
+    @property
+    def code(self) -> LocalCode:
+        """The program of the first step."""
+        return self.parts[0].code
+
+    @cached_property
+    def segments(self) -> tuple[Segment, ...]:
+        """What runs in which steps."""
+        return tuple(
+            Segment(window, part.plan, part.code)
+            for window, part in zip(self.stepped.segments, self.parts, strict=True)
+        )
+
+    @cached_property
+    def courses(self) -> tuple[Course, ...]:
+        """What becomes of each save over the steps."""
+        graph = self.recorded
+        return tuple(
+            Course(save, graph.types[save.values[0]], self.stepped.window_of(save)) for save in graph.saves
+        )
+
+    @property
+    def saves(self) -> tuple[Save, ...]:
+        return self.recorded.saves
+
+    @cached_property
+    def described(self) -> tuple[SavedTensor, ...]:
+        """What each save holds."""
+        return tuple(over_steps(describe(self.recorded, course.save), course) for course in self.courses)
+
+    @cached_property
+    def document(self) -> str:
+        """What the graph does, as ranks that this process owns are told of it."""
+        return document(self.recorded)
+
+    @cached_property
+    def digest(self) -> str:
+        return digest(self.document)
+
+    @cached_property
+    def plan_digest(self) -> str:
+        """Two have it in common if and only if they do the same in every step."""
+        parts = zip(self.stepped.segments, self.parts, strict=True)
+        return digest("\n".join(f"steps {window}\n{document(part.plan.graph)}" for window, part in parts))
+
+    @cached_property
+    def inputs(self) -> frozenset[str]:
+        """The sites that are read and no part of the model."""
+        return frozenset[str]().union(*(part.inputs for part in self.parts))
+
+    @cached_property
+    def used(self) -> tuple[tuple[int, int], ...]:
+        """The captured constants that some step needs, by their numbers and those of the places that need them."""
+        held = set(self.stepped.held.values())
+        return tuple(dict.fromkeys(pair for part in self.parts for pair in part.used if pair[0] not in held))
+
+    @property
+    def selectors(self) -> tuple[tuple[int, TokenSelector], ...]:
+        """The recorded operations that address tokens of the prompt, with what they address."""
+        return tuple(
+            (number, item)
+            for number, op in enumerate(self.recorded.ops)
+            if isinstance(op, Index | IndexPut)
+            for item in op.index
+            if isinstance(item, TokenSelector)
+        )
+
+    @cached_property
+    def any_passes(self) -> bool:
+        """Does the graph the same to each position of any pass, whatever rows and steps there are, and look at none?"""
+        graph = self.recorded
+        return (
+            not graph.saves
+            and not graph.applies
+            and not graph.pins
+            and not self.inputs
+            and bound_to_steps(self.stepped) is None
+            and len(self.stepped.segments) == 1
+        )
+
+    @property
+    def mixing(self) -> tuple[int, ...]:
+        """The recorded operations that rows of different lengths do not allow."""
+        return self.parts[0].mixing
+
+    @property
+    def padded(self) -> tuple[tuple[int, TensorType], ...]:
+        """The recorded saves whose positions do not stay apart by row, so that padding could not be taken out."""
+        return tuple(
+            (_number_of(self.recorded, course.save.name), course.type)
+            for course in self.courses
+            if course.window is not None and 0 in course.window and keeps_padding(course.type)
+        )
+
+    # --- memory --------------------------------------------------------------------------------------------------
+
+    def gathered(self, sizes: Sizes, steps: int, *, include_last: bool) -> int:
+        """How many bytes all that is saved has at most."""
+        return sum(course.nbytes(sizes, steps, include_last=include_last) for course in self.courses)
+
+    def held(self, graph: Graph, sizes: Sizes, steps: int, *, include_last: bool) -> Mapping[str, int]:
+        """The most that a generation holds on each device beside the model and its cache."""
+        found: dict[str, int] = {}
+        for window, part in zip(self.stepped.segments, self.parts, strict=True):
+            if window.start >= steps:
+                continue
+            own = sizes if window.start == 0 else {**sizes, "P": 1, "S": sizes["P"] + steps - 1}
+            for extra in part.held(graph, own):
+                device = extra.place.device
+                found[device] = max(found.get(device, 0), extra.bytes)
+        for course in self.courses:
+            homes = self._homes(course.save.name)
+            size = course.nbytes(sizes, steps, include_last=include_last)
+            if course.save.to is not None and len(set(homes)) == 1:
+                continue  # it goes to its file
+            for device in homes:
+                found[device] = found.get(device, 0) + size // len(homes)
+        return found
+
+    def require_room(self, graph: Graph, sizes: Sizes, steps: int, most: int, *, include_last: bool) -> None:
+        """Raises :class:`~tracelens.errors.ExtraMemoryError` for a generation that would hold more than ``most``."""
+        for device, size in self.held(graph, sizes, steps, include_last=include_last).items():
+            if size <= most:
+                continue
+            weights = sorted(
+                self.courses, key=lambda one: -one.nbytes(sizes, steps, include_last=include_last)
+            )
+            largest = "; ".join(
+                f"{bytes_text(one.nbytes(sizes, steps, include_last=include_last))} for `{op_text(one.save)}`"
+                for one in weights[:3]
+            )
+            error = ExtraMemoryError(
+                f"the generation would hold {bytes_text(size)} on {device} beside the model, and max_extra_memory is "
+                f"{bytes_text(most)}; the most of it: {largest or 'values of single steps'}",
+                instead='value.save(to="file.safetensors"), which goes to disk as it is made; fewer steps, such as '
+                "t.steps[0:100]; a reduction or a narrower dtype: value.norm(dim=-1).save()",
+            )
+            raise graph.blame(error, graph.ops.index(weights[0].save)) if weights else error
+
+    def _homes(self, name: str) -> list[str]:
+        """The device of each member of a save."""
+        for part in self.parts:
+            for save in part.plan.graph.saves:
+                if save.name == name:
+                    places = part.plan.placement.places
+                    return [places[part.plan.home[value]].device for value in save.values]
+        return []
+
+
+def compile_steps(
+    stepped: Stepped, make: Callable[[Graph], Compiled], *, on_ranks: bool
+) -> CompiledGeneration:
+    """Compiles each segment, the later ones first: they say at which places they need what is held for them."""
+    _require_apart(stepped)
+    held = set(stepped.held.values())
+    places: dict[int, set[int]] = {}
+    parts: list[Compiled] = []
+    for segment in reversed(stepped.segments):
+        part = make(stepped.at(segment, places))
+        for index, place in part.used:
+            if index in held:
+                places.setdefault(index, set()).add(place)
+        parts.append(part)
+    found = CompiledGeneration(stepped.graph, stepped, tuple(reversed(parts)))
+    if on_ranks:
+        _require_one_home(found)
+    return found
+
+
+def _require_one_home(compiled: CompiledGeneration) -> None:
+    """Refuses a save whose parts of different steps lie differently on ranks, which each gather their own."""
+    known: dict[tuple[str, int], object] = {}
+    for part in compiled.parts:
+        for save in part.plan.graph.saves:
+            for member, value in enumerate(save.values):
+                lies = part.plan.home[value], part.plan.layouts[value]
+                if known.setdefault((save.name, member), lies) != lies:
+                    error = LayoutError(
+                        f"{save.name!r} would lie differently on the ranks in different steps of the generation",
+                        instead="two saves, of t.prefill and of t.decode",
+                    )
+                    raise compiled.recorded.blame(error, _number_of(compiled.recorded, save.name))
+
+
+def _number_of(graph: Graph, name: str) -> int:
+    return next(number for number, op in enumerate(graph.ops) if isinstance(op, Save) and op.name == name)
+
+
+def _require_apart(stepped: Stepped) -> None:
+    """Refuses what needs all positions at once in steps that have one each."""
+    graph = stepped.graph
+    for number in mixing_operations(graph):
+        window = stepped.windows[number]
+        if window is not None and window != PREFILL:
+            used = [graph.types[value] for value in operands(graph.ops[number])]
+            raise graph.blame(misaligned(op_text(graph.ops[number]), True, has_keys(used)), number)
+
+
+def bound_to_steps(stepped: Stepped) -> int | None:
+    """The first operation for which it matters that a pass has the positions of its own step alone, if there is one.
+
+    A pass without a cache is over all of the text again, and does to each position what was done in its own step only
+    if every write is one of every step and treats each position alone.
+    """
+    graph = stepped.graph
+    needed: set[int] = set()
+    for number in reversed(range(len(graph.ops))):
+        op = graph.ops[number]
+        if isinstance(op, Write):
+            if op.site.steps is not None or (
+                isinstance(op.value, Ref) and KEY in graph.types[op.value.id].symbols
+            ):
+                return number
+            needed.update(operands(op))
+            continue
+        made = [type_ for value, type_ in results(op) if value in needed]
+        if not made:
+            continue
+        needed.update(operands(op))
+        window = stepped.windows[number]
+        used = [graph.types[value] for value in operands(op)]
+        if (window is not None and window.single) or not any(POSITION in type_.symbols for type_ in used):
+            continue
+        if any(len(type_.position_axes) != 1 or KEY in type_.symbols for type_ in made):
+            return number
+        if isinstance(op, Index | IndexPut):
+            axis = graph.types[op.base].position_axes
+            if not axis or any(item not in (WHOLE, None) for item in op.index[: axis[0] + 1]):
+                return number
+    return None
+
+
+def over_steps(saved: SavedTensor, course: Course) -> SavedTensor:
+    """What a save holds over the steps, where ``saved`` is what one step has of it."""
+    if course.once or course.axis is not None:
+        return replace(saved, steps=course.window)
+    return replace(saved, axes=("step", *saved.axes), steps=course.window)
