@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tracelens as tl
-from tests.errors import LLAMA, TEXT, refused
+from tests.errors import LLAMA, refused
 from tests.support.families import FAMILIES
 from tests.support.pretend import pretend_throughout
 from tests.support.ranks import PoolOf
@@ -498,12 +498,28 @@ def test_inputs_are_no_prompts() -> None:
         t.prompts[0]
 
 
-def test_generation_does_not_have_them_yet() -> None:
-    with (
-        refused(UnknownSiteError, "t.prompts is planned", instead="one model.generate for each prompt"),
-        model.generate(TEXT, max_new_tokens=2) as t,
-    ):
-        t.prompts[0].embed  # <-
+def test_the_prompts_of_a_generation_are_those_of_its_first_step() -> None:
+    count = 4
+    with model.generate(ROWS, max_new_tokens=count) as plain:
+        pass
+    with model.generate(ROWS, max_new_tokens=count) as t:
+        a, _, c = t.prompts
+        seen = c.layers[1].resid_post.save()
+        c.layers[1].resid_post.tok[-1] = a.layers[1].resid_post.tok[1]
+        after = c.layers[1].resid_post.save()
+        t.decode.layers[0].resid_post += 0.0
+    with model.trace(ROWS[0]):
+        given = model.layers[1].resid_post.tok[1].save()
+    with model.trace(ROWS[2]) as alone:
+        own = model.layers[1].resid_post.save()
+        model.layers[1].resid_post.tok[-1] = given
+        chosen = model.logits[:, -1].argmax(-1).save()
+    assert seen.shape == (1, 3, D)
+    torch.testing.assert_close(seen.value, own.value, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(after.value[:, -1], given.value, rtol=1e-5, atol=1e-5)
+    assert t.tokens[2][0] == chosen.item() != plain.tokens[2][0]
+    assert t.tokens[:2] == plain.tokens[:2]
+    assert alone.results
 
 
 def test_plain_blocks_advise_to_take_each_prompt_for_itself() -> None:

@@ -105,13 +105,7 @@ class Compiled:
     @cached_property
     def selectors(self) -> tuple[tuple[int, Selector], ...]:
         """The recorded operations that address tokens, with what they address."""
-        return tuple(
-            (number, item)
-            for number, op in enumerate(self.recorded.ops)
-            if isinstance(op, Index | IndexPut)
-            for item in op.index
-            if isinstance(item, Selector)
-        )
+        return selectors_of(self.recorded)
 
     @cached_property
     def padded(self) -> tuple[tuple[int, TensorType], ...]:
@@ -149,6 +143,17 @@ class Ran(NamedTuple):
     report: RunReport
     copies: Callable[[], dict[str, list[str]]] = dict
     """Digests, by name, of what this rank saved that every rank of its place has whole."""
+
+
+def selectors_of(graph: Graph) -> tuple[tuple[int, Selector], ...]:
+    """The operations that address tokens, with what they address."""
+    return tuple(
+        (number, item)
+        for number, op in enumerate(graph.ops)
+        if isinstance(op, Index | IndexPut)
+        for item in op.index
+        if isinstance(item, Selector)
+    )
 
 
 def keeps_padding(type_: TensorType) -> bool:

@@ -9,11 +9,11 @@ from functools import cached_property
 from tracelens.backends.gathering import Course
 from tracelens.backends.local import LocalCode
 from tracelens.backends.stepping import Segment
-from tracelens.compiled import Compiled, digest, document, keeps_padding
+from tracelens.compiled import Compiled, digest, document, keeps_padding, selectors_of
 from tracelens.errors import ExtraMemoryError, LayoutError
 from tracelens.ir.dims import KEY, POSITION, Sizes
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import WHOLE, Index, IndexPut, Ref, Save, TokenSelector, Write, operands, results
+from tracelens.ir.ops import WHOLE, Index, IndexPut, Ref, Save, Selector, Write, operands, results
 from tracelens.ir.padding import has_keys
 from tracelens.ir.passes.at_steps import Stepped
 from tracelens.ir.retype import mixing_operations
@@ -100,15 +100,9 @@ class CompiledGeneration:
         return tuple(dict.fromkeys(pair for part in self.parts for pair in part.used if pair[0] not in held))
 
     @property
-    def selectors(self) -> tuple[tuple[int, TokenSelector], ...]:
+    def selectors(self) -> tuple[tuple[int, Selector], ...]:
         """The recorded operations that address tokens of the prompt, with what they address."""
-        return tuple(
-            (number, item)
-            for number, op in enumerate(self.recorded.ops)
-            if isinstance(op, Index | IndexPut)
-            for item in op.index
-            if isinstance(item, TokenSelector)
-        )
+        return selectors_of(self.recorded)
 
     @cached_property
     def any_passes(self) -> bool:

@@ -280,12 +280,8 @@ class Value(Operand):
 
     def _chooses_tokens(self, index: tuple[IndexItem, ...]) -> bool:
         """Are tokens of the prompt chosen, by an index or on the way to what it is applied to?"""
-        value: Value | None = self
-        while value is not None:
-            if any(isinstance(item, Selector) for item in index):
-                return True
-            index, value = value._index or (), value._parent
-        return False
+        here_, before = any(isinstance(item, Selector) for item in index), self._parent
+        return here_ or (before is not None and before._chooses_tokens(self._index or ()))
 
     # --- leaving the run -----------------------------------------------------------------------------------------
 

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import tracelens as tl
 from tests.errors import GPT2, IDS, LLAMA, D, refused
-from tracelens.coming import ON_BLOCKS, ON_THE_MODEL
+from tracelens.coming import ON_THE_MODEL
 from tracelens.errors import (
     AbsentSiteError,
     LayerRangeError,
@@ -63,19 +63,6 @@ def test_a_name_of_the_model_that_is_to_come(name: str, meanwhile: str) -> None:
     with refused(UnknownSiteError, f"model.{name} is planned", instead=meanwhile), model.trace(IDS):
         setattr(model, name, 0)  # <-
     assert not hasattr(model, name)
-
-
-@pytest.mark.parametrize(("name", "meanwhile"), ON_BLOCKS.items())
-def test_a_name_of_a_block_that_is_to_come(name: str, meanwhile: str) -> None:
-    with refused(UnknownSiteError, f"t.{name} is planned", instead=meanwhile), model.trace(IDS) as t:
-        getattr(t, name)  # <-
-    with model.trace(IDS) as t:
-        model.logits.save()
-    with refused(UnknownSiteError, f"t.{name} is planned", instead=meanwhile, forwards=0):
-        getattr(t, name)  # <-
-    assert not hasattr(t, name)
-    with pytest.raises(AttributeError, match="'Trace' object has no attribute 'nonsense'"):
-        t.nonsense
 
 
 def test_what_to_write_meanwhile() -> None:
