@@ -247,13 +247,20 @@ def test_tokens_of_what_has_lost_them_are_refused(token: Callable[[Any, Any], An
         token(t.prompts[0].embed, t.prompts[1].embed).save()
 
 
-def test_tokens_of_two_prompts_at_once_are_refused() -> None:
-    rows = [[5, 6, 7], [8, 9, 10]]
+TWO: dict[str, Callable[[Any, Any], Any]] = {
+    "token by token": lambda a, b: (a + b).tok[0],
+    "every token with every other": lambda a, b: (a @ b.mT).tok[0],
+}
+
+
+@pytest.mark.parametrize("token", TWO.values(), ids=TWO)
+def test_tokens_of_two_prompts_at_once_are_refused(token: Callable[[Any, Any], Any]) -> None:
+    says = ".tok addresses the position axis"
     with (
-        refused(PositionAxisError, ".tok addresses the position axis", instead="t.prompts[i]"),
-        model.trace(rows) as t,
+        refused(PositionAxisError, says, instead="t.prompts[i]", text=".tok[0]"),
+        model.trace([[5, 6, 7], [8, 9, 10]]) as t,
     ):
-        (t.prompts[0].embed + t.prompts[1].embed).tok[0].save()  # <-
+        token(t.prompts[0].embed, t.prompts[1].embed).save()
 
 
 def test_a_gradient_with_respect_to_a_prompts_part() -> None:

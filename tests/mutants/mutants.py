@@ -31,6 +31,9 @@ GENERATION = ("tests/test_generation.py",)
 MODULES = ("tests/test_modules.py", "-k", "not family and not every")
 SKIPPING = ("tests/test_skipping.py", "-k", "own or several")
 
+PROMPTS = ("tests/test_prompts.py", "-k")
+MATCHING = ("tests/test_matching.py",)
+CHAT = ("tests/test_chat.py",)
 OFFLOAD = ("tests/test_offload.py",)
 SPREAD = ("tests/test_spread.py",)
 # Without the thousand examples: the others find it sooner.
@@ -1563,5 +1566,131 @@ MUTANTS = (
         "start, end = owned(found[self.dim], self.ranks, self.rank)",
         "start, end = owned(found[self.dim] + 1, self.ranks, self.rank)",
         (*USERS_PLANS, "every_site_is_read and sequence"),
+    ),
+    Mutant(
+        "prompts: a write to one is a write to the first",
+        "ir/ops.py",
+        "    return Slice(item.row, item.row + 1) if",
+        "    return Slice(0, 1) if",
+        (*PROMPTS, "not spread"),
+    ),
+    Mutant(
+        "prompts: their first tokens are padding",
+        "ir/ops.py",
+        "else Slice(-item.length, None)",
+        "else Slice(None, item.length)",
+        (*PROMPTS, "not spread"),
+    ),
+    Mutant(
+        "prompts: of another block",
+        "prompts.py",
+        "        if recorder.prompt is not self._prompt:\n",
+        "        if False:\n",
+        (*PROMPTS, "not spread"),
+    ),
+    Mutant(
+        "prompts: a program runs on prompts of other lengths",
+        "selection.py",
+        "    if batch.lengths[row] != selector.length:\n",
+        "    if False:\n",
+        (*PROMPTS, "as_many_tokens"),
+    ),
+    Mutant(
+        "prompts: a graph takes one prompt's row and another's tokens",
+        "ir/rules_index.py",
+        "    if len(rows) != 1 or of != rows or padded:\n",
+        "    if False:\n",
+        (*PROMPTS, "not_valid"),
+    ),
+    Mutant(
+        "prompts: tokens in another order pass for the prompt's",
+        "own_tokens.py",
+        "        or (inferred.mixes and any(type_.symbols for type_ in inferred.types))\n",
+        "",
+        (*PROMPTS, "lost_them"),
+    ),
+    Mutant(
+        "prompts: tokens of two are those of one",
+        "own_tokens.py",
+        "    return found[0] if len(found) == 1 else None\n",
+        "    return found[0] if found else None\n",
+        (*PROMPTS, "two_prompts"),
+    ),
+    Mutant(
+        "prompts: the place of a text is that of the first row",
+        "selection.py",
+        "Rows(batch, tokenizer, (selector.row,)), (0,))",
+        "Rows(batch, tokenizer, (0,)), (0,))",
+        (*PROMPTS, "not spread"),
+    ),
+    Mutant(
+        "prompts: the gradient is that of all rows",
+        "gradients.py",
+        "    return gradient._indexed(value._index, by_token=True) if _is_prompts(value) else gradient\n",
+        "    return gradient\n",
+        (*PROMPTS, "gradient"),
+    ),
+    Mutant(
+        "prompts: what was saved is said to be of the whole batch",
+        "results.py",
+        "        if self.prompt is not None:\n",
+        "        if False:\n",
+        (*PROMPTS, "of_which"),
+    ),
+    Mutant(
+        "tokens: one of a text keeps its axis when it is recorded",
+        "ir/ops.py",
+        "        isinstance(item, TokenText) and item.pick is not None\n",
+        "        False\n",
+        MATCHING,
+    ),
+    Mutant(
+        "tokens: the first of several with an id",
+        "matching.py",
+        "    if len(places) == 1:\n",
+        "    if places:\n",
+        MATCHING,
+    ),
+    Mutant(
+        "tokens: characters count from the token before the text",
+        "matching.py",
+        "    start, stop = selector.start + shift, selector.stop + shift\n",
+        "    start, stop = selector.start, selector.stop\n",
+        MATCHING,
+    ),
+    Mutant(
+        "tokens: a program has as many characters' tokens as there are",
+        "selection.py",
+        "    if recorded is not None and not drops and recorded != selection.width:\n",
+        "    if False:\n",
+        (*MATCHING, "-k", "program"),
+    ),
+    Mutant(
+        "conversations: special tokens stand twice",
+        "batch.py",
+        "special=conversations is None)",
+        "special=True)",
+        CHAT,
+    ),
+    Mutant(
+        "conversations: an answer is opened after the answer",
+        "chat.py",
+        'add_generation_prompt=messages[-1]["role"] != "assistant"',
+        "add_generation_prompt=True",
+        CHAT,
+    ),
+    Mutant(
+        "conversations: a message that the template leaves out",
+        "chat.py",
+        'and message["content"].strip() not in text:',
+        "and False:",
+        CHAT,
+    ),
+    Mutant(
+        "attention: the softmax of a padding query is nan in double precision",
+        "backends/attention.py",
+        "torch.promote_types(scores.dtype, torch.float32) if self.wide else None",
+        "torch.float32 if self.wide else None",
+        (*MATCHING, "-k", "nan"),
     ),
 )
