@@ -564,6 +564,8 @@ def test_on_spread_models(spread: Both) -> None:
             b.layers[1].q.save("q")
             c.layers[1].mlp_act.mean(1).save("act")
             c.layers[2].pattern.save("pattern")
+            c.embed.tok[tl.token_id(12)].save("id")
+            one.embed.tok[[0, -1]].save("both ends")
             for name, prompt in zip("abc", t.prompts, strict=True):
                 prompt.logits.save(name)
         found.append(dict(t.results))

@@ -42,10 +42,10 @@ def masked_mean(value: Any) -> Any:
     if not isinstance(value, Value) or not value._is_recording():
         raise NoTraceError("tl.masked_mean is for values inside a block", at=here(), instead="tensor.mean(1)")
     recorder: Recorder = value._recorder
-    own = own_tokens(value)
-    if own is not None and own.axis == 1:
-        return cast(Any, value).mean(1)  # of a prompt by itself, which has no padding
     if value._type.shape[:2] != (dims.B, dims.P):
+        own = own_tokens(value)
+        if own is not None and own.axis == 1:
+            return cast(Any, value).mean(1)  # of a prompt by itself, which has no padding
         raise PositionAxisError(
             f"tl.masked_mean averages over the position axis of [B, P, ...], and this value is {value._type}",
             at=here(),
