@@ -451,3 +451,46 @@ def test_memory_is_known_before_the_generation() -> None:
     ):
         MODEL.layers[1].resid_post.save("h")
     assert len(t.tokens) == 9
+
+
+@pytest.mark.parametrize("cached", [True, False])
+def test_logits_of_the_prompt_are_those_of_the_newest_position_alone(cached: bool) -> None:
+    seen: list[int] = []
+    expected = plain(IDS, 4)
+    handle = HF.lm_head.register_forward_hook(lambda _m, _a, output: seen.append(output.shape[1]))
+    try:
+        with MODEL.generate(IDS, max_new_tokens=4, use_cache=cached) as t:
+            picks = MODEL.logits[:, -1].argmax(-1).save()
+            p = MODEL.logits.sigmoid()[:, -1:, 3].save()
+        assert picks.value[:, 0].tolist() == t.tokens == expected
+        assert p.shape == (4, 1, 1)
+        assert seen == [1] * 4
+        seen.clear()
+        with MODEL.generate(IDS, max_new_tokens=4, use_cache=cached) as t:
+            MODEL.logits[..., 7] += 1e9
+        assert t.tokens == [7] * 4
+        assert seen == [1] * 4
+        seen.clear()
+        with MODEL.generate(IDS, max_new_tokens=4, use_cache=cached) as t:
+            every = MODEL.logits.save()
+        assert t.tokens == expected
+        assert every.value[0, len(IDS) - 1 :].argmax(-1).tolist() == expected
+        assert seen == [len(IDS), *([1] * 3 if cached else range(len(IDS) + 1, len(IDS) + 4))]
+        seen.clear()
+        if cached:
+            with MODEL.generate(IDS, max_new_tokens=4) as t:
+                t.decode.logits.softmax(-1).save("p")
+            assert seen == [1] * 4
+    finally:
+        handle.remove()
+
+
+def test_zero_tokens_make_no_logits_that_nobody_asked_for() -> None:
+    seen: list[int] = []
+    handle = HF.lm_head.register_forward_hook(lambda _m, _a, output: seen.append(output.shape[1]))
+    try:
+        with MODEL.generate(ROWS, max_new_tokens=0):
+            MODEL.layers[0].resid_post.save()
+    finally:
+        handle.remove()
+    assert seen == [1]

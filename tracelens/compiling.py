@@ -19,6 +19,7 @@ from tracelens.backends.departing import Departures, Peaks
 from tracelens.backends.differentiate import require_differentiable, usable
 from tracelens.backends.enduring import remember
 from tracelens.backends.execute import Journey, State
+from tracelens.backends.generation_options import keeps_logits
 from tracelens.backends.local import LocalCode, Run, prepare
 from tracelens.backends.mesh import Mesh
 from tracelens.backends.places import placement
@@ -52,6 +53,7 @@ from tracelens.ir.ops import (
 )
 from tracelens.ir.padding import has_keys
 from tracelens.ir.passes.at_steps import in_steps
+from tracelens.ir.passes.newest_logits import newest_logits
 from tracelens.ir.retype import retype, sizes_of
 from tracelens.ir.step_flow import names_steps
 from tracelens.ir.text import op_text
@@ -126,6 +128,8 @@ class Compiler:
         recorded = self._at_home(graph, generating=True)
         verify_steps(recorded)
         on_ranks = anatomy.mesh is not None or anatomy.elsewhere is not None
+        if keeps_logits(anatomy.model):
+            recorded = newest_logits(recorded)
         return compile_steps(in_steps(recorded), partial(self._planned, generating=True), on_ranks=on_ranks)
 
     def _at_home(self, graph: Graph, *, generating: bool) -> Graph:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, NoReturn
 
@@ -16,6 +16,7 @@ from tracelens.backends.transfer import moved, on_cpu
 from tracelens.errors import GenerationStepError
 from tracelens.ir.infer import torch_dtype
 from tracelens.ir.ops import Keep, Save
+from tracelens.ir.windows import StepWindow
 from tracelens.leaving import same, whole_on_first, write_files
 from tracelens.location import here
 from tracelens.prompted import Prompt
@@ -215,6 +216,16 @@ def _marked(whole: torch.Tensor, course: Course, ends: Ends, batch_axis: int) ->
 def _compact(tensor: torch.Tensor) -> torch.Tensor:
     whole = tensor.untyped_storage().nbytes() == tensor.nbytes
     return tensor if whole and tensor.is_contiguous() else tensor.clone(memory_format=torch.contiguous_format)
+
+
+def of_one_step(
+    course: Course, members: Sequence[torch.Tensor], prompt: Prompt, step: int
+) -> torch.Tensor | list[torch.Tensor]:
+    """What one step saved: as it was there, for prompts of different lengths one tensor for each without padding."""
+    once = replace(course, window=StepWindow(step, step + 1))
+    return _by_row(
+        once, _joined(once, members), prompt, Ends((step + 1,) * len(prompt.lengths)), include_last=False
+    )
 
 
 def missed(course: Course, prompt: Prompt, ends: Ends) -> Callable[[], Any] | None:

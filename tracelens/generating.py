@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
@@ -12,13 +13,19 @@ import torch
 
 from tracelens.agreeing import require_agreement
 from tracelens.backends.gathering import Gathering
-from tracelens.backends.generation_options import Watched, require_plain, resolved, watched_criteria
+from tracelens.backends.generation_options import (
+    Watched,
+    keeps_logits,
+    require_plain,
+    resolved,
+    watched_criteria,
+)
 from tracelens.backends.pipeline_generation import StagedGeneration
 from tracelens.backends.ready import running_device
 from tracelens.backends.stepping import SteppedRun
 from tracelens.backends.transfer import inputs_on, moved
 from tracelens.backends.windows import refuse_forgotten
-from tracelens.compiled import relocate
+from tracelens.compiled import Compiled, relocate
 from tracelens.compiling import Compiler, check_fits
 from tracelens.errors import OptionError, TracelensError
 from tracelens.gathered import Generated, ends_of, finished, from_ranks
@@ -26,6 +33,7 @@ from tracelens.generation_plan import CompiledGeneration, bound_to_steps
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.ops import Read, Write
+from tracelens.ir.passes.newest_logits import of_logits
 from tracelens.ir.sites import Scope
 from tracelens.leaving import elsewhere
 from tracelens.prompted import Prompt
@@ -46,20 +54,56 @@ def generate(
     *,
     include_last: bool = False,
     seed: int | None = None,
+    told: StepTold | None = None,
 ) -> Generated:
     """transformers' own generation, with each step's program in its pass.
 
     ``options``: those of transformers, ``max_new_tokens`` among them. ``include_last``: one more pass, over the last
-    token. ``seed``: for tokens that are drawn.
+    token. ``seed``: for tokens that are drawn. ``told``: who hears of each step.
     """
     hf: Any = compiler.anatomy.model
     if not compiled.any_passes or include_last or options["max_new_tokens"] == 0:
         require_plain(hf, options)
-    _require_history(graph, compiled, cached=_cached(hf, options))
+    _require_history(graph, compiled, cached=is_cached(hf, options))
     if isinstance(compiler, RankedCompiler):
+        assert told is None, "ranks tell of all steps at the end"
         return compiler.generate(graph, compiled, prompt, options, include_last=include_last, seed=seed)
     with _seeded(seed, running_device(compiler.anatomy)):
-        return _Generation(model, compiler, graph, compiled, prompt, options, include_last).run()
+        return _Generation(model, compiler, graph, compiled, prompt, options, include_last, told).run()
+
+
+@dataclass(frozen=True)
+class StepTold:
+    """Who hears of each step: what it saves goes to ``gathering``; ``tell`` is given its number and tokens.
+
+    ``tell`` says whether to end there. ``waiting``: the thread that waits for it.
+    """
+
+    gathering: Gathering
+    tell: Callable[[int, Sequence[int | None]], bool]
+    waiting: int
+
+
+class _Telling:
+    """Among the stopping criteria, the last: tells of a step when its tokens have been chosen."""
+
+    def __init__(self, told: StepTold, ends: frozenset[int], watched: Sequence[Watched]) -> None:
+        self._told, self._ends, self._watched = told, ends, watched
+        self._over: list[bool] = []
+        self._step = 0
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        newest: list[int] = input_ids[:, -1].tolist()
+        self._over = self._over or [False] * len(newest)
+        tokens = [None if over else token for over, token in zip(self._over, newest, strict=True)]
+        ended = [watched.steps(len(newest)) for watched in self._watched]
+        self._over = [
+            over or token in self._ends or any(steps[row] is not None for steps in ended)
+            for row, (over, token) in enumerate(zip(self._over, newest, strict=True))
+        ]
+        over = self._told.tell(self._step, tokens)
+        self._step += 1
+        return torch.full((len(newest),), over, device=input_ids.device)
 
 
 class _Generation:
@@ -74,16 +118,21 @@ class _Generation:
         prompt: Prompt,
         options: Mapping[str, Any],
         include_last: bool,
+        told: StepTold | None,
     ) -> None:
         self.compiler, self.graph, self.compiled, self.prompt = compiler, graph, compiled, prompt
         self.anatomy = compiler.anatomy
         self.hf: Any = self.anatomy.model
         self.options = dict(options)
         self.include_last = include_last
+        self.told = told
         self.count: int = self.options["max_new_tokens"]
         self.watched: list[Watched] = watched_criteria(self.options, model.tokenizer)
         self.config = resolved(self.hf, options)
         self.ends = _end_tokens(self.config)
+        if told is not None:
+            criteria = self.options.setdefault("stopping_criteria", [])
+            criteria.append(_Telling(told, self.ends, self.watched))
 
     def run(self) -> Generated:
         anatomy, compiled, prompt, graph = self.anatomy, self.compiled, self.prompt, self.graph
@@ -93,10 +142,12 @@ class _Generation:
         drawn = bool(self.config.do_sample)
         if mesh is not None and not self.compiler.owned:
             require_agreement(mesh, compiled, graph, prompt, self.options, sampled=drawn)
-        cached = _cached(self.hf, self.options)
+        cached = is_cached(self.hf, self.options)
         steps = max(1, self.count)
-        gathering = Gathering(
-            compiled.courses, prompt.sizes, steps, include_last=self.include_last, cached=cached
+        gathering = (
+            Gathering(compiled.courses, prompt.sizes, steps, include_last=self.include_last, cached=cached)
+            if self.told is None
+            else self.told.gathering
         )
         run = SteppedRun(
             self.hf,
@@ -110,6 +161,8 @@ class _Generation:
             ragged=prompt.ragged,
             inputs=bool(compiled.inputs),
         )
+        if self.told is not None:
+            run.threads |= {self.told.waiting}
         inputs = self._inputs(prompt)
         if mesh is not None and mesh.pipeline is not None:
             newest = inputs.get("logits_to_keep") == 0
@@ -132,9 +185,13 @@ class _Generation:
         inputs = inputs_on(prompt.batch.model_inputs(), running_device(self.anatomy))
         # transformers derives the positions from the mask itself, and continues them in every step.
         inputs.pop("position_ids")
-        if any(_behind_all(op) for part in self.compiled.parts for op in part.plan.graph.ops):
+        cached = is_cached(self.hf, self.options)
+        # With a cache later steps have one position anyway.
+        if any(map(_behind_all, self.compiled.parts[:1] if cached else self.compiled.parts)):
             # transformers would compute only the last position's; the sites are those of every position.
             inputs["logits_to_keep"] = 0
+        elif keeps_logits(self.hf):
+            inputs["logits_to_keep"] = 1
         return inputs
 
     def _forward(self, inputs: Mapping[str, Any]) -> torch.Tensor:
@@ -157,10 +214,10 @@ class _Generation:
         cache = found.past_key_values
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         given: dict[str, Any] = {"input_ids": text, "attention_mask": mask, "position_ids": positions}
-        if _cached(self.hf, self.options):
+        if is_cached(self.hf, self.options):
             given |= {"input_ids": text[:, -1:], "position_ids": positions[:, -1:], "past_key_values": cache}
-        keep = {"logits_to_keep": 0} if "logits_to_keep" in inputs else {}
-        self.hf(**given, **keep, use_cache=_cached(self.hf, self.options))
+        keep = {name: inputs[name] for name in ("logits_to_keep",) if name in inputs}
+        self.hf(**given, **keep, use_cache=is_cached(self.hf, self.options))
 
     def _tokens(self, new: torch.Tensor) -> list[list[int]]:
         """The new tokens of each row up to its end."""
@@ -175,6 +232,8 @@ class _Generation:
     def _tensors(
         self, gathering: Gathering, run: SteppedRun, tokens: list[list[int]]
     ) -> dict[str, Callable[[], Any]]:
+        if self.told is not None:
+            return {}
         ends = ends_of(tokens)
         mesh = self.anatomy.mesh
         if mesh is None:
@@ -190,15 +249,17 @@ class _Generation:
                 refuse_forgotten(self.anatomy, part.plan.graph, self.prompt.sizes["P"], self.options)
 
 
-def _behind_all(op: object) -> bool:
-    """Is an operation on what is made of the last positions alone, unless more are asked for?"""
-    return isinstance(op, Read | Write) and (
-        op.site.name in ("lm_head", "logits")
-        or (isinstance(op.site, ModuleSite) and op.site.kind.scope is Scope.AFTER)
-    )
+def _behind_all(part: Compiled) -> bool:
+    """Does a program look at more than the newest position, where transformers computes no other by itself?"""
+    reads = [op for op in part.plan.graph.ops if isinstance(op, Read | Write)]
+    if any(isinstance(op.site, ModuleSite) and op.site.kind.scope is Scope.AFTER for op in reads):
+        return True
+    named = [op for op in reads if of_logits(op.site)]
+    # What is planned for the newest position alone is read with one; what is only written fits any number.
+    return any(isinstance(op, Read) and op.type.position_axes for op in named)
 
 
-def _cached(hf: Any, options: Mapping[str, Any]) -> bool:
+def is_cached(hf: Any, options: Mapping[str, Any]) -> bool:
     """Has a pass of a later step the new token alone?"""
     return resolved(hf, options).use_cache is not False and options.get("max_new_tokens") != 0
 

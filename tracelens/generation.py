@@ -10,7 +10,7 @@ import torch
 
 from tracelens.errors import NoTokenizerError
 from tracelens.gathered import ends_of
-from tracelens.generating import generate
+from tracelens.generating import generate, is_cached
 from tracelens.ir.graph import Graph
 from tracelens.location import here
 from tracelens.prompted import Prompt
@@ -84,6 +84,11 @@ class Generation(Recording):
         recorder.deliver(made.tensors)
         self._results = Results(compiled.described, made.tensors)
         self._new, self._report = made.tokens, made.report
+
+    @property
+    def cached(self) -> bool:
+        """Has each step but the first the new tokens alone, because the others are in a cache?"""
+        return is_cached(self._model._hf, self._options)
 
     @property
     def results(self) -> Results:

@@ -13,7 +13,7 @@ from torch import nn
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.generation_options import require_own
 from tracelens.batch import prepare
-from tracelens.compiling import Compiler
+from tracelens.compiling import Compiler, owning
 from tracelens.errors import Blaming, OptionError, PromptError, TracelensError
 from tracelens.generation import Generation
 from tracelens.handles import LayerHandle, Layers, global_site, no_target, recorder_of, unknown_global
@@ -28,7 +28,8 @@ from tracelens.prompt_tokens import PromptTokens
 from tracelens.prompted import Prompt
 from tracelens.ranked import Parts, RankedCompiler
 from tracelens.site_table import SiteTable, site_table
-from tracelens.tracing import Program, Record, Trace
+from tracelens.streaming import Stream, graph_of
+from tracelens.tracing import Program, Record, Recording, Trace
 from tracelens.values import Value
 from tracelens.view import Fold, Line, Shown, Stack, View, display, html
 
@@ -91,9 +92,12 @@ class Model(Shown):
         """
         return Trace(self, self.prepare(prompt), _room(max_extra_memory), measure=measure)
 
-    def record(self, prompt: Any = None) -> Record:
-        """Opens a block that only records; without a prompt, sizes are symbols and the graph fits every prompt."""
-        return Record(self, None if prompt is None else self.prepare(prompt))
+    def record(self, prompt: Any = None, *, generation: bool = False) -> Record:
+        """Opens a block that only records; without a prompt, sizes are symbols and the graph fits every prompt.
+
+        ``generation``: the graph is one for :meth:`stream`, with the steps of a generation (``r.decode``, ``r.steps``).
+        """
+        return Record(self, None if prompt is None else self.prepare(prompt), generation=generation)
 
     def compile(self, graph: Graph | Record | Trace, *, max_extra_memory: int | str | None = None) -> Program:
         """A reusable program: ``program(prompt)`` runs the graph without recording it again.
@@ -162,6 +166,38 @@ class Model(Shown):
             seed=seed,
             most=_room(max_extra_memory),
         )
+
+    def stream(
+        self,
+        prompt: Any,
+        graph: Graph | Recording | None = None,
+        *,
+        max_new_tokens: int,
+        seed: int | None = None,
+        **options: Any,
+    ) -> Stream:
+        """Tokens, and what ``graph`` saves, while they are made: one event for each step.
+
+        ``graph``: of ``model.record(generation=True)``, or of a :meth:`generate` block that has ended. The other
+        arguments are those of :meth:`generate`. Leaving the loop ends the generation.
+
+        >>> with model.record(generation=True) as r:                                   # doctest: +SKIP
+        ...     r.decode.layers[12].post_ln += 3.0 * v
+        ...     model.layers[20].resid_post[:, -1].norm(dim=-1).save("norm")
+        >>> for event in model.stream("The capital of France is", r, max_new_tokens=20):   # doctest: +SKIP
+        ...     print(event.text, event["norm"])
+
+        Raises :class:`~tracelens.errors.OptionError` for a model on ranks, which tell of all steps at the end.
+        """
+        if self._parts is not None or self.anatomy.mesh is not None:
+            raise OptionError(
+                "the steps of a model on ranks are told at the end, so they cannot be streamed so far",
+                at=here(),
+                instead="with model.generate(prompt, max_new_tokens=...) as t: ..., and t.text after it",
+            )
+        block = self.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **options)
+        with Blaming(here()):
+            return Stream(block, owning(graph_of(graph)))
 
     def prepare(self, prompt: Any, *, room: int = 0) -> Prompt:
         """The prompt as the model will see it: token ids, padded on the left, with a mask and positions.

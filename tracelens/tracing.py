@@ -299,6 +299,10 @@ def nothing_saved(graph: Graph) -> NothingSavedError:
 class Record(Recording):
     """A block that only records: ``r.graph`` for analysis, ``model.compile(r.graph)`` to run it on many prompts."""
 
+    def __init__(self, model: Model, prompt: Prompt | None, *, generation: bool = False) -> None:
+        super().__init__(model, prompt)
+        self._generating = generation
+
     def __repr__(self) -> str:
         from tracelens.ir.text import text
 

@@ -1261,6 +1261,20 @@ MUTANTS = (
         STEPS,
     ),
     Mutant(
+        "steps: logits of which more is used are those of the newest position",
+        "ir/passes/newest_logits.py",
+        "            return item == WHOLE or _is_newest(item)\n",
+        "            return True\n",
+        ("tests/ir/test_steps.py",),
+    ),
+    Mutant(
+        "streams: a loop that was left goes on generating",
+        "generating.py",
+        "return torch.full((len(newest),), over, device=input_ids.device)",
+        "return torch.full((len(newest),), False, device=input_ids.device)",
+        ("tests/test_streaming.py",),
+    ),
+    Mutant(
         "a rank that failed goes on generating",
         "backends/stepping.py",
         "mesh.first_failed(self.state.failure is not None) is not None",

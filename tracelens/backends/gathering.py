@@ -80,6 +80,17 @@ class Course:
             return (length, *type_.sizes({**sizes, "P": 1}))
         return type_.sizes({**sizes, "P": length})
 
+    def for_one_step(
+        self, sizes: Mapping[str, int], step: int, device: torch.device, *, cached: bool
+    ) -> tuple[Target, torch.Tensor]:
+        """A tensor for what one step has of a member, and where the step puts it."""
+        width = sizes["P"] if step == 0 else 1
+        shape = self.type.sizes({**sizes, "P": width, "S": sizes["P"] + step})
+        tensor = torch.empty(shape, dtype=torch_dtype(self.dtype), device=device)
+        if self.axis is not None and step > 0 and not cached:
+            return _Newest(tensor, self.axis), tensor
+        return tensor, tensor
+
     def lies(self, layout: Layout) -> Layout:
         """How a member over all steps lies on ranks, of which each step's part lies in ``layout``."""
         if isinstance(layout, Shard) and not self.once and self.axis is None:

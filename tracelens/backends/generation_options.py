@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -95,6 +96,11 @@ def require_plain(hf: Any, options: Mapping[str, Any]) -> None:
                 instead="greedy or sampled generation: do_sample=True, num_return_sequences=4; such options go with "
                 "blocks that only write, to every position alike",
             )
+
+
+def keeps_logits(model: Any) -> bool:
+    """Can a model be told at how many positions to compute logits?"""
+    return "logits_to_keep" in inspect.signature(type(model).forward).parameters
 
 
 def tokenizer_of(source: str) -> Any:

@@ -235,7 +235,7 @@ _FRESH = frozenset(f"torch.{name}" for name in ("add", "sub", "mul", "div", "mat
 class Run:
     """One use of a model: hooks on, forward passes, hooks off."""
 
-    __slots__ = ("code", "forward_number", "model", "real", "state", "thread")
+    __slots__ = ("code", "forward_number", "model", "real", "state", "thread", "threads")
 
     def __init__(
         self, model: nn.Module, code: LocalCode, state: State, real: torch.Tensor | None = None
@@ -246,6 +246,8 @@ class Run:
         self.code = code
         self.state = state
         self.thread = get_ident()
+        self.threads = {self.thread}
+        """Those that wait for the run: none of them may run the model meanwhile."""
         # Among all forward passes of the model's runs; no pass has the number 0.
         self.forward_number = 0
 
@@ -262,11 +264,11 @@ class Run:
         """Calls ``forward`` with the hooks in place, holding the model's lock."""
         seat = self.code.seat
         sitting = seat.run
-        if sitting is not None and sitting.thread == self.thread:
+        if sitting is not None and self.thread in sitting.threads:
             raise NestedTraceError(
-                "a trace of this model was run from inside a run of it, by an applied function",
+                "this model was run from inside a run of it, by an applied function or in the loop over a stream",
                 at=here(),
-                instead="save the value, and open the second trace after the first block",
+                instead="save the value, and open the second trace after the first block, or after the loop",
             )
         with seat.lock:
             try:
