@@ -39,18 +39,20 @@ from tracelens.ir.ops import (
     IndexPut,
     Keep,
     Op,
+    OwnTokens,
     Param,
+    PromptRow,
+    PromptTokens,
     Read,
     Ref,
     Save,
     Scalar,
+    Selector,
     Slice,
     Special,
     TokenAt,
     TokenList,
-    TokenSelector,
     TokenSlice,
-    TokenText,
     Write,
     operands,
     results,
@@ -118,6 +120,9 @@ class _Builder:
     narrow: bool = True
     # A few sites only, so that reads and writes meet at the same ones.
     sites: tuple[Site, ...] = READABLE
+    # The numbers of tokens of the prompts, where the graph may single one out; and where values have a prompt's own.
+    lengths: tuple[int, ...] = ()
+    own: dict[int, tuple[int, tuple[int, int]]] = field(default_factory=dict)
 
     def one(self, *choices: object) -> object:
         return self.draw(st.sampled_from(choices))
@@ -264,6 +269,15 @@ class _Builder:
             selectors = (TokenAt(-1), TokenAt(0), TokenSlice(-2, None, None, 2), TokenList((1, 0, -1)))
             choices += [(WHOLE, selector) for selector in selectors]
             choices += [(WHOLE, -1), (WHOLE, Slice(-1)), (WHOLE, Slice(1)), (0,)]
+        if kind.shape[:1] == (B,) and self.lengths and P in kind.shape:
+            row = self.one(*range(len(self.lengths)))
+            tokens = PromptTokens(row, self.lengths[row])
+            choices += 4 * [(PromptRow(row), *(tokens if dim == P else WHOLE for dim in kind.shape[1:]))]
+        if value in self.own:
+            place, (row, length) = self.own[value]
+            selectors = (TokenAt(-1), TokenAt(0), TokenSlice(-1, None, None, 1), TokenList((0, -1)))
+            before = (WHOLE,) * place
+            choices += [(*before, OwnTokens(row, length, selector)) for selector in selectors]
         index = self.one(*choices)
         if index and index[-1] == Ref(-1):
             index = (*whole, Ref(self.const(torch.tensor([3, 0, 3]))))
@@ -284,6 +298,9 @@ class _Builder:
                 inferred.types, [base, *(item.id for item in index if isinstance(item, Ref))]
             )
             self.ops.append(Index(out, inferred.types[0], base, index))
+            if index and isinstance(index[0], PromptRow) and P in self.types[base].shape:
+                place = self.types[base].shape.index(P)
+                self.own[out] = place, (index[0].row, index[place].length)
 
     def put(self) -> None:
         found = self.index()
@@ -409,15 +426,16 @@ def graphs(
     pinned: bool = False,
     gradients: bool = False,
     narrow: bool = True,
+    lengths: Sequence[int] = (),
 ) -> Graph:
     """Graphs that verify, over the sites of a tiny model of the Llama kind, with at least one save.
 
     ``sizes``: those of the prompt that the graph is recorded for (else its sizes stay symbols); ``aligned=False``: no
     operation mixes positions, so that rows may differ in length; ``pinned``: some operation fits these sizes only;
     ``gradients``: with gradients among the operations, and no float narrower than float32; ``narrow=False``: no such
-    float either, and no gradients.
+    float either, and no gradients; ``lengths``: those of the prompts, which the graph may single out then.
     """
-    builder = _Builder(draw, sizes, aligned, gradients=gradients, narrow=narrow)
+    builder = _Builder(draw, sizes, aligned, gradients=gradients, narrow=narrow, lengths=tuple(lengths))
     chosen = draw(st.lists(st.sampled_from(WRITABLE), min_size=1, max_size=4, unique=True))
     builder.sites = (*chosen, *chosen, *chosen, Site("token_mask"))
     first = builder.read(chosen[0])
@@ -471,11 +489,11 @@ class Chosen:
     drops: bool
 
 
-def plain_select(batch: Batch) -> Callable[[TokenSelector], Chosen]:
+def plain_select(batch: Batch) -> Callable[[Selector], Chosen]:
     """Resolves selectors by number against the mask of a batch."""
     real = [torch.nonzero(row).flatten().tolist() for row in batch.mask]
 
-    def select(selector: TokenSelector) -> Chosen:
+    def select(selector: Selector) -> Chosen:
         match selector:
             case TokenAt():
                 return Chosen(tuple((row[selector.index],) for row in real), True)
@@ -484,7 +502,14 @@ def plain_select(batch: Batch) -> Callable[[TokenSelector], Chosen]:
                 return Chosen(tuple(tuple(row[cut]) for row in real), False)
             case TokenList():
                 return Chosen(tuple(tuple(row[i] for i in selector.indices) for row in real), False)
-            case TokenText():
-                raise ValueError("texts need a tokenizer")
+            case PromptTokens():
+                return Chosen((tuple(real[selector.row]),), False)
+            case OwnTokens():
+                inner, of = select(selector.selector), real[selector.row]
+                return Chosen(
+                    (tuple(of.index(column) for column in inner.columns[selector.row]),), inner.drops
+                )
+            case _:
+                raise ValueError("texts need a tokenizer, and ids the tokens")
 
     return select

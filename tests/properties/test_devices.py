@@ -38,6 +38,7 @@ GRAPHS = st.one_of(
     graphs().map(lambda graph: (graph, EVEN_ROWS)),
     graphs(sizes=SIZES).map(lambda graph: (graph, EVEN_ROWS)),
     graphs(aligned=False).map(lambda graph: (graph, RAGGED_ROWS)),
+    graphs(aligned=False, lengths=RAGGED).map(lambda graph: (graph, RAGGED_ROWS)),
     graphs(sizes=SIZES, gradients=True).map(lambda graph: (graph, EVEN_ROWS)),
 )
 

@@ -23,7 +23,7 @@ from tracelens.ir.text import text
 from tracelens.ir.types import DType, TensorType
 from tracelens.location import Location
 
-VALID = graphs() | graphs(sizes={"B": 3, "P": 7}) | graphs(gradients=True)
+VALID = graphs() | graphs(sizes={"B": 3, "P": 7}) | graphs(gradients=True) | graphs(lengths=(5, 3))
 
 
 def payloads(graph: Graph) -> list[bytes]:

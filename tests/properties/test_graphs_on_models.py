@@ -35,6 +35,9 @@ GRAPHS = st.one_of(
     graphs(aligned=False).map(lambda graph: (graph, RAGGED_ROWS)),
     graphs(sizes=SIZES, gradients=True).map(lambda graph: (graph, EVEN_ROWS)),
     graphs(gradients=True, aligned=False).map(lambda graph: (graph, RAGGED_ROWS)),
+    graphs(lengths=EVEN).map(lambda graph: (graph, EVEN_ROWS)),
+    graphs(lengths=RAGGED, aligned=False).map(lambda graph: (graph, RAGGED_ROWS)),
+    graphs(lengths=RAGGED, aligned=False, gradients=True).map(lambda graph: (graph, RAGGED_ROWS)),
 )
 
 

@@ -19,7 +19,7 @@ import tracelens as tl
 from tests.properties.plain_language import unpadded
 from tests.properties.test_graphs_on_models import EVEN_ROWS, HF, MODELS, RAGGED_ROWS, SIZES, reference
 from tests.strategies import graphs
-from tests.support.batches import batch
+from tests.support.batches import RAGGED, batch
 from tests.support.ranks import PoolOf
 from tests.support.spread_models import relative_error
 from tracelens.errors import TracelensError
@@ -40,6 +40,7 @@ GRAPHS = st.one_of(
     graphs(narrow=False).map(lambda graph: (brought_back(graph), EVEN_ROWS)),
     graphs(sizes=SIZES, narrow=False).map(lambda graph: (brought_back(graph), EVEN_ROWS)),
     graphs(aligned=False, narrow=False).map(lambda graph: (brought_back(graph), RAGGED_ROWS)),
+    graphs(aligned=False, narrow=False, lengths=RAGGED).map(lambda graph: (brought_back(graph), RAGGED_ROWS)),
 )
 GRADIENTS = st.one_of(
     graphs(sizes=SIZES, gradients=True).map(lambda graph: (brought_back(graph), EVEN_ROWS)),

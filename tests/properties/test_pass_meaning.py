@@ -38,6 +38,7 @@ GRAPHS = st.one_of(
     graphs().map(lambda graph: (graph, EVEN_BATCH)),
     graphs(sizes=SIZES).map(lambda graph: (graph, EVEN_BATCH)),
     graphs(aligned=False).map(lambda graph: (graph, RAGGED_BATCH)),
+    graphs(aligned=False, lengths=RAGGED).map(lambda graph: (graph, RAGGED_BATCH)),
     graphs(sizes=SIZES, gradients=True).map(lambda graph: (graph, EVEN_BATCH)),
     graphs(aligned=False, gradients=True).map(lambda graph: (graph, RAGGED_BATCH)),
 )
