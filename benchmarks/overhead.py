@@ -46,6 +46,8 @@ class Tiny:
     heads: int = 6
     vocabulary: int = 512
     tokens: int = 32
+    new: int = 96
+    """For how many further tokens there are positions."""
 
     def write(self, folder: Path) -> str:
         """Writes the model's folder; the same weights each time."""
@@ -58,7 +60,7 @@ class Tiny:
             num_hidden_layers=self.layers,
             num_attention_heads=self.heads,
             num_key_value_heads=self.heads,
-            max_position_embeddings=4 * self.tokens,
+            max_position_embeddings=self.tokens + self.new,
             tie_word_embeddings=False,
         )
         torch.manual_seed(0)

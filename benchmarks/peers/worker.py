@@ -18,6 +18,9 @@ PEERS = {
     "hooks": "benchmarks.peers.by_hooks",
     "nnsight": "benchmarks.peers.with_nnsight",
     "transformer_lens": "benchmarks.peers.with_transformer_lens",
+    "hooks_text": "benchmarks.peers.hooks_text",
+    "nnsight_text": "benchmarks.peers.nnsight_text",
+    "transformer_lens_text": "benchmarks.peers.transformer_lens_text",
 }
 
 
@@ -90,7 +93,11 @@ def serve(requests: TextIO, replies: TextIO, peer_name: str, threads: int) -> No
         "transformers": transformers.__version__,
     }
     reply({"version": peer.version(), "versions": versions, "notes": getattr(peer, "NOTES", {})})
-    worker = Worker(peer)
+    worker: Any = Worker(peer)
+    if peer_name.endswith("_text"):
+        from benchmarks.peers.text_worker import TextWorker
+
+        worker = TextWorker(peer)
     for line in requests:
         request = json.loads(line)
         try:
