@@ -87,6 +87,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("pretrained", 5),
     ("results", 5),
     ("report", 5),
+    ("explain_tokens", 5),
     ("explain", 5),
     ("site_table", 5),
     ("prompt_tokens", 5),

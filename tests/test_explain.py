@@ -120,7 +120,10 @@ def test_a_generation_without_writes() -> None:
     model = tl.wrap(FAMILIES["llama"].build())
     with model.generate([1, 2, 3], max_new_tokens=1) as t:
         pass
-    assert t.explain().endswith("  every forward pass runs whole: 3 layers and the head")
+    assert t.explain().endswith(
+        "\n\nsteps 0:\nplan\n  place 0 (cpu): layers 0 to 2\n  every forward pass runs whole: 3 layers and the head\n"
+        "  can be captured in a CUDA graph: yes"
+    )
 
 
 def test_a_plan_is_a_text_of_its_own() -> None:

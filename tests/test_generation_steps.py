@@ -494,3 +494,23 @@ def test_zero_tokens_make_no_logits_that_nobody_asked_for() -> None:
     finally:
         handle.remove()
     assert seen == [1]
+
+
+def test_explain_shows_on_the_prompt_what_is_read_and_written() -> None:
+    tokenizer = byte_level_bpe()
+    model = tl.wrap(FAMILIES["qwen2"].build(vocab_size=len(tokenizer)), tokenizer)
+    texts = ["The capital of France", "Paris is the capital"]
+    with model.generate(texts, max_new_tokens=2) as t:
+        model.layers[0].resid_post.tok[" capital"] += 1.0
+        a, b = t.prompts
+        b.layers[1].resid_post.tok[-1] = a.layers[1].resid_post.tok[0]
+        t.prefill.layers[2].resid_post.tok[[0, 1]].save()
+    assert """
+  row 0: 0 "The"  1 " capital"  2 " of"  3 " France"
+  row 1: 0 "Paris"  1 " is"  2 " the"  3 " capital"
+  reads layers.0.resid_post.tok[" capital"]: 1 " capital" of row 0; 3 " capital" of row 1
+  writes layers.0.resid_post.tok[" capital"]: 1 " capital" of row 0; 3 " capital" of row 1
+  reads prompts[0].layers.1.resid_post.tok[0]: 0 "The" of row 0
+  writes prompts[1].layers.1.resid_post.tok[-1]: 3 " capital" of row 1
+  reads layers.2.resid_post.tok[[0, 1]] in step 0: 0 "The", 1 " capital" of row 0; 0 "Paris", 1 " is" of row 1
+""" in t.explain()

@@ -6,6 +6,8 @@ import re
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
+from tracelens.explain_tokens import tokens_section
+from tracelens.inputs import Inputs
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Apply, Write
 from tracelens.ir.step_flow import uncapturable
@@ -28,6 +30,7 @@ def explain(model: str, graph: Graph, compiled: Compiled, prompt: Prompt | None)
     sections = [
         f"{model}{over}",
         _graph(graph),
+        *_tokens(graph, prompt),
         "\n".join(
             [
                 plan.text(None if prompt is None else prompt.sizes),
@@ -50,7 +53,7 @@ def explain_generation(
     """
     over = f", over {prompt}" if prompt is not None else ""
     most = f", at most {steps} step{'s' if steps != 1 else ''}" if steps is not None else ""
-    sections = [f"{model}{over}{most}", _graph(graph)]
+    sections = [f"{model}{over}{most}", _graph(graph), *_tokens(graph, prompt)]
     if compiled.courses:
         sections.append("\n".join(["saves, over all steps", *_courses(compiled, prompt, steps)]))
     for window, part in zip(compiled.stepped.segments, compiled.parts, strict=True):
@@ -64,6 +67,11 @@ def explain_generation(
         lines += [shortened(program.text()) for program in part.programs if program.blocks]
         sections.append("\n".join(lines))
     return "\n\n".join(sections)
+
+
+def _tokens(graph: Graph, prompt: Prompt | None) -> list[str]:
+    section = None if prompt is None or isinstance(prompt, Inputs) else tokens_section(graph, prompt)
+    return [] if section is None else [section]
 
 
 def _courses(compiled: CompiledGeneration, prompt: Prompt | None, steps: int | None) -> list[str]:
