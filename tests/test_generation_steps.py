@@ -46,6 +46,20 @@ def test_a_position_is_the_same_with_and_without_a_cache() -> None:
     assert t.tokens == expected
 
 
+def test_positions_are_counted_in_each_row() -> None:
+    edit = Edit(1, lambda text, prompt: torch.arange(len(text)) == 3, lambda h: h + 4 * V)
+    expected = [hand.generate(HF, "llama", row, 6, [edit]) for row in ROWS]
+    assert all(new != plain(row, 6) for new, row in zip(expected[1:], ROWS[1:], strict=True))
+    with MODEL.generate(ROWS, max_new_tokens=6) as t:
+        MODEL.layers[1].resid_post.tok[MODEL.positions == 3] += 4 * V
+        MODEL.positions.save("positions")
+        MODEL.token_ids.save("ids")
+    assert t.tokens == expected
+    for row, (prompt, new) in enumerate(zip(ROWS, expected, strict=True)):
+        assert t["positions"][row][0].tolist() == list(range(len(prompt) + 5))
+        assert t["ids"][row][0].tolist() == [*prompt, *new[:-1]]
+
+
 @pytest.mark.parametrize(("start", "stop"), [(0, 1), (1, 2), (1, 4), (3, None), (5, 6)])
 def test_a_window_of_steps_is_not_off_by_one(start: int, stop: int | None) -> None:
     """EasySteer's windows, and nnsight's iter[1:3]: the first step of a window is the one that is named."""
@@ -183,6 +197,11 @@ def test_steps_that_do_not_fit_are_refused_at_their_line() -> None:
         MODEL.generate(IDS, max_new_tokens=2) as t,
     ):
         t.decode.layers[2].resid_post += t.prefill.layers[0].resid_post
+    with (
+        pytest.raises(errors.GenerationStepError, match="before it is there"),
+        MODEL.generate(IDS, max_new_tokens=2) as t,
+    ):
+        t.steps[2:5].layers[2].resid_post = t.steps[3].layers[0].resid_post
     for wrong in (-1, slice(-3, None), slice(5, 5), slice(0, 4, 2), "decode", True):
         with pytest.raises(errors.OptionError), MODEL.generate(IDS, max_new_tokens=2) as t:
             _ = t.steps[wrong]

@@ -77,7 +77,9 @@ def test_pieces_of_text_make_the_text() -> None:
 
 
 def test_leaving_the_loop_ends_the_generation() -> None:
-    before, threads = model_fingerprint(HF), workers()
+    threads = workers()
+    passes: list[int] = []
+    counting = HF.model.embed_tokens.register_forward_hook(lambda *_: passes.append(1))
     for event in MODEL.stream(IDS, max_new_tokens=50):
         if event.step == 2:
             break
@@ -86,7 +88,10 @@ def test_leaving_the_loop_ends_the_generation() -> None:
     deadline = time.monotonic() + 20
     while workers() > threads and time.monotonic() < deadline:
         time.sleep(0.01)
+    counting.remove()
     assert workers() == threads
+    assert len(passes) <= 6  # at most some steps ahead of the loop, and not all 50
+    before = model_fingerprint(HF)
     with MODEL.stream(IDS, max_new_tokens=50) as stream:
         next(stream)
     assert workers() == threads

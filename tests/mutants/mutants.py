@@ -26,7 +26,7 @@ ON_SUMS = (*USERS_PLANS, "written_once")
 SAVED = ("tests/properties/test_saved.py", "-k", "nobody")
 GRADIENTS = ("tests/test_gradients.py", "-k", "version or names or written or losses or llama and order")
 BLAME = ("tests/properties/test_blame.py",)
-STEPS = ("tests/test_generation_steps.py", "tests/properties/test_generation.py")
+GENERATION_STEPS = ("tests/test_generation_steps.py", "tests/properties/test_generation.py")
 GENERATION = ("tests/test_generation.py",)
 MODULES = ("tests/test_modules.py", "-k", "not family and not every")
 SKIPPING = ("tests/test_skipping.py", "-k", "own or several")
@@ -1191,74 +1191,74 @@ MUTANTS = (
         RANK_FAULTS,
     ),
     Mutant(
-        "steps: a window begins one step late",
+        "steps: the next program comes one step late",
         "ir/windows.py",
         "return self.start <= step and (self.stop is None or step < self.stop)",
-        "return self.start < step and (self.stop is None or step < self.stop)",
-        STEPS,
+        "return self.start <= step and (self.stop is None or step <= self.stop)",
+        GENERATION_STEPS,
     ),
     Mutant(
         "steps: a segment ends one step late",
         "ir/passes/at_steps.py",
         "                ends.add(window.stop)",
         "                ends.add(window.stop + 1)",
-        STEPS,
+        GENERATION_STEPS,
     ),
     Mutant(
         "steps: what is held is held from a step on that does not have it",
         "ir/passes/at_steps.py",
         "if value in self.held and window == segment",
         "if value in self.held and window != segment",
-        STEPS,
+        GENERATION_STEPS,
     ),
     Mutant(
         "steps: a read sees the writes of other steps",
         "ir/passes/at_steps.py",
         "if version <= op.version]",
         "if version < op.version]",
-        STEPS,
+        GENERATION_STEPS,
     ),
     Mutant(
         "steps: new positions are put one too far",
         "backends/gathering.py",
         '(0, sizes["P"]) if step == 0 else (sizes["P"] + step - 1, 1)',
         '(0, sizes["P"]) if step == 0 else (sizes["P"] + step - 2, 1)',
-        STEPS,
+        GENERATION_STEPS,
     ),
     Mutant(
         "steps: rows that have ended keep their numbers",
         "gathered.py",
         "fill_(missing)",
         "clone()",
-        STEPS,
+        GENERATION_STEPS,
     ),
     Mutant(
         "steps: positions count the padding",
         "backends/stepping.py",
         "positions = (real.long().cumsum(-1) - 1).clamp(min=0)",
         "positions = (torch.ones_like(real.long()).cumsum(-1) - 1).clamp(min=0)",
-        STEPS,
+        GENERATION_STEPS,
     ),
     Mutant(
         "steps: writes that nothing saved sees are dropped in a generation",
         "plan.py",
         "keep_writes=generating",
         "keep_writes=False",
-        STEPS,
+        GENERATION_STEPS,
     ),
     Mutant(
         "steps: a value of one step is used before it is there",
         "origins.py",
         "(made.single and made.start <= window.start)",
         "made.single",
-        STEPS,
+        GENERATION_STEPS,
     ),
     Mutant(
         "steps: tokens of the prompt are written in every step",
         "values.py",
         "site = site.during(PREFILL)  #",
         "site = site  #",
-        STEPS,
+        GENERATION_STEPS,
     ),
     Mutant(
         "steps: logits of which more is used are those of the newest position",

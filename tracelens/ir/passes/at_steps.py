@@ -33,10 +33,6 @@ class Stepped:
     segments: tuple[StepWindow, ...]
     held: Mapping[int, int]
 
-    def segment_of(self, step: int) -> int:
-        """The number of the segment in which a step lies."""
-        return next(number for number, segment in enumerate(self.segments) if step in segment)
-
     def window_of(self, save: Save) -> StepWindow | None:
         """The steps in which what is saved is made."""
         return self.windows[self.graph.producer[save.values[0]]]
