@@ -112,6 +112,19 @@ class Batch:
             None if self.texts is None else tuple(self.texts[row] for row in rows.tolist()),
         )
 
+    def rows(self, start: int, stop: int) -> Batch:
+        """The rows from ``start`` up to ``stop``, padded to the longest of them."""
+        lengths = self.lengths[start:stop]
+        first = self.input_ids.shape[1] - max(lengths)
+        return Batch(
+            self.input_ids[start:stop, first:].contiguous(),
+            self.mask[start:stop, first:].contiguous(),
+            self.position_ids[start:stop, first:].contiguous(),
+            lengths,
+            None if self.texts is None else self.texts[start:stop],
+            [(tokenizer, spelt[start:stop]) for tokenizer, spelt in self._spelled],
+        )
+
     def spellings(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Spelling, ...]:
         """What the real tokens of each row spell, under this tokenizer."""
         for known, spellings in self._spelled:

@@ -254,7 +254,7 @@ class SpecialisedGraphError(TracelensError):
     """A compiled program was recorded for other sizes than those of this prompt."""
 
 
-# --- constants, sweeps and splices ---------------------------------------------------------------------------------
+# --- constants, sweeps, slices of a batch and splices ---------------------------------------------------------------
 
 
 class UnknownConstantError(TracelensError, KeyError):
@@ -266,6 +266,10 @@ class UnknownConstantError(TracelensError, KeyError):
 
 class SweepError(TracelensError, ValueError):
     """The values of a sweep do not make points, or its program cannot be swept."""
+
+
+class RowsMeetError(TracelensError):
+    """A batch was to run in slices of rows, and the block lets rows of different slices meet."""
 
 
 class SpliceError(TracelensError, TypeError):

@@ -22,7 +22,7 @@ from tracelens.location import here
 from tracelens.prompted import Prompt
 from tracelens.report import RunReport
 
-_MISSING = {torch.bool: False}
+_MISSING: Mapping[torch.dtype, int | bool] = {torch.bool: False, torch.uint8: 255}
 
 
 @dataclass(frozen=True)
@@ -202,15 +202,18 @@ def _marked(whole: torch.Tensor, course: Course, ends: Ends, batch_axis: int) ->
     first, count = course.window.start, whole.shape[0]
     if all(steps >= first + count for steps in ends.steps):
         return whole
-    missing: Any = (
-        float("nan") if whole.is_floating_point() or whole.is_complex() else _MISSING.get(whole.dtype, -1)
-    )
-    if whole.dtype is torch.uint8:
-        missing = 255
+    missing = missing_number(whole.dtype)
     for row, steps in enumerate(ends.steps):
         own = max(0, min(count, steps - first))
         whole.narrow(0, own, count - own).narrow(batch_axis, row, 1).fill_(missing)
     return whole
+
+
+def missing_number(dtype: torch.dtype) -> float | int | bool:
+    """What stands where a row has nothing of its own: nan, -1 or False."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return _MISSING.get(dtype, -1)
 
 
 def _compact(tensor: torch.Tensor) -> torch.Tensor:

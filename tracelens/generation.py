@@ -17,6 +17,7 @@ from tracelens.prompted import Prompt
 from tracelens.recorder import Recorder
 from tracelens.report import RunReport
 from tracelens.results import Results
+from tracelens.slices import generate_in_slices
 from tracelens.tracing import Recording
 
 if TYPE_CHECKING:
@@ -51,6 +52,7 @@ class Generation(Recording):
         include_last: bool = False,
         seed: int | None = None,
         most: int | None = None,
+        batch_size: int | None = None,
     ) -> None:
         super().__init__(model, prompt)
         self._options = dict(options)
@@ -59,6 +61,7 @@ class Generation(Recording):
         self._seed = seed
         self._most_steps = max(1, self._options["max_new_tokens"]) + include_last
         self._most = most
+        self._batch_size = batch_size
         self._new: list[list[int]] | None = None
         self._results: Results | None = None
         self._report: RunReport | None = None
@@ -66,21 +69,16 @@ class Generation(Recording):
     def _end(self, recorder: Recorder, graph: Graph) -> None:
         assert self._prompt is not None
         compiled = self._compiler.compile_generation(graph)
-        if self._most is not None:
-            steps = max(1, self._options["max_new_tokens"])
-            compiled.require_room(
-                graph, self._prompt.sizes, steps, self._most, include_last=self._include_last
-            )
-        made = generate(
-            self._model,
-            self._compiler,
-            graph,
-            compiled,
-            self._prompt,
-            self._options,
-            include_last=self._include_last,
-            seed=self._seed,
-        )
+        prompt, size = self._prompt, self._batch_size
+        given = self._model, self._compiler, graph, compiled, prompt, self._options
+        drawing: dict[str, Any] = {"include_last": self._include_last, "seed": self._seed}
+        if size is not None and size < prompt.sizes["B"]:
+            made = generate_in_slices(*given, size, most=self._most, **drawing)
+        else:
+            if self._most is not None:
+                steps = max(1, self._options["max_new_tokens"])
+                compiled.require_room(graph, prompt.sizes, steps, self._most, include_last=self._include_last)
+            made = generate(*given, **drawing)
         recorder.deliver(made.tensors)
         self._results = Results(compiled.described, made.tensors)
         self._new, self._report = made.tokens, made.report

@@ -28,6 +28,7 @@ from tracelens.prompt_tokens import PromptTokens
 from tracelens.prompted import Prompt
 from tracelens.ranked import Parts, RankedCompiler
 from tracelens.site_table import SiteTable, site_table
+from tracelens.slices import require_rows
 from tracelens.streaming import Stream, graph_of
 from tracelens.tracing import Program, Record, Recording, Trace
 from tracelens.values import Value
@@ -78,19 +79,30 @@ class Model(Shown):
     # --- blocks --------------------------------------------------------------------------------------------------
 
     def trace(
-        self, prompt: Any, *, max_extra_memory: int | str | None = None, measure: bool = False
+        self,
+        prompt: Any,
+        *,
+        batch_size: int | None = None,
+        max_extra_memory: int | str | None = None,
+        measure: bool = False,
     ) -> Trace:
         """Opens a block that runs the model once on ``prompt`` when it ends.
 
         ``prompt``: a text, a list of texts, a conversation (a list of ``{"role": ..., "content": ...}``, or several of
         these), token ids (list, nested list, tensor, array), or a dict with ``input_ids`` and ``attention_mask``.
-        ``max_extra_memory``: how much the block may hold on a device beside the model, in bytes or as ``"2GiB"``.
-        ``measure``: ``t.report`` also tells the peak of memory on each device, for which torch's own peak is reset.
+        ``batch_size``: how many prompts run together at most. The block runs once for each slice of so many, padded to
+        its own longest prompt, with a bar on a terminal and in a notebook; the results are those of all together.
+        ``max_extra_memory``: how much the block may hold on a device beside the model, in bytes or as ``"2GiB"``; with
+        ``batch_size`` one slice of it. ``measure``: ``t.report`` also tells the peak of memory on each device, for
+        which torch's own peak is reset.
 
         Raises :class:`~tracelens.errors.PromptError` and its kinds at once, and
-        :class:`~tracelens.errors.ExtraMemoryError` before the model runs.
+        :class:`~tracelens.errors.ExtraMemoryError` before the model runs; with ``batch_size``
+        :class:`~tracelens.errors.RowsMeetError` for a block in which prompts do not stay apart. What goes wrong with a
+        slice is told with its rows.
         """
-        return Trace(self, self.prepare(prompt), _room(max_extra_memory), measure=measure)
+        rows = require_rows(batch_size)
+        return Trace(self, self.prepare(prompt), _room(max_extra_memory), measure=measure, batch_size=rows)
 
     def record(self, prompt: Any = None, *, generation: bool = False) -> Record:
         """Opens a block that only records; without a prompt, sizes are symbols and the graph fits every prompt.
@@ -114,6 +126,7 @@ class Model(Shown):
         max_new_tokens: int,
         seed: int | None = None,
         include_last: bool = False,
+        batch_size: int | None = None,
         max_extra_memory: int | str | None = None,
         **options: Any,
     ) -> Generation:
@@ -122,7 +135,8 @@ class Model(Shown):
         ``prompt``: as for :meth:`trace`. ``seed``: of tokens that are drawn (``do_sample=True``), which are then the
         same on one device and on ranks; your own random numbers go on as if nothing had been drawn. ``include_last``:
         one more pass, over the last token, so that saved positions are those of the whole text.
-        ``max_extra_memory``: as for :meth:`trace`. ``options`` go to transformers' ``generate`` (``do_sample``,
+        ``batch_size``, ``max_extra_memory``: as for :meth:`trace`; with ``batch_size`` tokens are drawn slice by slice,
+        so that a seed gives other ones than without. ``options`` go to transformers' ``generate`` (``do_sample``,
         ``temperature``, ``eos_token_id``, ``stop_strings``, ...); the default is greedy.
 
         >>> with model.generate("The capital of France is", max_new_tokens=20) as t:   # doctest: +SKIP
@@ -140,6 +154,7 @@ class Model(Shown):
                 at=here(),
                 instead="max_new_tokens=20; 0 runs the model over the prompt alone",
             )
+        rows = require_rows(batch_size)
         prepared = self.prepare(prompt, room=max_new_tokens)
         single = isinstance(prompt, str) or prepared.sizes["B"] == 1
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
@@ -165,6 +180,7 @@ class Model(Shown):
             include_last=include_last,
             seed=seed,
             most=_room(max_extra_memory),
+            batch_size=rows,
         )
 
     def stream(
@@ -194,6 +210,12 @@ class Model(Shown):
                 "the steps of a model on ranks are told at the end, so they cannot be streamed so far",
                 at=here(),
                 instead="with model.generate(prompt, max_new_tokens=...) as t: ..., and t.text after it",
+            )
+        if options.get("batch_size") is not None:
+            raise OptionError(
+                "an event is one step of all rows, and batch_size= runs some of them at a time",
+                at=here(),
+                instead="with model.generate(prompts, max_new_tokens=..., batch_size=8) as t: ...",
             )
         block = self.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **options)
         with Blaming(here()):

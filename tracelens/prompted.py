@@ -27,6 +27,10 @@ class Prompt:
         self.ragged = batch.ragged
         self._selections: dict[Selector, Selection] = {}
 
+    def rows(self, start: int, stop: int) -> Prompt:
+        """Some of the rows, as a prompt of their own: padded to the longest of them."""
+        return Prompt(self.batch.rows(start, stop), self.tokenizer, self.owner)
+
     def holds(self, prompt: object) -> bool:
         """Was this made of the same token ids, given as a tensor?  Then they need not be prepared again."""
         return not self._selections and self.batch.holds(prompt)

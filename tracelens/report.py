@@ -88,6 +88,25 @@ class RunReport(Shown):
         return Stack(tuple(parts))
 
 
+def added_up(reports: Sequence[RunReport]) -> RunReport:
+    """The cost of several runs, one after the other: what they took, and the most that any of them held."""
+
+    def planned() -> tuple[ExtraMemory, ...]:
+        most: dict[int, ExtraMemory] = {}
+        for report in reports:
+            for extra in report.held:
+                known = most.setdefault(extra.place.index, extra)
+                most[extra.place.index] = extra if extra.bytes > known.bytes else known
+        return tuple(most.values())
+
+    peaks: dict[str, int] = {}
+    for report in reports:
+        for device, peak in report.peaks.items():
+            peaks[device] = max(peaks.get(device, 0), peak)
+    journeys = [journey for report in reports for journey in report._journeys]
+    return RunReport(sum(report.seconds for report in reports), journeys, planned, peaks)
+
+
 def counted(journeys: Sequence[tuple[str, str, str, int]]) -> tuple[Moved, ...]:
     """Source, target, kind and bytes of every copy, in order, as one line for each kind and pair."""
     found: dict[tuple[str, str, str], tuple[int, int]] = {}

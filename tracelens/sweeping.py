@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import sys
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -25,10 +24,11 @@ from tracelens.location import here
 from tracelens.named import NamedConstant, fitted
 from tracelens.operand import Operand
 from tracelens.plain_model import PlainProgram
+from tracelens.progress import watched
 from tracelens.prompted import Prompt
 from tracelens.results import Results, SavedTensor
 from tracelens.tracing import Program
-from tracelens.view import Line, Stack, View, in_notebook
+from tracelens.view import Line, Stack, View
 
 if TYPE_CHECKING:
     import pandas
@@ -184,7 +184,7 @@ def sweep(
         else:
             run = _Together(program, compiler, lifted, prompt)
         chunks = [points[start : start + size] for start in range(0, len(points), size)]
-        parts = [run(chunk) for chunk in _watched(chunks, len(points), progress)]
+        parts = [run(chunk) for chunk in watched(chunks, list(map(len, chunks)), "point", progress)]
     tensors = {save.name: _joined([part[save.name] for part in parts]) for save in program.graph.saves}
     described = tuple(
         replace(
@@ -392,26 +392,3 @@ def _joined(parts: Sequence[Any]) -> Any:
     if isinstance(parts[0], torch.Tensor):
         return torch.cat(list(parts)) if len(parts) > 1 else parts[0]
     return [_joined([part[row] for part in parts]) for row in range(len(parts[0]))]
-
-
-# --- a bar -----------------------------------------------------------------------------------------------------------
-
-
-def _watched(
-    chunks: Sequence[Sequence[Point]], points: int, progress: bool | None
-) -> Iterator[Sequence[Point]]:
-    """The chunks, with a bar that grows as they are done, where somebody is looking."""
-    if progress is None:
-        progress = len(chunks) > 1 and (sys.stderr.isatty() or in_notebook())
-    if not progress:
-        yield from chunks
-        return
-    try:
-        from tqdm import tqdm
-    except ImportError:  # it comes with transformers, which may change its mind
-        yield from chunks
-        return
-    with tqdm(total=points, unit="point", leave=False) as bar:
-        for chunk in chunks:
-            yield chunk
-            bar.update(len(chunk))

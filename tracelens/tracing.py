@@ -35,6 +35,7 @@ from tracelens.report import RunReport
 from tracelens.results import Results
 from tracelens.reusable import Reusable, require_graph
 from tracelens.scopes import GenerationSteps, StepScope
+from tracelens.slices import require_rows, run_in_slices
 
 if TYPE_CHECKING:
     from tracelens.model import Model
@@ -240,15 +241,23 @@ class Trace(Recording):
 
     _most: int | None = None
     _measure = False
+    _batch_size: int | None = None
     _report: RunReport | None = None
     _results: Results | None = None
 
     def __init__(
-        self, model: Model, prompt: Prompt, most: int | None = None, *, measure: bool = False
+        self,
+        model: Model,
+        prompt: Prompt,
+        most: int | None = None,
+        *,
+        measure: bool = False,
+        batch_size: int | None = None,
     ) -> None:
         super().__init__(model, prompt)
         self._most = most
         self._measure = measure
+        self._batch_size = batch_size
 
     def _end(self, recorder: Recorder, graph: Graph) -> None:
         assert self._prompt is not None
@@ -258,9 +267,15 @@ class Trace(Recording):
             self._results = Results((), {})
             return
         compiled = self._compiler.compile(graph)
-        if self._most is not None:
-            compiled.require_room(graph, self._prompt.sizes, self._most)
-        ran = self._compiler.run(graph, compiled, self._prompt, measure=self._measure)
+        prompt, size = self._prompt, self._batch_size
+        if size is not None and size < prompt.sizes["B"]:
+            ran = run_in_slices(
+                self._compiler, graph, compiled, prompt, size, most=self._most, measure=self._measure
+            )
+        else:
+            if self._most is not None:
+                compiled.require_room(graph, prompt.sizes, self._most)
+            ran = self._compiler.run(graph, compiled, prompt, measure=self._measure)
         recorder.deliver(ran.tensors)
         self._results = compiled.results(ran.tensors)
         self._report = ran.report
@@ -337,14 +352,18 @@ class Program(Reusable):
         self._constants = NamedConstants(self.graph)
         self._fitting: set[tuple[tuple[str, int], ...]] = set()
 
-    def __call__(self, prompt: Any, **constants: Any) -> Results:
+    def __call__(self, prompt: Any, *, batch_size: int | None = None, **constants: Any) -> Results:
         """The results for one prompt (or one batch of prompts).
+
+        ``batch_size``: how many prompts run together at most; the results are those of all together, as for
+        :meth:`tracelens.model.Model.trace`.
 
         ``constants`` are other values for constants that were given a name (:func:`tracelens.constant`), for this call
         alone: ``program(prompt, v=another, strength=2.0)``. Each must have the shape of what it replaces; floating
         dtypes are cast to its dtype. Raises :class:`~tracelens.errors.UnknownConstantError`,
         :class:`~tracelens.errors.ShapeError` and :class:`~tracelens.errors.DtypeError` before the model runs.
         """
+        size = require_rows(batch_size)
         graph = self.graph
         if constants:
             with Blaming(here()):
@@ -352,6 +371,9 @@ class Program(Reusable):
         prepared = self._model.prepare(prompt)
         self._require_fit(prepared)
         with Blaming(here()):
+            if size is not None and size < prepared.sizes["B"]:
+                ran = run_in_slices(self._compiler, graph, self._compiled, prepared, size, most=self._most)
+                return self._compiled.results(ran.tensors)
             if self._most is not None:
                 self._compiled.require_room(graph, prepared.sizes, self._most)
             return self._compiled.results(self._compiler.run(graph, self._compiled, prepared).tensors)

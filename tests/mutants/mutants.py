@@ -240,8 +240,8 @@ MUTANTS = (
     ),
     Mutant(
         "a sweep in one batch writes the last row of all",
-        "ir/passes/lift_constants.py",
-        "if op.base in self.rows and op.index[:1] != (WHOLE,):",
+        "ir/passes/rows_apart.py",
+        "if addresses_rows(op.index, types[op.base]):",
         "if False:",
         ("tests/test_sweeping.py", "-k", "some_rows"),
     ),
@@ -254,7 +254,7 @@ MUTANTS = (
     ),
     Mutant(
         "a sweep lets rows of the batch meet",
-        "ir/passes/lift_constants.py",
+        "ir/passes/rows_apart.py",
         "if inferred.mixes or inferred.pins",
         "if inferred.pins",
         ("tests/test_sweeping.py", "-k", "one_by_one"),

@@ -6,10 +6,8 @@ Its results come back as constants with a row for each row of the batch: ``f32[5
 of them meets a value of the forward pass, it is aligned so that its rows meet the rows, which has a meaning for
 functions that work element by element, and for writes.
 
-All this is right only where no operation lets the rows of the batch meet. Types alone cannot say that, but the rules on
-positions can: a graph whose *positions* stay apart is one in which padding changes nothing. So the batch axis is given
-the name of the position axis, positions become a plain number, and the rules are asked again. What they do not know to
-keep rows apart is refused, and then a sweep runs point by point.
+All this is right only where no operation lets the rows of the batch meet (:mod:`tracelens.ir.passes.rows_apart`). What
+is not known to keep them apart is refused, and then a sweep runs point by point.
 """
 
 from __future__ import annotations
@@ -19,7 +17,6 @@ from dataclasses import dataclass, replace
 
 from tracelens.errors import TracelensError
 from tracelens.ir import dims
-from tracelens.ir.dims import Dim, Sym
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
 from tracelens.ir.infer import AbstractArg, AbstractIndex, infer_call, infer_index
@@ -37,19 +34,17 @@ from tracelens.ir.ops import (
     Read,
     Ref,
     Save,
-    TokenSelector,
     Write,
     operands,
     results,
 )
 from tracelens.ir.passes.rebuild import rebuild, substitute
-from tracelens.ir.retype import retype, site_types
+from tracelens.ir.passes.rows_apart import RowsMeet, require_rows_apart
+from tracelens.ir.retype import site_types
 from tracelens.ir.sites import Site
 from tracelens.ir.text import op_text
 from tracelens.ir.types import TensorType
 
-# Positions and keys as plain numbers: primes that no width of a model equals.
-_NUMBERS = {dims.POSITION: 1013, dims.KEY: 1019}
 # A number without axes does not widen the floats that it meets; one with a row for each point does. For these
 # functions, computing in the wider dtype and casting once is what torch itself does for the number.
 _CAST_BACK = frozenset(f"torch.{name}" for name in ("add", "sub", "rsub", "mul", "div", "where"))
@@ -79,10 +74,6 @@ class Lifted:
     own: frozenset[str]
 
 
-class _Mixes(Exception):
-    """An operation that may let rows meet."""
-
-
 def lift_constants(graph: Graph, names: frozenset[str]) -> Lifted | Unliftable:
     """``graph`` for several values of the constants ``names`` at once, or the reason why there is no such graph."""
     if graph.pins:
@@ -91,7 +82,7 @@ def lift_constants(graph: Graph, names: frozenset[str]) -> Lifted | Unliftable:
     for number, op in enumerate(graph.ops):
         try:
             lifting.add(number, op)
-        except (_Mixes, TracelensError) as error:
+        except (RowsMeet, TracelensError) as error:
             problem = error.problem if isinstance(error, TracelensError) else str(error)
             return Unliftable(f"{op_text(op)}: {problem}", number)
     return lifting.done()
@@ -117,7 +108,7 @@ class _Lifting:
         """One operation of the recorded graph."""
         used = operands(op)
         if not isinstance(op, Const | Param | Read | Call | Index | IndexPut | Write | Save):
-            raise _Mixes("it may let the rows of a batch meet")
+            raise RowsMeet("it may let the rows of a batch meet")
         if isinstance(op, Save) and not any(value in self.rows for value in op.values):
             self.own.add(op.name)
             self.before.append((number, op))
@@ -139,7 +130,7 @@ class _Lifting:
         made = results(op)
         for _, type_ in made:
             if not _has_rows(type_):
-                raise _Mixes(f"its result, {type_}, does not have the rows of the batch as its first axis")
+                raise RowsMeet(f"its result, {type_}, does not have the rows of the batch as its first axis")
         self.types |= dict(made)
         self.rows |= {value for value, _ in made}
         varying = [value for value in operands(op) if value in self.points]
@@ -165,7 +156,7 @@ class _Lifting:
             case IndexPut() if isinstance(op.value, Ref) and varying == [op.value.id]:
                 ndim = infer_index(self.types[op.base], self._index(op.index)).types[0].ndim
             case _:
-                raise _Mixes("a swept constant can only take part element by element")
+                raise RowsMeet("a swept constant can only take part element by element")
         op = substitute(op, {value: self._constant(number, value, ndim) for value in varying})
         if not isinstance(op, Call):
             return op
@@ -179,7 +170,7 @@ class _Lifting:
             return op
         may_cast = found.dtype.is_floating and recorded.dtype.is_floating and op.function in _CAST_BACK
         if found.shape != recorded.shape or not may_cast:
-            raise _Mixes(f"with a value for each row it gives {found}, not {recorded}")
+            raise RowsMeet(f"with a value for each row it gives {found}, not {recorded}")
         return replace(op, types=(found,))
 
     def _constant(self, number: int, value: int, ndim: int) -> int:
@@ -198,7 +189,7 @@ class _Lifting:
         index: tuple[IndexItem, ...] = (WHOLE, *[None] * missing)
         if missing < 0:
             if missing < -1 or own.shape[:1] != (1,):
-                raise _Mixes(f"a swept value of type {own} leaves no axis for the rows of the batch")
+                raise RowsMeet(f"a swept value of type {own} leaves no axis for the rows of the batch")
             index = (WHOLE, 0)
         aligned = constant.out
         if missing:
@@ -213,7 +204,7 @@ class _Lifting:
         known = self.sites.get(site)
         ndim = len(site.kind.shape) if known is None else known.ndim
         if not ndim:
-            raise _Mixes("the graph does not say which axes the written side of the module has")
+            raise RowsMeet("the graph does not say which axes the written side of the module has")
         return ndim
 
     def _new(self, type_: TensorType) -> int:
@@ -235,33 +226,16 @@ class _Lifting:
     def _require_rows_apart(self, op: Op) -> None:
         if isinstance(op, Read | Save):
             if isinstance(op, Save) and not all(value in self.rows for value in op.values):
-                raise _Mixes("it stacks values with rows and values without")
+                raise RowsMeet("it stacks values with rows and values without")
             return
         if isinstance(op, Write):
             value = op.value.id if isinstance(op.value, Ref) else None
             if value in self.rows and self.types[value].ndim != self._site_ndim(op.site):
-                raise _Mixes("the value's rows do not stand where the site's do")
+                raise RowsMeet("the value's rows do not stand where the site's do")
             return
-        if isinstance(op, Index | IndexPut):
-            # An index of the last row, or a write to it, would pass as one of the last position.
-            if op.base in self.rows and op.index[:1] != (WHOLE,):
-                raise _Mixes("it addresses rows of the batch")
-            if any(isinstance(item, TokenSelector) for item in op.index):
-                return  # tokens are selected in each row for itself
-        if isinstance(op, Call) and op.function == "tracelens.masked_mean":
-            return  # over each row's own tokens
-        named = {value: self._named(type_) for value, type_ in self._of(op).items()}
-        inferred = retype(_with_named_sizes(op), named, None, {})
-        assert inferred is not None
-        wanted = tuple(self._named(type_) for _, type_ in results(op))
-        if inferred.mixes or inferred.pins or inferred.types != wanted:
-            raise _Mixes("it may let the rows of a batch meet")
-
-    def _of(self, op: Op) -> Mapping[int, TensorType]:
-        return {value: self.types[value] for value in operands(op)}
-
-    def _named(self, type_: TensorType) -> TensorType:
-        return TensorType(type_.dtype, tuple(_renamed(dim) for dim in type_.shape))
+        assert isinstance(op, Call | Index | IndexPut)
+        # Its results may be of a wider dtype by now.
+        require_rows_apart(op, {**self.types, **dict(results(op))})
 
     # --- the end -------------------------------------------------------------------------------------------------
 
@@ -289,27 +263,3 @@ def _has_rows(type_: TensorType) -> bool:
     return type_.shape[:1] == (dims.B,) and not any(
         dims.BATCH in dims.symbols(dim) for dim in type_.shape[1:]
     )
-
-
-def _renamed(dim: Dim) -> Dim:
-    if dim == dims.B:
-        return dims.P
-    if dims.BATCH in dims.symbols(dim):
-        raise _Mixes(f"an axis of size {dim} holds several rows")
-    return dims.evaluate(dim, _NUMBERS)
-
-
-def _with_named_sizes(op: Op) -> Op:
-    if not isinstance(op, Call):
-        return op
-    return replace(
-        op,
-        args=tuple(_renamed_argument(arg) for arg in op.args),
-        kwargs=tuple((name, _renamed_argument(arg)) for name, arg in op.kwargs),
-    )
-
-
-def _renamed_argument(arg: Arg) -> Arg:
-    if isinstance(arg, Sym):
-        return _renamed(arg)
-    return tuple(_renamed_argument(part) for part in arg) if isinstance(arg, tuple) else arg
