@@ -74,7 +74,7 @@ def finished(
     files: list[Save] = []
     for name, course in gathering.courses.items():
         length = course.length(gathering.sizes, ends.most, include_last=gathering.include_last)
-        if (missing := missed(course, prompt, ends)) is not None:
+        if (missing := missed(course, prompt, ends, include_last=gathering.include_last)) is not None:
             found[name] = missing
             continue
         if members is not None:
@@ -231,9 +231,13 @@ def of_one_step(
     )
 
 
-def missed(course: Course, prompt: Prompt, ends: Ends) -> Callable[[], Any] | None:
+def missed(
+    course: Course, prompt: Prompt, ends: Ends, *, include_last: bool = False
+) -> Callable[[], Any] | None:
     """What reading a save does of which no step was made: without a row's steps there is nothing, or an error."""
-    if course.window is None or course.window.start < ends.most:
+    # The pass over the last token is one more for positions, and no step of its own.
+    passes = ends.most + (include_last and course.axis is not None)
+    if course.window is None or course.window.start < passes:
         return None
     if course.once:
         return partial(unreached, course, ends)

@@ -108,7 +108,8 @@ class RankedCompiler(Compiler):
         tokens, ends = reply.header["tokens"], ends_of(reply.header["tokens"])
         values = results_from(reply.header, reply.tensors)
         found: dict[str, Callable[[], Any]] = {
-            course.save.name: missed(course, prompt, ends) or partial(same, values[course.save.name])
+            course.save.name: missed(course, prompt, ends, include_last=include_last)
+            or partial(same, values[course.save.name])
             for course in compiled.courses
         }
         write_files([save for save in compiled.saves if save.to is not None and save.name in values], found)

@@ -130,7 +130,9 @@ def generate_in_slices(
     if not slices.has_results:
         found = made[0].tensors
     else:
-        joining = _Trajectories(prompt, slices.prompts, [ends_of(one.tokens) for one in made])
+        joining = _Trajectories(
+            prompt, slices.prompts, [ends_of(one.tokens) for one in made], include_last=include_last
+        )
         for course in compiled.courses:
             name = course.save.name
             fetches = [one.tensors.pop(name) for one in made]
@@ -253,14 +255,21 @@ def _rows(part: Any, axis: int) -> list[torch.Tensor]:
 class _Trajectories:
     """Puts together what slices of a generation saved, whose rows end at different steps."""
 
-    def __init__(self, prompt: Prompt, prompts: Sequence[Prompt], ends: Sequence[Ends]) -> None:
+    def __init__(
+        self, prompt: Prompt, prompts: Sequence[Prompt], ends: Sequence[Ends], *, include_last: bool
+    ) -> None:
         self.prompt, self.prompts = prompt, prompts
+        self.include_last = include_last
         self.each = ends
         self.ends = Ends(tuple(steps for one in ends for steps in one.steps))
 
+    def missed(self, course: Course) -> Fetch | None:
+        """What reading a save does that no row came to."""
+        return missed(course, self.prompt, self.ends, include_last=self.include_last)
+
     def joined(self, course: Course, axis: int | None, fetches: Sequence[Fetch]) -> Fetch:
         """A save over all rows."""
-        absent = missed(course, self.prompt, self.ends)
+        absent = self.missed(course)
         if absent is not None:
             return absent
         if axis is None:

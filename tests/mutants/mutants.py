@@ -35,6 +35,7 @@ PROMPTS = ("tests/test_prompts.py", "-k")
 MATCHING = ("tests/test_matching.py",)
 CHAT = ("tests/test_chat.py",)
 OFFLOAD = ("tests/test_offload.py",)
+SLICES = ("tests/test_slices.py", "-k", "not random and not any_batch and not ranks")
 SPREAD = ("tests/test_spread.py",)
 # Without the thousand examples: the others find it sooner.
 PLACES = ("tests/properties/test_places.py", "-k", "not simulated_programs_equal")
@@ -258,6 +259,62 @@ MUTANTS = (
         "if inferred.mixes or inferred.pins",
         "if inferred.pins",
         ("tests/test_sweeping.py", "-k", "one_by_one"),
+    ),
+    Mutant(
+        "slices of a batch get the first rows of a constant",
+        "slices.py",
+        "cut = tensor.narrow(constant.axis, start, stop - start)",
+        "cut = tensor.narrow(constant.axis, 0, stop - start)",
+        SLICES,
+    ),
+    Mutant(
+        "a slice is as wide as the whole batch",
+        "batch.py",
+        "first = self.input_ids.shape[1] - max(lengths)",
+        "first = 0",
+        SLICES,
+    ),
+    Mutant(
+        "slices of one length give one tensor although the batch is ragged",
+        "slices.py",
+        "return _joined(parts, axis, by_row=padded or len(lengths) > 1)",
+        "return _joined(parts, axis, by_row=len(lengths) > 1)",
+        SLICES,
+    ),
+    Mutant(
+        "rows of a slice that ended early are shorter than the others",
+        "slices.py",
+        "most = max(part.shape[0] for part in parts)",
+        "most = min(part.shape[0] for part in parts)",
+        SLICES,
+    ),
+    Mutant(
+        "all slices draw the same tokens",
+        "slices.py",
+        "return [seed, *drawn[1:]]",
+        "return [seed] * count",
+        SLICES,
+    ),
+    Mutant(
+        "slices compute with their own number of rows",
+        "ir/passes/slice_rows.py",
+        "if (dims.BATCH in named or (named and self.ragged)) and not _gives_shapes(op):",
+        "if False:",
+        SLICES,
+    ),
+    Mutant(
+        "slices have the gradient of any loss",
+        "ir/passes/slice_rows.py",
+        "if op.loss not in self.totals:",
+        "if False:",
+        SLICES,
+    ),
+    Mutant(
+        "slices let rows meet",
+        "ir/passes/slice_rows.py",
+        "require_rows_apart(fitted, {",
+        "(lambda *_: None)(fitted, {",
+        SLICES,
     ),
     Mutant(
         "a splice forgets what was done to its features",

@@ -99,7 +99,7 @@ def slice_rows(
 def _meet(problem: str) -> RowsMeetError:
     return RowsMeetError(
         f"with batch_size= the rows of a batch run in slices, and this does not keep them apart: {problem}",
-        instead="save what each row has, and compute with what comes back: t[\"h\"].mean(0); or no batch_size=, so that "
+        instead='save what each row has, and compute with what comes back: t["h"].mean(0); or no batch_size=, so that '
         "all rows are there at once",
     )
 
@@ -109,6 +109,7 @@ class _Slicing:
         self, graph: Graph, sizes: Sizes, ragged: bool, type_of: Callable[[Site], TensorType] | None
     ) -> None:
         self.graph = graph
+        self.sizes = sizes
         self.count = sizes[dims.BATCH]
         self.ragged = ragged
         self.type_of = type_of
@@ -204,9 +205,9 @@ class _Slicing:
             raise RowsMeet("it computes with a size of the whole batch")
         fitted = self._fitted(number, op)
         assert isinstance(fitted, Call | Index | IndexPut)
-        for _, type_ in results(op):
+        for _, type_ in results(fitted):
             self._require_rows(type_)
-        require_rows_apart(fitted, {**self.types, **dict(results(op))}, {**NUMBERS, **self.tied})
+        require_rows_apart(fitted, {**self.types, **dict(results(fitted))}, {**NUMBERS, **self.tied})
         self._row(number, fitted)
 
     def _is_loss(self, op: Op) -> bool:
@@ -233,17 +234,21 @@ class _Slicing:
             if self.type_of is None:
                 raise RowsMeet("the graph does not say which axes the written site has")
             self.sites[op.site.always] = self.type_of(op.site.always)
-        if self._fits(op, {}):
-            return op
-        found = [choice for choice in self._choices(op) if choice and self._fits(op, choice)]
-        if len(found) != 1:
-            raise RowsMeet(
-                "it fits only this number of rows"
-                if not found
-                else "more than one axis of a constant may stand for the rows"
+        alone = self._retyped(op, {})
+        if alone is not None and _has_rows(alone):
+            return alone
+        ways = [(choice, self._retyped(op, choice)) for choice in self._choices(op) if choice]
+        found = [(choice, way) for choice, way in ways if way is not None and _has_rows(way)]
+        if len(found) > 1:
+            raise RowsMeet("more than one axis of a constant may stand for the rows")
+        if found:
+            choice, way = found[0]
+            return substitute(
+                way, {value: self._constant(number, value, axis) for value, axis in choice.items()}
             )
-        (choice,) = found
-        return substitute(op, {value: self._constant(number, value, axis) for value, axis in choice.items()})
+        if alone is None:
+            raise RowsMeet("it fits only this number of rows")
+        return alone
 
     def _choices(self, op: Op) -> Iterator[Mapping[int, int]]:
         """Which axes of which constants may have the rows."""
@@ -255,17 +260,31 @@ class _Slicing:
         for chosen in itertools.islice(itertools.product(*axes), _MANY):
             yield {value: axis for value, axis in zip(used, chosen, strict=True) if axis is not None}
 
-    def _fits(self, op: Op, choice: Mapping[int, int]) -> bool:
-        """Does the operation fit any number of rows, with these constants that have a row for each?"""
+    def _retyped(self, op: Op, choice: Mapping[int, int]) -> Op | None:
+        """The operation for any number of rows, if it fits them with these constants that have a row for each."""
         types = {**self.types, **{value: self._with_rows(value, axis) for value, axis in choice.items()}}
         try:
             inferred = retype(op, types, self.tied or None, self.sites)
         except TracelensError:
-            return False
+            return None
         if inferred is None:
-            return True
-        made = tuple(type_ for _, type_ in results(op))
-        return (not made or inferred.types == made) and inferred.pins <= self.tied.keys()
+            return op
+        if not inferred.pins <= self.tied.keys():
+            return None
+        match op:
+            case Call():
+                made = replace(op, types=inferred.types)
+            case Index() | IndexPut():
+                made = replace(op, type=inferred.types[0])
+            case _:
+                return op
+        # What had as many rows as the batch by its number alone has them by name now, and is the same otherwise.
+        pairs = zip(results(made), results(op), strict=True)
+        same = all(
+            new.dtype == old.dtype and new.sizes(self.sizes) == old.sizes(self.sizes)
+            for (_, new), (_, old) in pairs
+        )
+        return made if same else None
 
     def _with_rows(self, value: int, axis: int) -> TensorType:
         type_ = self.types[value]
@@ -305,6 +324,11 @@ class _Slicing:
     def _graph(self, ops: list[tuple[int, Op]]) -> Graph:
         made = rebuild(self.graph, ops)
         return replace(made, constants=(), pins=tuple(pin for pin in made.pins if pin.symbol != dims.BATCH))
+
+
+def _has_rows(op: Op) -> bool:
+    """Has all that an operation makes an axis of rows? What makes nothing needs none."""
+    return all(type_.batch_axis is not None for _, type_ in results(op))
 
 
 def _sizes_in(op: Op) -> frozenset[str]:
