@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import itertools
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -160,6 +161,15 @@ def test_a_generation_in_slices_is_a_generation(rows: list[list[int]], options: 
         assert t.text == whole.text
         assert [name for name in t.results if _is_there(t, name)] == reached
         assert_same({name: t[name] for name in reached}, {name: whole[name] for name in reached})
+
+
+def _ends(texts: list[list[int]]) -> list[int]:
+    """Two tokens at which these texts end after as many different numbers of steps as can be."""
+
+    def lengths(ends: tuple[int, ...]) -> int:
+        return len({next((at for at, token in enumerate(text) if token in ends), 9) for text in texts})
+
+    return list(max(itertools.combinations(sorted({token for text in texts for token in text}), 2), key=lengths))
 
 
 def _is_there(t: tl.Generation, name: str) -> bool:

@@ -62,15 +62,13 @@ class HeadRangeError(TracelensError, IndexError):
 class UnknownParameterError(TracelensError, KeyError):
     """The model has no parameter or buffer of that name."""
 
-    def __str__(self) -> str:  # KeyError would show the repr of the first argument
-        return TracelensError.__str__(self)
+    __str__ = TracelensError.__str__  # KeyError would show the repr of the first argument
 
 
 class UnknownModuleError(TracelensError, KeyError):
     """The model has no module of that path."""
 
-    def __str__(self) -> str:  # KeyError would show the repr of the first argument
-        return TracelensError.__str__(self)
+    __str__ = TracelensError.__str__  # KeyError would show the repr of the first argument
 
 
 class UnknownAttributeError(TracelensError, AttributeError):
@@ -254,14 +252,13 @@ class SpecialisedGraphError(TracelensError):
     """A compiled program was recorded for other sizes than those of this prompt."""
 
 
-# --- constants, sweeps, slices of a batch and splices ---------------------------------------------------------------
+# --- constants, sweeps and splices ---------------------------------------------------------------------------------
 
 
 class UnknownConstantError(TracelensError, KeyError):
     """The program has no constant of that name."""
 
-    def __str__(self) -> str:  # KeyError would show the repr of the first argument
-        return TracelensError.__str__(self)
+    __str__ = TracelensError.__str__  # KeyError would show the repr of the first argument
 
 
 class SweepError(TracelensError, ValueError):
@@ -312,8 +309,7 @@ class UnsavedValueError(TracelensError):
 class UnknownSaveError(TracelensError, KeyError):
     """Nothing was saved under that name."""
 
-    def __str__(self) -> str:  # KeyError would show the repr of the first argument
-        return TracelensError.__str__(self)
+    __str__ = TracelensError.__str__  # KeyError would show the repr of the first argument
 
 
 class SavedFileError(TracelensError):
