@@ -126,9 +126,15 @@ def test_a_program_in_slices_is_the_program(rows: list[list[int]]) -> None:
 
 
 @pytest.mark.parametrize("rows", BATCHES.values(), ids=BATCHES)
-@pytest.mark.parametrize("options", [{}, {"include_last": True}, {"max_new_tokens": 0}], ids=str)
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"include_last": True}, {"max_new_tokens": 0}, {"max_new_tokens": 0, "include_last": True}],
+    ids=str,
+)
 def test_a_generation_in_slices_is_a_generation(rows: list[list[int]], options: dict[str, Any]) -> None:
-    given = {"max_new_tokens": 6, "eos_token_id": list(range(40)), **options}
+    with model.generate(rows, max_new_tokens=6, eos_token_id=None) as t:
+        model.layers[0].resid_post += STRENGTHS[:, None, None] * V
+    given = {"max_new_tokens": 6, "eos_token_id": _ends(t.tokens), **options}
     found = []
     for batch_size in (None, 1, 2, 3, 7):
         with model.generate(rows, batch_size=batch_size, **given) as t:
@@ -169,7 +175,9 @@ def _ends(texts: list[list[int]]) -> list[int]:
     def lengths(ends: tuple[int, ...]) -> int:
         return len({next((at for at, token in enumerate(text) if token in ends), 9) for text in texts})
 
-    return list(max(itertools.combinations(sorted({token for text in texts for token in text}), 2), key=lengths))
+    return list(
+        max(itertools.combinations(sorted({token for text in texts for token in text}), 2), key=lengths)
+    )
 
 
 def _is_there(t: tl.Generation, name: str) -> bool:
@@ -529,6 +537,20 @@ def test_tokens_are_drawn_slice_by_slice_with_seeds_of_their_own() -> None:
         h = model.layers[1].resid_post[:, -1].save()
     assert len(t.tokens) == 6
     assert h.shape[1] == 6
+
+
+def test_a_stream_is_of_all_rows() -> None:
+    with refused(OptionError, "one step of all rows", instead="model.generate", text="batch_size=2"):
+        model.stream(EVEN, max_new_tokens=2, batch_size=2)
+
+
+def test_what_the_last_pass_adds_to_a_text_of_one_token() -> None:
+    """The pass over the last token has a position, also where the text ended with its first token."""
+    with model.generate(EVEN[:2], max_new_tokens=1, include_last=True) as t:
+        streams = model.layers[1].resid_post.save()
+        decode = t.decode.layers[1].resid_post.save()
+    assert streams.shape == (2, 6, D)
+    assert torch.equal(decode.value, streams.value[:, 5:])
 
 
 def test_the_bar_is_there_where_somebody_looks(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -57,7 +57,8 @@ class Generation(Recording):
         super().__init__(model, prompt)
         self._options = dict(options)
         self._single = single
-        self._include_last = include_last
+        # Without a new token there is none to give to the model.
+        self._include_last = include_last and self._options["max_new_tokens"] > 0
         self._seed = seed
         self._most_steps = max(1, self._options["max_new_tokens"]) + include_last
         self._most = most

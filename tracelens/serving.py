@@ -130,7 +130,7 @@ def generate(served: Served, request: Message) -> Message:
         values = {
             course.save.name: made.tensors[course.save.name]()
             for course in compiled.courses
-            if missed(course, prompt, ends_of(made.tokens)) is None
+            if missed(course, prompt, ends_of(made.tokens), include_last=header["include_last"]) is None
         }
         found, tensors = results_data(values)
     except Exception as error:
