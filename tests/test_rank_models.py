@@ -374,3 +374,15 @@ def test_plans_that_differ_are_refused_before_anything_runs(shared: Model, one: 
         del vars(compiled)["plan_digest"]
     torch.testing.assert_close(neurons(shared), neurons(one), rtol=1e-5, atol=1e-5)
     assert ranks.pids == pids
+
+
+@pytest.mark.parametrize("sizes", [{"tp": 2}, {"pp": 2}], ids=["tp2", "pp2"])
+def test_the_newest_logits_of_a_generation_are_asked_of_ranks(
+    tiny_folder: Path, ranks_of: PoolOf, sizes: dict[str, int]
+) -> None:
+    """The owner plans for one position; the ranks are told what was recorded, and plan the same."""
+    with tl.load(tiny_folder, ranks=ranks_of(2), **sizes) as model:
+        with model.generate(PROMPT, max_new_tokens=3, eos_token_id=None) as t:
+            model.logits[:, -1, 5] += 0.0
+            picks = model.logits[:, -1].argmax(-1).save()
+        assert [picks.value[:, 0].tolist()] == t.tokens

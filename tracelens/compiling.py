@@ -128,9 +128,11 @@ class Compiler:
         recorded = self._at_home(graph, generating=True)
         verify_steps(recorded)
         on_ranks = anatomy.mesh is not None or anatomy.elsewhere is not None
-        if keeps_logits(anatomy.model):
-            recorded = newest_logits(recorded)
-        return compile_steps(in_steps(recorded), partial(self._planned, generating=True), on_ranks=on_ranks)
+        planned = newest_logits(recorded) if keeps_logits(anatomy.model) else recorded
+        compiled = compile_steps(
+            in_steps(planned), partial(self._planned, generating=True), on_ranks=on_ranks
+        )
+        return replace(compiled, recorded=recorded)  # ranks are told what was recorded
 
     def _at_home(self, graph: Graph, *, generating: bool) -> Graph:
         """A graph that has been verified, for this model, with the numbers of its operations for lines.

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -53,6 +56,46 @@ def test_generation_on_the_gpu() -> None:
     with model.generate(ROWS[0], max_new_tokens=4) as t:
         model.logits[..., 7] = 1e9
     assert t.tokens == [7] * 4
+
+
+def test_steps_and_saves_of_a_generation_equal_those_on_the_cpu(tmp_path: Path) -> None:
+    found = []
+    v = 0.1 * torch.randn(48, generator=torch.Generator().manual_seed(0))
+    for device in ("cpu", "cuda"):
+        model = tl.wrap(FAMILIES["llama"].build().to(device))
+        with model.generate(ROWS, max_new_tokens=70 - 12, eos_token_id=None) as t:
+            t.decode.layers[0].resid_post += v
+            t.decode.layers[1].resid_post += 0.1 * t.prefill.layers[2].resid_post.tok[-1][:, None]
+            model.layers[:].resid_post.save("all")
+            model.layers[:].resid_post.save("filed", to=str(tmp_path / f"{device}.safetensors"))
+            kept = model.layers[1].resid_post[:, -1].save("kept", device="keep")
+        assert kept.value.device.type == device
+        for one, other in zip(t["all"], t["filed"], strict=True):
+            assert torch.equal(one, other)
+        found.append((t.tokens, t["all"], kept.value.cpu()))
+    assert found[0][0] == found[1][0]
+    for ours, other in zip(found[0][1], found[1][1], strict=True):
+        torch.testing.assert_close(ours, other, rtol=1e-3, atol=1e-3)
+    torch.testing.assert_close(found[0][2], found[1][2], rtol=1e-3, atol=1e-3)
+
+
+def test_a_step_of_a_generation_waits_for_nothing() -> None:
+    """What waits is transformers' own loop: as often with reads and writes as without."""
+    model = tl.wrap(FAMILIES["llama"].build().cuda())
+    v = torch.randn(48)
+    counts = []
+    for looks in (False, True, False, True):
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            with model.generate(ROWS[0], max_new_tokens=20, eos_token_id=None):
+                if looks:
+                    model.layers[:].resid_post.save(device="keep")
+                    model.layers[1].resid_post += v
+                torch.cuda.set_sync_debug_mode("warn")
+            torch.cuda.set_sync_debug_mode("default")
+        counts.append(len(caught))
+    # What is done once, at the start and the end, does not grow with the steps.
+    assert abs(counts[3] - counts[2]) < 10
 
 
 def test_other_values_for_constants_do_not_stay_on_the_gpu() -> None:
