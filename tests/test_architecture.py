@@ -92,6 +92,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("explain", 5),
     ("site_table", 5),
     ("prompt_tokens", 5),
+    ("tensor_file", 5),
     ("leaving", 5),
     ("agreeing", 5),
     ("remote", 5),

@@ -28,6 +28,7 @@ from tracelens.location import here
 from tracelens.plan import Plan
 from tracelens.prompted import Prompt
 from tracelens.selection import unpadded
+from tracelens.tensor_file import write_tensors
 
 Members = Sequence[tuple[torch.Tensor, int]]
 """The tensors of one save (several, if it stacks layers), each with its version when it was saved."""
@@ -252,8 +253,6 @@ def _per_prompt(
 
 def write_files(saves: Sequence[Save], found: dict[str, Callable[[], Any]]) -> None:
     """Moves the saves that name a file there; their handles read them back on demand."""
-    from safetensors.torch import save_file
-
     files: dict[str, dict[str, Any]] = {}
     for save in saves:
         if save.to is not None:
@@ -269,7 +268,7 @@ def write_files(saves: Sequence[Save], found: dict[str, Callable[[], Any]]) -> N
                 else {f"{name}.{i}": v for i, v in enumerate(value)}
             )
         # Under the name of the file only when it is whole; and as a file of its own, which _Stored can tell apart.
-        save_file({key: value.contiguous() for key, value in flat.items()}, f"{path}.new")
+        write_tensors(flat, f"{path}.new")
         os.replace(f"{path}.new", path)
         state = _state(path)
         for name, value in tensors.items():
