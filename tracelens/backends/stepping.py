@@ -15,7 +15,7 @@ from tracelens.backends.gathering import Gathering
 from tracelens.backends.local import LocalCode, Run
 from tracelens.backends.pipeline_generation import StagedGeneration
 from tracelens.backends.side_hooks import ForwardStopped
-from tracelens.backends.transfer import Everywhere
+from tracelens.backends.transfer import Everywhere, moved
 from tracelens.errors import GenerationStepError
 from tracelens.ir.windows import StepWindow
 from tracelens.plan import Plan
@@ -89,10 +89,19 @@ class SteppedRun(Run):
         if self.staged is not None:
             self.staged.begin(seat)
 
-    def _starting(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _starting(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if get_ident() != self.thread:
-            return
+            return None
+        given = kwargs
         found = kwargs.get("input_ids")
+        if isinstance(found, torch.Tensor) and found.device != self.mask.device:
+            # transformers gives a model that is spread its inputs where its first weights are. accelerate returns the
+            # logits, which are larger, to where the first of the inputs is: that is where they are made, as in a trace.
+            found = moved(found, self.mask.device)
+            given = {
+                "input_ids": found,
+                **{name: value for name, value in kwargs.items() if name != "input_ids"},
+            }
         found = args[0] if found is None and args else found
         ids: torch.Tensor = torch.empty(0, 0) if found is None else found
         rows, columns = ids.shape
@@ -114,6 +123,7 @@ class SteppedRun(Run):
         segment = self.segments[self.segment]
         self.state.into = self.gathering.open(segment.plan, self.code.devices, self.step)
         self.begin({"B": rows, "P": columns, "S": text})
+        return None if given is kwargs else (args, given)
 
     def _ended(self, _: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         """Between two passes: the program changes where the next step does something else."""

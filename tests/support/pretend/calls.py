@@ -24,6 +24,9 @@ _TAKES_CPU_SCALARS = {
 }
 """Operations besides the pointwise ones that take a value without axes from the CPU."""
 
+_NUMBERS = {"aten::remainder"}
+"""Operations that come with a number in place of a tensor, and take none there: their variant for numbers does."""
+
 _INDEXING = {"aten::index", "aten::_unsafe_index", "aten::_index_put_impl_", "aten::_unsafe_index_put"}
 
 _HOST_READS = {
@@ -155,6 +158,8 @@ class _Call:
 def run(op: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> Any:
     """``op`` on pretend tensors, all of one device."""
     facts = _facts(op)
+    if facts.name in _NUMBERS and len(args) > 1 and not isinstance(args[1], torch.Tensor):
+        op = op.overloadpacket.Scalar
     if facts.indexing:
         written = args[2] if len(args) > 2 else None
         args = (args[0], _indices(args[0], args[1], written), *args[2:])
