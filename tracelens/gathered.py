@@ -76,6 +76,7 @@ def finished(
         length = course.length(gathering.sizes, ends.most, include_last=gathering.include_last)
         if (missing := missed(course, prompt, ends, include_last=gathering.include_last)) is not None:
             found[name] = missing
+            files += [course.save] * has_file(course, missing)
             continue
         if members is not None:
             whole = _joined(course, members[name])
@@ -245,6 +246,11 @@ def missed(
     if course.save.stacked:
         shape.insert(1 if course.axis is None else 0, len(course.save.values))
     return partial(same, torch.empty(shape, dtype=torch_dtype(course.dtype)))
+
+
+def has_file(course: Course, missing: Callable[[], Any] | None) -> bool:
+    """Is there a file for a save? Of steps that no row made there is nothing in it; for one such step there is none."""
+    return course.save.to is not None and (missing is None or not course.once)
 
 
 def unreached(course: Course, ends: Ends) -> NoReturn:

@@ -24,10 +24,10 @@ from tracelens.errors import (
     RankFailedError,
     UntrustedApplyError,
 )
-from tracelens.gathered import Generated, ends_of, missed
+from tracelens.gathered import Generated, ends_of, has_file, missed
 from tracelens.generation_plan import CompiledGeneration
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import Apply
+from tracelens.ir.ops import Apply, Save
 from tracelens.leaving import same, write_files
 from tracelens.location import here
 from tracelens.plan import Plan
@@ -107,12 +107,14 @@ class RankedCompiler(Compiler):
         reply = self._asked("generate", graph, compiled, prompt, more)[0]
         tokens, ends = reply.header["tokens"], ends_of(reply.header["tokens"])
         values = results_from(reply.header, reply.tensors)
-        found: dict[str, Callable[[], Any]] = {
-            course.save.name: missed(course, prompt, ends, include_last=include_last)
-            or partial(same, values[course.save.name])
-            for course in compiled.courses
-        }
-        write_files([save for save in compiled.saves if save.to is not None and save.name in values], found)
+        found: dict[str, Callable[[], Any]] = {}
+        files: list[Save] = []
+        for course in compiled.courses:
+            name = course.save.name
+            missing = missed(course, prompt, ends, include_last=include_last)
+            found[name] = partial(same, values[name]) if missing is None else missing
+            files += [course.save] * has_file(course, missing)
+        write_files(files, found)
         return Generated(tokens, found, RunReport(perf_counter() - started, (), tuple, {}))
 
     def _asked(

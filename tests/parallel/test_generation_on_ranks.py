@@ -96,7 +96,7 @@ def everything(model: tl.Model, t: tl.Generation) -> None:
 
 
 def held(model: tl.Model, t: tl.Generation) -> None:
-    """Values of one step in later ones: whole, in parts, from the last stage to the first, from a step in the middle."""
+    """Values of one step in later ones: whole, in parts, from the last stage to the first, from a middle step."""
     late = t.prefill.layers[2].resid_post.tok[-1]
     t.decode.layers[0].resid_post[:, -1] += 0.3 * late
     act = t.prefill.layers[0].mlp_act.tok[-1]
@@ -159,19 +159,14 @@ def test_a_seed_is_the_same_on_ranks(models: Both) -> None:
 
 def test_files(models: Both, tmp_path: Path) -> None:
     path = tmp_path / "traj.safetensors"
-    t = generated(
-        models.spread,
-        lambda model, t: (
-            (
-                model.layers[:].resid_post.save("filed", to=path),
-                model.layers[:].resid_post.save("kept"),
-                t.steps[9].layers[0].resid_post.save("never", to=path),
-            )
-            and None
-        ),
-    )
+    with models.spread.generate(ROWS, max_new_tokens=NEW, eos_token_id=None) as t:
+        models.spread.layers[:].resid_post.save("filed", to=path)
+        models.spread.layers[:].resid_post.save("kept")
+        t.steps[9].layers[0].resid_post.save("never", to=path)
+        t.steps[9:].layers[0].resid_post.save("nothing", to=path)
     for one, other in zip(t["filed"], t["kept"], strict=True):
         assert torch.equal(one, other)
+    assert t["nothing"].shape == (3, 0, D_MODEL)
     with pytest.raises(errors.GenerationStepError):
         _ = t["never"]
     assert [one.name for one in tmp_path.iterdir()] == ["traj.safetensors"]

@@ -56,7 +56,7 @@ def copies(seen: Seen, part: str) -> Counter[tuple[str, str, tuple[int, ...]]]:
 
 
 @pytest.mark.usefixtures("pretend_throughout")
-@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=100, suppress_health_check=list(HealthCheck))
 @given(cases(), st.booleans(), maps())
 def test_generation_on_devices_equals_one_by_hand(case: Any, some: bool, where: Any) -> None:
     case = (*case[:-1], end_of(case) if some else None)
@@ -65,7 +65,7 @@ def test_generation_on_devices_equals_one_by_hand(case: Any, some: bool, where: 
 
 
 @pytest.mark.usefixtures("pretend_throughout")
-@settings(deadline=None, max_examples=60, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, max_examples=20, suppress_health_check=list(HealthCheck))
 @given(
     maps(),
     st.lists(st.lists(st.integers(3, 90), min_size=1, max_size=7), min_size=1, max_size=3),
@@ -84,11 +84,10 @@ def test_files_and_kept_tensors_are_what_is_saved(
         folder = Path(temporary)
         patch.setattr(_Series, "COLLECTED", collected)
         with model.generate(prompts, max_new_tokens=count, eos_token_id=end) as t:
-            scopes = {"model": model, "decode": t.decode, "some": t.steps[2:5]}
+            scopes: dict[str, Any] = {"model": model, "decode": t.decode}
             for name, scope in scopes.items():
                 saved = {
                     "stream": scope.layers[2].resid_post,
-                    "newest": scope.layers[0].resid_post[:, -1],
                     "stack": scope.layers[:].resid_post,
                     "stacked newest": scope.layers[1:].resid_post[:, -1],
                 }
