@@ -1,4 +1,4 @@
-"""Generations with steps and saves on models in several processes: what one process gives, put together on the first."""
+"""Generations with steps and saves on models in several processes: what one process gives, on the first rank."""
 
 from __future__ import annotations
 
