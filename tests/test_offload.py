@@ -107,6 +107,19 @@ def _generation(model: tl.Model) -> dict[str, Any]:
     return {"tokens": torch.tensor(t.tokens)}
 
 
+def _steps(model: tl.Model) -> dict[str, Any]:
+    """Values of one step in later ones, and what is saved over all of them."""
+    with model.generate(ROWS, max_new_tokens=5, eos_token_id=[]) as t:
+        t.decode.layers[0].resid_post[:, -1] += t.prefill.layers[2].resid_post.tok[-1]
+        t.steps[2:4].layers[1].mlp_act[..., :30] = 0
+        model.layers[1].resid_post.tok[model.positions >= 3] *= 0.5
+        model.layers[:].mlp_act[:, -1].save("stack")
+        t.decode.layers[2].resid_post.save("stream")
+        (model.layers[1].resid_post[:, -1] @ model.param("lm_head.weight").T).save("lens")
+        t.steps[:].logits[:, -1].argmax(-1).save("picks")
+    return {**t.results, "tokens": torch.tensor(t.tokens)}
+
+
 def _early(model: tl.Model) -> dict[str, Any]:
     with model.trace(IDS) as t:
         model.layers[1].mlp_act[..., 0] = 4.0
@@ -117,7 +130,7 @@ def _early(model: tl.Model) -> dict[str, Any]:
 WORK: dict[str, Work] = {
     work.__name__.strip("_"): work
     for work in (
-        _every_site, _edits, _parameters, _modules, _left_out, _gradients, _generation, _early,
+        _every_site, _edits, _parameters, _modules, _left_out, _gradients, _generation, _steps, _early,
     )
 }  # fmt: skip
 

@@ -293,3 +293,38 @@ def test_a_script_that_generates_is_told_on_all_ranks(
             assert about["rank"] == (None if number == rank else rank)
     two.ask("drop", {"model": "script"})
     assert two.pids == pids
+
+
+def steps(model: Model) -> dict[str, Any]:
+    """In every step, with saves of several steps and values that later ones use."""
+    with model.generate([[5, 6, 7], [8, 9]], max_new_tokens=5, eos_token_id=None) as t:
+        late = t.prefill.layers[1].resid_post.tok[-1]
+        t.decode.layers[2].resid_post[:, -1] += late
+        model.layers[2].resid_post += (model.layers[0].resid_post / 10).sinh()
+        model.layers[2].mlp_act[:, -1].save("act")
+        model.layers[0].resid_post.save("stream")
+    return {"tokens": torch.tensor(t.tokens), "act": t["act"], "stream": torch.cat(t["stream"], 1)}
+
+
+@pytest.mark.parametrize("spread", ["layers_shared", "stages"])
+def test_a_step_that_fails_on_one_rank_ends_the_generation(
+    spread: str, request: pytest.FixtureRequest, two: Ranks, one: Model, tmp_path: Path
+) -> None:
+    """In the third pass; nothing is saved, nobody waits, and the next generation is as if nothing had been."""
+    model, pids = request.getfixturevalue(spread), two.pids
+    want = steps(one)
+    for rank in (0, 1, None) if spread == "layers_shared" else (0, None):  # the first stage has the value
+        arm(two, rank, "third time")
+        error = caught(steps, model)
+        arm(two, None)
+        if rank is None:
+            assert error is None
+        else:
+            assert error is not None
+            assert "no memory is left for this step" in str(error)
+            assert "resid_post / 10).sinh()" in str(error)
+            assert "test_rank_faults.py" in str(error.at)
+            assert any(f"rank {rank}" in note for note in error.__notes__)
+        for name, found in steps(model).items():
+            torch.testing.assert_close(found, want[name], rtol=1e-4, atol=1e-4)
+    assert two.pids == pids

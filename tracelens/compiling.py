@@ -8,6 +8,7 @@ from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from time import perf_counter
+from types import MappingProxyType
 from typing import Any, TypeVar, cast
 
 import torch
@@ -127,11 +128,8 @@ class Compiler:
         anatomy = self.anatomy
         recorded = self._at_home(graph, generating=True)
         verify_steps(recorded)
-        on_ranks = anatomy.mesh is not None or anatomy.elsewhere is not None
         planned = newest_logits(recorded) if keeps_logits(anatomy.model) else recorded
-        compiled = compile_steps(
-            in_steps(planned), partial(self._planned, generating=True), on_ranks=on_ranks
-        )
+        compiled = compile_steps(in_steps(planned), partial(self._planned, generating=True))
         return replace(compiled, recorded=recorded)  # ranks are told what was recorded
 
     def _at_home(self, graph: Graph, *, generating: bool) -> Graph:
@@ -152,8 +150,14 @@ class Compiler:
             refuse_on_ranks(graph, placement(anatomy), generating=generating)
         return replace(numbered(graph), constants=(), functions=())
 
-    def _planned(self, recorded: Graph, *, generating: bool) -> Compiled:
-        """The programs of one forward pass."""
+    def _planned(
+        self,
+        recorded: Graph,
+        settled: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        *,
+        generating: bool,
+    ) -> Compiled:
+        """The programs of one forward pass; ``settled``: the places from which some saves leave, whole."""
         anatomy, there = self.anatomy, placement(self.anatomy)
         plan = make_plan(
             recorded,
@@ -162,6 +166,7 @@ class Compiler:
             type_of=anatomy.type_of,
             generating=generating,
             reached=anatomy.family.reached,
+            settled=settled,
         )
         programs = lower(plan)
         if len(programs) > 1:

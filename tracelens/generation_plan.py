@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 
 from tracelens.backends.gathering import Course
 from tracelens.backends.local import LocalCode
 from tracelens.backends.stepping import Segment
 from tracelens.compiled import Compiled, digest, document, keeps_padding, selectors_of
-from tracelens.errors import ExtraMemoryError, LayoutError
+from tracelens.errors import ExtraMemoryError
 from tracelens.ir.dims import KEY, POSITION, Sizes
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import WHOLE, Index, IndexPut, Ref, Save, Selector, Write, operands, results
@@ -187,10 +187,24 @@ class CompiledGeneration:
 
 
 def compile_steps(
-    stepped: Stepped, make: Callable[[Graph], Compiled], *, on_ranks: bool
+    stepped: Stepped, make: Callable[[Graph, Mapping[str, tuple[int, ...]]], Compiled]
 ) -> CompiledGeneration:
-    """Compiles each segment, the later ones first: they say at which places they need what is held for them."""
+    """Compiles each segment; what is saved in several of them leaves each from the same places.
+
+    ``make``: compiles a graph, of which some saves leave from given places, where they are made whole.
+    """
     _require_apart(stepped)
+    found = _compiled(stepped, partial(make, settled={}))
+    # What else a step does with a value decides where it is, and whether ranks have added it up. Mostly alike.
+    settled = _differing(found)
+    if settled:
+        found = _compiled(stepped, partial(make, settled=settled))
+        assert not _differing(found), "saves leave from other places than they were told to"
+    return found
+
+
+def _compiled(stepped: Stepped, make: Callable[[Graph], Compiled]) -> CompiledGeneration:
+    """The later segments first: they say at which places they need what is held for them."""
     held = set(stepped.held.values())
     places: dict[int, set[int]] = {}
     parts: list[Compiled] = []
@@ -200,25 +214,24 @@ def compile_steps(
             if index in held:
                 places.setdefault(index, set()).add(place)
         parts.append(part)
-    found = CompiledGeneration(stepped.graph, stepped, tuple(reversed(parts)))
-    if on_ranks:
-        _require_one_home(found)
-    return found
+    return CompiledGeneration(stepped.graph, stepped, tuple(reversed(parts)))
 
 
-def _require_one_home(compiled: CompiledGeneration) -> None:
-    """Refuses a save whose parts of different steps lie differently on ranks, which each gather their own."""
-    known: dict[tuple[str, int], object] = {}
+def _differing(compiled: CompiledGeneration) -> dict[str, tuple[int, ...]]:
+    """The saves whose parts of different steps lie differently, each with a place for each of its members.
+
+    The last of those where one is: the values of all steps are there before the pass has gone on.
+    """
+    lying: dict[str, set[tuple[tuple[int, object], ...]]] = {}
     for part in compiled.parts:
         for save in part.plan.graph.saves:
-            for member, value in enumerate(save.values):
-                lies = part.plan.home[value], part.plan.layouts[value]
-                if known.setdefault((save.name, member), lies) != lies:
-                    error = LayoutError(
-                        f"{save.name!r} would lie differently on the ranks in different steps of the generation",
-                        instead="two saves, of t.prefill and of t.decode",
-                    )
-                    raise compiled.recorded.blame(error, _number_of(compiled.recorded, save.name))
+            lies = tuple((part.plan.home[value], part.plan.layouts[value]) for value in save.values)
+            lying.setdefault(save.name, set()).add(lies)
+    return {
+        name: tuple(max(home for home, _ in members) for members in zip(*ways, strict=True))
+        for name, ways in lying.items()
+        if len(ways) > 1
+    }
 
 
 def _number_of(graph: Graph, name: str) -> int:

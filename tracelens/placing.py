@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 from tracelens.fetching import fetching
 from tracelens.ir.functions import FUNCTIONS, Kind
@@ -63,11 +64,13 @@ class Placed:
     """For every value the place that holds it."""
 
 
-def place(graph: Graph, placement: Placement) -> Placed:
-    """``graph`` on the places of ``placement``."""
+def place(
+    graph: Graph, placement: Placement, settled: Mapping[str, tuple[int, ...]] = MappingProxyType({})
+) -> Placed:
+    """``graph`` on the places of ``placement``; ``settled``: those from which the members of some saves leave."""
     if len(placement.places) == 1:
         return Placed(graph, (0,) * len(graph.ops), dict.fromkeys(graph.types, 0))
-    return _Placing(graph, placement).placed()
+    return _Placing(graph, placement, settled).placed()
 
 
 def homes(graph: Graph, placement: Placement) -> Mapping[int, int]:
@@ -76,8 +79,14 @@ def homes(graph: Graph, placement: Placement) -> Mapping[int, int]:
 
 
 class _Placing:
-    def __init__(self, graph: Graph, placement: Placement) -> None:
+    def __init__(
+        self,
+        graph: Graph,
+        placement: Placement,
+        settled: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+    ) -> None:
         self.graph = graph
+        self.settled = settled
         self.placement = placement
         self.moments = moments_of(graph)
         self.sizes = {**_NOMINAL, **{pin.symbol: pin.size for pin in graph.pins}}
@@ -233,6 +242,8 @@ class _Placing:
         op, last = self.graph.ops[number], self.at[number]
         assert isinstance(op, Save)
         assert last is not None
+        if op.name in self.settled:
+            return self.settled[op.name][op.values.index(value)]
         if op.stacked and op.keep is Keep.DEVICE:
             return last  # a stack that stays on a device is made on one
         return self.home.get(value, last)

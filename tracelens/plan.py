@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from types import MappingProxyType
 
 from tracelens import collectives
 from tracelens.ir.dims import Sizes
@@ -326,11 +327,13 @@ def make_plan(
     type_of: TypeOf,
     generating: bool,
     reached: tuple[str, ...] = (),
+    settled: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     verify_each: bool = False,
 ) -> Plan:
     """Improves ``graph`` and decides where it runs and how far the forward pass has to go.
 
-    ``reached``: sites of one level that the model reaches in another order than the vocabulary has them.
+    ``reached``: sites of one level that the model reaches in another order than the vocabulary has them. ``settled``:
+    by name, the places from which the members of some saves leave, whole; others leave as they lie.
     """
     marked = mark_leaves(improve(graph, verify_each=verify_each, keep_writes=generating))
     if reached:
@@ -344,7 +347,7 @@ def make_plan(
         if op.site.name == carry.site
     }
     carried = targets & {op.site for op in improved.writes}
-    laid = lay_out(place(push_indices(improved, placement), placement), placement)
+    laid = lay_out(place(push_indices(improved, placement), placement, settled), placement, settled)
     placed = laid.placed
     return Plan(
         placed.graph,

@@ -11,7 +11,7 @@ Below a gradient's start everything is whole: autograd then gives every rank the
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tracelens.errors import LayoutError
@@ -59,16 +59,17 @@ class Laid:
     layouts: Mapping[int, Layout]
 
 
-def lay_out(placed: Placed, placement: Placement) -> Laid:
-    """``placed`` on places that may consist of several ranks."""
+def lay_out(placed: Placed, placement: Placement, settled: Collection[str] = ()) -> Laid:
+    """``placed`` on places that may consist of several ranks; ``settled``: the saves that are made whole."""
     if all(place.ranks == 1 for place in placement.places):
         return Laid(placed, dict.fromkeys(placed.graph.types, WHOLE_EVERYWHERE))
-    return _LayingOut(placed, placement).laid()
+    return _LayingOut(placed, placement, settled).laid()
 
 
 class _LayingOut:
-    def __init__(self, placed: Placed, placement: Placement) -> None:
+    def __init__(self, placed: Placed, placement: Placement, settled: Collection[str]) -> None:
         self.graph = placed.graph
+        self.settled = settled
         self.placed = placed
         self.placement = placement
         self.layouts: dict[int, Layout] = {}
@@ -212,6 +213,8 @@ class _LayingOut:
         Partial results are joined before that where they have to be: in another dtype they would be rounded first. And
         where that has been done for something else anyway.
         """
+        if op.name in self.settled:
+            return WHOLE_EVERYWHERE
         own = self.layouts[value]
         apart = op.dtype in (None, self.types[value].dtype) and (value, WHOLE_EVERYWHERE) not in self.known
         return own if apart else self._joined(value)

@@ -11,9 +11,10 @@ import torch
 
 import tracelens as tl
 from tests.parallel.cells import KNOWS_EP
-from tests.support.families import D_MODEL
+from tests.support.families import D_MODEL, FAMILIES
 from tests.support.ranks import PoolOf
 from tests.support.spread_models import Both, both
+from tests.support.tokenizers import byte_level_bpe
 from tracelens import errors
 
 ROWS = [[5, 6, 7, 8, 9, 10, 4, 3], [11, 12], [3, 4, 5]]
@@ -170,3 +171,66 @@ def test_files(models: Both, tmp_path: Path) -> None:
     with pytest.raises(errors.GenerationStepError):
         _ = t["never"]
     assert [one.name for one in tmp_path.iterdir()] == ["traj.safetensors"]
+
+
+# --- saves that would lie differently in different steps ---------------------------------------------------------
+
+
+def summed(model: tl.Model, t: tl.Generation) -> None:
+    """Parts that the ranks add up: at the end, unless a step needs the sum itself."""
+    for layer, window in enumerate((t.decode, t.steps[2:4])):
+        x = (model.layers[layer].mlp_act * 0.1).sum(-1)
+        window.layers[2].resid_post += x.abs()[..., None]
+        x.save(f"sum {layer}")
+    one = model.layers[0].mlp_act[:, -1, 3]
+    t.decode.layers[1].resid_post[:, -1] += one.abs()[..., None]
+    one.save("one")
+    stack = model.layers[:].mlp_act.sum(-1)
+    stack.save("stack")
+    t.steps[1].layers[2].resid_post += (t.steps[1].layers[1].mlp_act.sum(-1) ** 2)[..., None] * 0.1
+
+
+def elsewhere(model: tl.Model, t: tl.Generation) -> None:
+    """With a weight of another stage: where the weight is, unless a step writes it before that."""
+    x = model.layers[0].resid_post * model.param("model.norm.weight")
+    t.decode.layers[1].resid_post += 0.5 * x
+    x.save("scaled")
+
+
+@pytest.mark.parametrize("block", [summed, elsewhere])
+def test_a_save_leaves_from_the_same_place_in_every_step(block: Block, models: Both) -> None:
+    t = require_same(models, block)
+    assert t.tokens != generated(models.one, lambda model, t: None).tokens
+
+
+def test_logits_of_the_newest_position_alone(models: Both) -> None:
+    def picks(model: tl.Model, t: tl.Generation) -> None:
+        t.steps[1].logits[:, -1, 50] += 1e4
+        t.steps[:].logits[:, -1].argmax(-1).save("picks")
+        t.decode.logits[:, -1].topk(3).values.save("best")
+
+    t = require_same(models, picks)
+    assert t["picks"].T.tolist() == t.tokens
+
+
+def test_stop_strings(ranks_of: PoolOf, tmp_path: Path) -> None:
+    """A rank has the tokenizer from the folder of the model."""
+    tokenizer = byte_level_bpe()
+    hf = FAMILIES["qwen2"].build(vocab_size=len(tokenizer))
+    hf.save_pretrained(tmp_path)
+    tokenizer.save_pretrained(tmp_path)
+    one = tl.wrap(hf, tokenizer)
+    with one.generate(ROWS, max_new_tokens=8) as t:
+        pass
+    stop = " Fr"
+    assert stop in tokenizer.decode(t.tokens[0])
+    with tl.load(tmp_path, tp=2, ranks=ranks_of(2)) as spread:
+        found = [
+            generated(model, saving_streams, max_new_tokens=8, stop_strings=[stop]) for model in (spread, one)
+        ]
+    assert found[0].tokens == found[1].tokens != t.tokens
+    torch.testing.assert_close(found[0]["newest"], found[1]["newest"], **CLOSE, equal_nan=True)
+
+
+def saving_streams(model: tl.Model, t: tl.Generation) -> None:
+    model.layers[0].resid_post[:, -1].save("newest")

@@ -86,7 +86,24 @@ def check(tmp_path: Path, hf: Any) -> list[dict[str, Any]]:
 def test_a_script_under_torchrun(tmp_path: Path) -> None:
     hf = stored("llama", tmp_path / "model")
     launched([["--standalone", "--nproc-per-node=2"]], tmp_path / "model", tmp_path, "--tp", 2)
-    check_text(check(tmp_path, hf), hf)
+    seen = check(tmp_path, hf)
+    check_text(seen, hf)
+    check_steps(seen, hf, tmp_path)
+
+
+def check_steps(seen: list[dict[str, Any]], hf: Any, tmp_path: Path) -> None:
+    """What is saved over the steps is on the first rank; all have the text."""
+    one = tl.wrap(hf)
+    with one.generate([[5, 6, 7], [9, 10]], max_new_tokens=4, do_sample=False, eos_token_id=None) as steps:
+        steps.decode.layers[0].resid_post[:, -1] += steps.prefill.layers[2].resid_post.tok[-1]
+        one.layers[:].mlp_act[:, -1].save("stack")
+        one.layers[1].z.save("z")
+    assert [rank["new"] for rank in seen] == [steps.tokens] * 2
+    assert [rank["steps"]["error"] for rank in seen] == ["", "ElsewhereError"]
+    found = torch.load(tmp_path / "steps.pt", weights_only=True)
+    assert relative_error(found["stack"], steps["stack"]) <= TOLERANCE
+    for own, other in zip(found["z"], steps["z"], strict=True):
+        assert relative_error(own, other) <= TOLERANCE
 
 
 def check_text(seen: list[dict[str, Any]], hf: Any) -> None:

@@ -137,6 +137,16 @@ if asked.way == "load" or asked.pp > 1:
     seen["sampled"] = refusal(lambda: text(1, do_sample=True))
     seen["tokens"] = texts
 
+if asked.way == "load":
+    with model.generate([[5, 6, 7], [9, 10]], max_new_tokens=4, do_sample=False, eos_token_id=None) as steps:
+        steps.decode.layers[0].resid_post[:, -1] += steps.prefill.layers[2].resid_post.tok[-1]
+        model.layers[:].mlp_act[:, -1].save("stack")
+        model.layers[1].z.save("z")
+    seen["steps"] = refusal(lambda: steps["z"])
+    seen["new"] = steps.tokens
+    if rank == 0:
+        torch.save({"stack": steps["stack"], "z": steps["z"]}, asked.out / "steps.pt")
+
 # After all of this the ranks still stand at the same step.
 with model.trace([[5, 6, 7, 8], [9, 10, 11, 12]]):
     again = model.layers[1].q.save()
