@@ -16,7 +16,7 @@ from tracelens.compiled import Compiled, Ran
 from tracelens.compiling import Compiler, check_constants, check_fits
 from tracelens.constants import Captured
 from tracelens.errors import OptionError, RowsMeetError
-from tracelens.gathered import Ends, Generated, ends_of, missed, missing_number
+from tracelens.gathered import Ends, Generated, ends_of, has_file, missed, missing_number
 from tracelens.generating import generate
 from tracelens.generation_plan import CompiledGeneration
 from tracelens.ir.graph import Graph
@@ -137,8 +137,8 @@ def generate_in_slices(
             name = course.save.name
             fetches = [one.tensors.pop(name) for one in made]
             found[name] = joining.joined(course, slices.axes[name], fetches)
-        reached = [course.save for course in compiled.courses if missed(course, prompt, joining.ends) is None]
-        write_files(reached, found)
+        files = [one.save for one in compiled.courses if has_file(one, joining.missed(one))]
+        write_files(files, found)
     return Generated(tokens, found, added_up([one.report for one in made]))
 
 
