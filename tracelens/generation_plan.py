@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 
 from tracelens.backends.gathering import Course
 from tracelens.backends.local import LocalCode
@@ -186,30 +186,36 @@ class CompiledGeneration:
         return []
 
 
-def compile_steps(
-    stepped: Stepped, make: Callable[[Graph, Mapping[str, tuple[int, ...]]], Compiled]
-) -> CompiledGeneration:
+Settled = Mapping[str, tuple[int, ...]]
+"""By the name of a save, the places from which its members leave, whole."""
+
+Making = Callable[[Graph, Settled], Compiled]
+
+
+def compile_steps(stepped: Stepped, make: Making) -> CompiledGeneration:
     """Compiles each segment; what is saved in several of them leaves each from the same places.
 
     ``make``: compiles a graph, of which some saves leave from given places, where they are made whole.
     """
     _require_apart(stepped)
-    found = _compiled(stepped, partial(make, settled={}))
-    # What else a step does with a value decides where it is, and whether ranks have added it up. Mostly alike.
-    settled = _differing(found)
-    if settled:
-        found = _compiled(stepped, partial(make, settled=settled))
-        assert not _differing(found), "saves leave from other places than they were told to"
+    settled: dict[str, tuple[int, ...]] = {}
+    found = _compiled(stepped, make, settled)
+    # What else a step does with a value decides where it is, and whether ranks have added it up: mostly the same, and
+    # what one save has made whole another one may take.
+    while more := _differing(found):
+        assert not more.keys() & settled.keys(), "a save leaves from other places than it was told to"
+        settled |= more
+        found = _compiled(stepped, make, settled)
     return found
 
 
-def _compiled(stepped: Stepped, make: Callable[[Graph], Compiled]) -> CompiledGeneration:
+def _compiled(stepped: Stepped, make: Making, settled: Settled) -> CompiledGeneration:
     """The later segments first: they say at which places they need what is held for them."""
     held = set(stepped.held.values())
     places: dict[int, set[int]] = {}
     parts: list[Compiled] = []
     for segment in reversed(stepped.segments):
-        part = make(stepped.at(segment, places))
+        part = make(stepped.at(segment, places), settled)
         for index, place in part.used:
             if index in held:
                 places.setdefault(index, set()).add(place)

@@ -197,7 +197,16 @@ def elsewhere(model: tl.Model, t: tl.Generation) -> None:
     x.save("scaled")
 
 
-@pytest.mark.parametrize("block", [summed, elsewhere])
+def following(model: tl.Model, t: tl.Generation) -> None:
+    """What one save has made whole in a step, another takes, in this step alone."""
+    early = t.steps[0:2].layers[0].mlp_act.sum(-1)
+    late = t.decode.layers[0].mlp_act.sum(-1)
+    t.steps[2:4].layers[1].resid_post += late.abs()[..., None]
+    late.save("late")
+    early.save("early")
+
+
+@pytest.mark.parametrize("block", [summed, following, elsewhere])
 def test_a_save_leaves_from_the_same_place_in_every_step(block: Block, models: Both) -> None:
     t = require_same(models, block)
     assert t.tokens != generated(models.one, lambda model, t: None).tokens
