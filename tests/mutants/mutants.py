@@ -37,6 +37,8 @@ CHAT = ("tests/test_chat.py",)
 OFFLOAD = ("tests/test_offload.py",)
 SLICES = ("tests/test_slices.py", "-k", "not random and not any_batch and not ranks")
 SPREAD = ("tests/test_spread.py",)
+STEPS_ON_DEVICES = ("tests/properties/test_generation_on_devices.py", "-k")
+STEPS_ON_RANKS = ("tests/parallel/test_generation_on_ranks.py", "-k")
 # Without the thousand examples: the others find it sooner.
 PLACES = ("tests/properties/test_places.py", "-k", "not simulated_programs_equal")
 FETCHING = ("tests/test_fetching.py",)
@@ -1763,5 +1765,61 @@ MUTANTS = (
         "torch.promote_types(scores.dtype, torch.float32) if self.wide else None",
         "torch.float32 if self.wide else None",
         (*MATCHING, "-k", "nan"),
+    ),
+    Mutant(
+        "devices: the inputs of a pass are planned where the first layer is",
+        "backends/places.py",
+        "ends = dict.fromkeys((kind.name for kind in INPUT_KINDS), number[spread.inputs])",
+        'ends = {"token_mask": number[spread.inputs]}',
+        SPREAD,
+    ),
+    Mutant(
+        "devices: the logits of each step go to the first weights and back",
+        "backends/stepping.py",
+        "        return None if given is kwargs else (args, given)\n",
+        "        return None\n",
+        (*STEPS_ON_DEVICES, "synchronisation"),
+    ),
+    Mutant(
+        "devices: what is collected for a file begins anew at the same place",
+        "backends/gathering.py",
+        "self.filled - self.first",
+        "min(self.filled - self.first, 1)",
+        (*STEPS_ON_DEVICES, "files"),
+    ),
+    Mutant(
+        "ranks: parts of several steps are put together along another axis",
+        "backends/gathering.py",
+        "return replace(layout, dim=layout.dim + 1)",
+        "return layout",
+        (*STEPS_ON_RANKS, "tp2 and steps_and_saves"),
+    ),
+    Mutant(
+        "ranks: a save leaves as it lies in each step",
+        "sharding.py",
+        "        if op.name in self.settled:\n            return WHOLE_EVERYWHERE\n",
+        "",
+        (*STEPS_ON_RANKS, "same_place and llama"),
+    ),
+    Mutant(
+        "stages: a save leaves from where each step has it",
+        "placing.py",
+        "        if op.name in self.settled:\n            return self.settled[op.name][op.values.index(value)]\n",
+        "",
+        (*STEPS_ON_RANKS, "same_place and gemma3"),
+    ),
+    Mutant(
+        "a save that follows one that was settled is not settled",
+        "generation_plan.py",
+        "    while more := _differing(found):\n",
+        "    if more := _differing(found):\n",
+        (*STEPS_ON_RANKS, "following and llama"),
+    ),
+    Mutant(
+        "steps: no file where no step was made",
+        "gathered.py",
+        "course.save.to is not None and (missing is None or not course.once)",
+        "course.save.to is not None and missing is None",
+        (*STEPS_ON_DEVICES, "files"),
     ),
 )
