@@ -539,6 +539,21 @@ def test_tokens_are_drawn_slice_by_slice_with_seeds_of_their_own() -> None:
     assert h.shape[1] == 6
 
 
+def test_texts_that_come_to_one_length_from_prompts_of_several_are_a_list() -> None:
+    rows = rows_of([4, 3], seed=1)
+    with model.generate(rows, max_new_tokens=4, eos_token_id=None) as t:
+        pass
+    ends = [t.tokens[0][1], t.tokens[1][2]]
+    found = []
+    for size in (None, 1):
+        with model.generate(rows, max_new_tokens=4, eos_token_id=ends, batch_size=size) as t:
+            model.layers[1].resid_post.save("streams")
+        found.append(t)
+    assert [len(text) for text in found[0].tokens] == [2, 3]
+    assert [tuple(part.shape) for part in found[0]["streams"]] == [(1, 5, D)] * 2
+    assert_same(found[1].results, found[0].results)
+
+
 def test_a_stream_is_of_all_rows() -> None:
     with refused(OptionError, "one step of all rows", instead="model.generate", text="batch_size=2"):
         model.stream(EVEN, max_new_tokens=2, batch_size=2)
