@@ -205,6 +205,8 @@ def test_steps_that_do_not_fit_are_refused_at_their_line() -> None:
     for wrong in (-1, slice(-3, None), slice(5, 5), slice(0, 4, 2), "decode", True):
         with pytest.raises(errors.OptionError), MODEL.generate(IDS, max_new_tokens=2) as t:
             _ = t.steps[wrong]
+    with pytest.raises(errors.OptionError, match="no end"), MODEL.generate(IDS, max_new_tokens=2) as t:
+        list(t.steps)
     with pytest.raises(errors.OptionError, match="one forward pass"), MODEL.trace(IDS) as t:
         _ = t.decode.layers[0].resid_post
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import subprocess
+import sys
 import threading
 import time
 from typing import Any
@@ -100,6 +102,35 @@ def test_leaving_the_loop_ends_the_generation() -> None:
     assert_untouched(before, model_fingerprint(HF))
     with MODEL.trace(IDS):  # and the model is free
         assert MODEL.logits.save() is not None
+
+
+def test_a_block_right_after_a_loop_that_was_left_waits_for_the_step_that_is_being_made() -> None:
+    with MODEL.trace(IDS):
+        expected = MODEL.logits.save()
+    threads = workers()
+    for _ in range(5):
+        for _ in MODEL.stream(IDS, max_new_tokens=50):
+            break
+        with MODEL.trace(IDS):
+            logits = MODEL.logits.save()
+        assert torch.equal(logits.value, expected.value)
+    deadline = time.monotonic() + 20
+    while workers() > threads and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert workers() == threads
+
+
+@pytest.mark.parametrize("ending", ["del stream", "pass"], ids=["let go of", "still held"])
+def test_a_script_that_ends_with_an_open_stream_ends(ending: str) -> None:
+    script = f"""
+import tracelens as tl
+from tests.support.families import FAMILIES
+stream = tl.wrap(FAMILIES["llama"].build()).stream([3, 14, 15], max_new_tokens=50)
+print(next(stream).step, flush=True)
+{ending}
+"""
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "0\n"), done.stderr
 
 
 def test_the_model_cannot_be_run_in_the_loop_over_its_stream() -> None:

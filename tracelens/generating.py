@@ -76,12 +76,12 @@ def generate(
 class StepTold:
     """Who hears of each step: what it saves goes to ``gathering``; ``tell`` is given its number and tokens.
 
-    ``tell`` says whether to end there. ``waiting``: the thread that waits for it.
+    ``tell`` says whether to end there. ``waiting``: the threads that wait for it; it may lose some on the way.
     """
 
     gathering: Gathering
     tell: Callable[[int, Sequence[int | None]], bool]
-    waiting: int
+    waiting: set[int]
 
 
 class _Telling:
@@ -162,7 +162,7 @@ class _Generation:
             inputs=bool(compiled.inputs),
         )
         if self.told is not None:
-            run.threads |= {self.told.waiting}
+            run.waiting = self.told.waiting
         inputs = self._inputs(prompt)
         if mesh is not None and mesh.pipeline is not None:
             newest = inputs.get("logits_to_keep") == 0

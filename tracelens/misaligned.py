@@ -44,7 +44,10 @@ def misaligned(what: str, generating: bool, of_keys: bool) -> PositionAxisError:
     )
     if generating:
         newest = "site[..., -1, :] = 0.0" if of_keys else "site[:, -1] += v"
-        instead = f"a write to all positions (site += v) or to the newest one ({newest})"
+        instead = (
+            f"a write to all positions (site += v) or to the newest one ({newest}); to read, the newest one, the step of "
+            "the prompt (t.prefill.layers[i].resid_post), or save the whole and compute after the block"
+        )
     elif of_keys:
         instead = (
             "a sum over keys (x.sum(-1)) of what is zero at padding, as pattern is; the newest query (x[..., -1, :]) "

@@ -118,6 +118,13 @@ class GenerationSteps:
     def __getitem__(self, key: Any) -> StepScope:
         return StepScope(self._anatomy, _window(key))
 
+    def __iter__(self) -> NoReturn:
+        raise OptionError(
+            "a loop over t.steps would have no end: how many steps there are is not known before the run",
+            at=here(),
+            instead="t.steps[:], which is every step; or for k in range(5): t.steps[k]",
+        )
+
     def __repr__(self) -> str:
         return "t.steps"
 

@@ -116,6 +116,8 @@ class Stream:
         self._ended = threading.Event()
         self._over = False
         self._pieces: _Pieces | None = None
+        # Who cannot run the model meanwhile. One who has let go of the stream can: after the step that is being made.
+        self._waiting: set[int] = set()
 
     def __iter__(self) -> Iterator[StepEvent]:
         return self
@@ -135,7 +137,7 @@ class Stream:
 
     def close(self) -> None:
         """Ends the generation, wherever it is; again: does nothing."""
-        self._ended.set()
+        self._let_go()
         while self._thread is not None and self._thread.is_alive():
             if not self._events.empty():
                 self._events.get()
@@ -152,16 +154,20 @@ class Stream:
 
     def __del__(self) -> None:
         if not self._over:
-            self._ended.set()
+            self._let_go()
             if not self._events.empty():
                 self._events.get_nowait()
 
     def _finish(self) -> None:
         self._over = True
-        self._ended.set()
+        self._let_go()
         thread, self._thread = self._thread, None
         if thread is not None:
             thread.join()
+
+    def _let_go(self) -> None:
+        self._ended.set()
+        self._waiting.clear()
 
     # --- the other thread ----------------------------------------------------------------------------------------
 
@@ -172,8 +178,10 @@ class Stream:
         gathering = _OneStep(compiled.courses, own._prompt.sizes, cached=own.cached)
         self._pieces = _Pieces(own._model.tokenizer, own._prompt)
         # Nothing there leads back to the stream, so that one that is let go of ends its thread.
-        work = _Work(self._events, self._ended, gathering, self._pieces, own._prompt, threading.get_ident())
-        self._thread = threading.Thread(target=work.run, args=(own, self._graph, compiled), daemon=True)
+        self._waiting.add(threading.get_ident())
+        work = _Work(self._events, self._ended, gathering, self._pieces, own._prompt, self._waiting)
+        # Python waits for it before it exits: a thread that it stops within torch would end the process with an abort.
+        self._thread = threading.Thread(target=work.run, args=(own, self._graph, compiled), daemon=False)
         self._thread.start()
 
 
@@ -187,7 +195,7 @@ class _Work:
         gathering: _OneStep,
         pieces: _Pieces,
         prompt: Prompt,
-        waiting: int,
+        waiting: set[int],
     ) -> None:
         self.events, self.ended, self.gathering = events, ended, gathering
         self.pieces, self.prompt, self.waiting = pieces, prompt, waiting
@@ -207,8 +215,7 @@ class _Work:
             )
         except BaseException as error:
             last = error
-        if not self.ended.is_set():
-            self.events.put(last)
+        self._hand_over(last)
 
     def _told(self, step: int, tokens: Sequence[int | None]) -> bool:
         """Hands over a step; does nobody want more?"""
@@ -216,14 +223,18 @@ class _Work:
             name: of_one_step(self.gathering.courses[name], members, self.prompt, step)
             for name, members in self.gathering.given().items()
         }
-        event = StepEvent(step, tuple(tokens), self.pieces.after(tokens), saves)
-        while not self.ended.is_set():
+        return not self._hand_over(StepEvent(step, tuple(tokens), self.pieces.after(tokens), saves))
+
+    def _hand_over(self, event: StepEvent | BaseException | None) -> bool:
+        """Does somebody want more?  Waits until the event before this one has been taken."""
+        main = threading.main_thread()  # which is not alive any more when the interpreter exits
+        while not self.ended.is_set() and main.is_alive():
             try:
                 self.events.put(event, timeout=0.1)
-                break
-            except Full:  # nobody has taken the event before it yet
+                return True
+            except Full:
                 continue
-        return self.ended.is_set()
+        return False
 
 
 class _Pieces:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
@@ -235,7 +235,7 @@ _FRESH = frozenset(f"torch.{name}" for name in ("add", "sub", "mul", "div", "mat
 class Run:
     """One use of a model: hooks on, forward passes, hooks off."""
 
-    __slots__ = ("code", "forward_number", "model", "real", "state", "thread", "threads")
+    __slots__ = ("code", "forward_number", "model", "real", "state", "thread", "waiting")
 
     def __init__(
         self, model: nn.Module, code: LocalCode, state: State, real: torch.Tensor | None = None
@@ -246,8 +246,8 @@ class Run:
         self.code = code
         self.state = state
         self.thread = get_ident()
-        self.threads = {self.thread}
-        """Those that wait for the run: none of them may run the model meanwhile."""
+        self.waiting: Container[int] = ()
+        """Threads that wait for the run, beside its own: none of them may run the model meanwhile."""
         # Among all forward passes of the model's runs; no pass has the number 0.
         self.forward_number = 0
 
@@ -264,7 +264,7 @@ class Run:
         """Calls ``forward`` with the hooks in place, holding the model's lock."""
         seat = self.code.seat
         sitting = seat.run
-        if sitting is not None and self.thread in sitting.threads:
+        if sitting is not None and (self.thread == sitting.thread or self.thread in sitting.waiting):
             raise NestedTraceError(
                 "this model was run from inside a run of it, by an applied function or in the loop over a stream",
                 at=here(),
