@@ -33,7 +33,7 @@ def logit_lens(model: tl.Model, prompt: str, every: int = 3) -> str:
         p, ids = best.values.save(), best.indices.save()
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    words = [visible(tokenizer.decode([token])) for token in tokenizer.encode(prompt)]
+    words = [visible(str(tokenizer.decode([token]))) for token in tokenizer.encode(prompt)]
     layers = sorted({*range(0, model.n_layers, every), model.n_layers - 1}, reverse=True)
     width, height = _LEFT + _CELL[0] * len(words) + 12, _TOP + _CELL[1] * len(layers) + 34
     parts = [
@@ -53,7 +53,7 @@ def logit_lens(model: tl.Model, prompt: str, every: int = 3) -> str:
         parts.append(text(12, y + 16, f"layer {layer}", colour="#555"))
         for column in range(len(words)):
             probability = float(p[layer, 0, column])
-            word = visible(tokenizer.decode([int(ids[layer, 0, column])]))
+            word = visible(str(tokenizer.decode([int(ids[layer, 0, column])])))
             parts.append(
                 f"<g><title>layer {layer}, after {escape(words[column])}: {escape(word)} {probability:.2f}</title>"
                 f'<rect x="{_LEFT + column * _CELL[0]}" y="{y}" width="{_CELL[0] - 2}" height="{_CELL[1] - 2}" rx="2"'

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from html import escape
+from typing import Any
 
 import torch
 
@@ -26,14 +27,14 @@ def steered(model: tl.Model) -> str:
     v = ends.value[0] - ends.value[1]
     with model.generate(FILM, max_new_tokens=16) as t:
         t.steps[5:10].layers[LAYER].resid_post += v
-        streams = model.layers[:].resid_post
+        streams: Any = model.layers[:].resid_post
         norms = streams.norm(dim=-1).save()
         cosines = torch.nn.functional.cosine_similarity(streams, v, dim=-1).save()
     tokenizer = model.tokenizer
     assert tokenizer is not None
     prompt = tokenizer.encode(FILM)
     new: list[int] = t.tokens  # pyright: ignore[reportAssignmentType]  # of one prompt
-    words = [visible(tokenizer.decode([token])) for token in [*prompt, *new[:-1]]]
+    words = [visible(str(tokenizer.decode([token]))) for token in [*prompt, *new[:-1]]]
     return trajectory(norms.value[:, 0], cosines.value[:, 0], words, len(prompt), written=(5, 10))
 
 

@@ -162,6 +162,23 @@ def test_values_flow_from_an_earlier_step_to_later_ones() -> None:
     assert t.tokens == expected
 
 
+def test_the_mean_over_each_prompt_is_there_in_later_steps() -> None:
+    with MODEL.trace(ROWS):
+        expected = tl.masked_mean(MODEL.layers[0].resid_post).save()
+    with MODEL.generate(ROWS, max_new_tokens=3) as t:
+        mean = tl.masked_mean(t.prefill.layers[0].resid_post)
+        t.decode.layers[1].resid_post = mean[:, None]
+        mean.save("mean")
+        t.decode.layers[1].resid_post[:, -1].save("written")
+    torch.testing.assert_close(t["mean"], expected.value, rtol=1e-5, atol=1e-6)
+    assert torch.equal(t["written"], t["mean"].expand_as(t["written"]))
+    with (
+        pytest.raises(errors.PositionAxisError, match="all positions of a row"),
+        MODEL.generate(ROWS, max_new_tokens=2),
+    ):
+        tl.masked_mean(MODEL.layers[0].resid_post)
+
+
 def test_a_later_site_of_the_prompt_cannot_feed_an_earlier_one_in_every_step() -> None:
     with (
         pytest.raises(errors.CausalityError, match="reaches later") as caught,

@@ -13,6 +13,7 @@ from tracelens.ir import dims
 from tracelens.ir.ops import TokenChars, TokenId
 from tracelens.ir.sites import Site
 from tracelens.ir.types import TensorType
+from tracelens.ir.windows import PREFILL
 from tracelens.location import here
 from tracelens.mapped import MappedValue
 from tracelens.operand import Operand, apply_torch, operands_in
@@ -51,12 +52,16 @@ def masked_mean(value: Any) -> Any:
             at=here(),
             instead="tl.masked_mean(value) before positions are indexed or reduced",
         )
+    site = Site("token_mask")
     if recorder.generating:
-        raise PositionAxisError(
-            "tl.masked_mean needs all positions of a row, and in generation a step may hold one of them",
-            at=here(),
-        )
-    mask = Value(recorder, recorder.read(Site("token_mask")))
+        if recorder.steps_of(value._id) != PREFILL:
+            raise PositionAxisError(
+                "tl.masked_mean needs all positions of a row, and in generation a step may hold one of them",
+                at=here(),
+                instead="tl.masked_mean(t.prefill.layers[i].resid_post) for the mean over the prompt",
+            )
+        site = site.during(PREFILL)
+    mask = Value(recorder, recorder.read(site))
     return value._apply("tracelens.masked_mean", (value, mask), None)
 
 

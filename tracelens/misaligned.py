@@ -45,8 +45,8 @@ def misaligned(what: str, generating: bool, of_keys: bool) -> PositionAxisError:
     if generating:
         newest = "site[..., -1, :] = 0.0" if of_keys else "site[:, -1] += v"
         instead = (
-            f"a write to all positions (site += v) or to the newest one ({newest}); to read, the newest one, the step of "
-            "the prompt (t.prefill.layers[i].resid_post), or save the whole and compute after the block"
+            f"a write to all positions (site += v) or to the newest one ({newest}); to read, the newest one, the "
+            "step of the prompt (t.prefill.layers[i].resid_post), or all that is saved, after the block"
         )
     elif of_keys:
         instead = (

@@ -1327,6 +1327,27 @@ MUTANTS = (
         ("tests/ir/test_steps.py",),
     ),
     Mutant(
+        "streams: who has let go of one still may not run the model",
+        "streaming.py",
+        "        self._ended.set()\n        self._waiting.clear()\n",
+        "        self._ended.set()\n",
+        ("tests/test_streaming.py", "-k", "right_after"),
+    ),
+    Mutant(
+        "streams: one that is still held keeps a script from ending",
+        "streaming.py",
+        "while not self.ended.is_set() and main.is_alive():",
+        "while not self.ended.is_set():",
+        ("tests/test_streaming.py", "-k", "script"),
+    ),
+    Mutant(
+        "masked_mean: of all steps of a generation",
+        "language.py",
+        "if recorder.steps_of(value._id) != PREFILL:",
+        "if recorder.steps_of(value._id) is None:",
+        ("tests/test_generation_steps.py", "-k", "mean"),
+    ),
+    Mutant(
         "streams: a loop that was left goes on generating",
         "generating.py",
         "return torch.full((len(newest),), over, device=input_ids.device)",
