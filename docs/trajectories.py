@@ -29,7 +29,8 @@ def steered(model: tl.Model) -> str:
         t.steps[5:10].layers[LAYER].resid_post += v
         streams: Any = model.layers[:].resid_post
         norms = streams.norm(dim=-1).save()
-        cosines = torch.nn.functional.cosine_similarity(streams, v, dim=-1).save()
+        cosines: Any = torch.nn.functional.cosine_similarity(streams, v, dim=-1)
+        cosines = cosines.save()
     tokenizer = model.tokenizer
     assert tokenizer is not None
     prompt = tokenizer.encode(FILM)
