@@ -192,7 +192,9 @@ def summed(model: tl.Model, t: tl.Generation) -> None:
 
 def elsewhere(model: tl.Model, t: tl.Generation) -> None:
     """With a weight of another stage: where the weight is, unless a step writes it before that."""
-    x = model.layers[0].resid_post * model.param("model.norm.weight")
+    x = (model.layers[0].resid_post @ model.param("model.layers.2.mlp.gate_proj.weight").T).amax(
+        -1, keepdim=True
+    )
     t.decode.layers[1].resid_post += 0.5 * x
     x.save("scaled")
 
