@@ -228,6 +228,29 @@ def test_steps_that_do_not_fit_are_refused_at_their_line() -> None:
         _ = t.decode.layers[0].resid_post
 
 
+def test_modules_by_path_have_steps_too() -> None:
+    with MODEL.generate(IDS, max_new_tokens=4) as t:
+        t.decode.module("model.layers.1.mlp").output *= 3.0
+        neurons = t.decode.module("model.layers.2.mlp.down_proj").input.save()
+    seen: list[torch.Tensor] = []
+
+    def tripled(_module: Any, _args: Any, output: torch.Tensor) -> torch.Tensor:
+        return torch.cat([output[:, : len(IDS)], 3.0 * output[:, len(IDS) :]], 1)
+
+    hooks = [
+        HF.model.layers[1].mlp.register_forward_hook(tripled),
+        HF.model.layers[2].mlp.down_proj.register_forward_pre_hook(lambda _, args: seen.append(args[0])),
+    ]
+    text = list(IDS)
+    with torch.no_grad():
+        for _ in range(4):
+            text.append(int(HF(torch.tensor([text]), use_cache=False).logits[0, -1].argmax()))
+    for hook in hooks:
+        hook.remove()
+    assert t.tokens == text[len(IDS) :]
+    assert torch.allclose(neurons.value, seen[-1][:, len(IDS) :], atol=1e-4)
+
+
 def test_a_read_sees_the_writes_of_its_own_steps() -> None:
     with MODEL.generate(IDS, max_new_tokens=4) as t:
         MODEL.layers[0].resid_post += V

@@ -155,7 +155,7 @@ class ModuleSides:
             raise VerificationError(
                 f"this model has no {site}", instead="a graph that was recorded for this model"
             )
-        if leaf.site != site:
+        if leaf.site != site.always:
             raise VerificationError(
                 f"this model reaches {leaf.site.text}; the graph has {site.text}",
                 instead="a graph that was recorded for this model",
