@@ -6,7 +6,7 @@ from html import escape
 from pathlib import Path
 
 import tracelens as tl
-from docs import trajectories
+from docs import token_grids, trajectories
 from docs.drawing import BLUE, opening, text, visible
 
 PICTURES = Path(__file__).resolve().parent / "images"
@@ -22,6 +22,8 @@ def make() -> list[tuple[Path, str]]:
     return [
         (PICTURES / "logit_lens.svg", logit_lens(model, LENS_PROMPT)),
         (PICTURES / "steered_generation.svg", trajectories.steered(model)),
+        (PICTURES / "tokens_in_a_trace.svg", token_grids.grids(model, generating=False)),
+        (PICTURES / "tokens_in_a_generation.svg", token_grids.grids(model, generating=True)),
     ]
 
 

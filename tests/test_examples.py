@@ -127,6 +127,17 @@ def test_several_gpus(model: tl.Model, pretend: Pretend, capsys: pytest.CaptureF
         assert torch.equal(t[name].cpu(), value), name
 
 
+def test_watch_a_generation(model: tl.Model, capsys: pytest.CaptureFixture[str]) -> None:
+    pieces, along = example("watch_a_generation").main(model, first=3, last=6, new_tokens=8)
+    assert capsys.readouterr().out.count("+ v") == 3
+    within, outside = along[3:6], along[:3] + along[6:]
+    assert min(within) > max(outside) + 10  # the vector's length is 54
+    with model.generate(example("watch_a_generation").PROMPT, max_new_tokens=8) as t:
+        plain = model.layers[14].resid_post[:, -1].save()
+    assert t.text.startswith("".join(pieces[:3]))  # nothing is different before the window
+    assert plain.value.shape == (8, 1, 576)
+
+
 def test_every_example_is_tested() -> None:
     names = {file.stem for file in EXAMPLES.glob("*.py")} - {"__init__"}
     text = Path(__file__).read_text(encoding="utf-8")
