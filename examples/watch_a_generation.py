@@ -1,4 +1,4 @@
-"""Watching a generation: text that is steered in some of its steps, printed while it is written, and what each step had.
+"""Watching a generation: steered in some of its steps, printed while it is written, with what each step had.
 
 The vector is added in a window of steps. Each step's line has the token that was chosen, its probability, and how
 far the stream points along the vector: high within the window, and back to what it was after it.

@@ -10,7 +10,8 @@ import pytest
 import torch
 from nbclient import NotebookClient
 
-from docs import pages, pictures, refresh
+import tracelens as tl
+from docs import pages, pictures, refresh, token_grids
 from docs.pages import ROOT, PageError, blocks, run, same
 
 pytestmark = pytest.mark.smollm2
@@ -55,6 +56,27 @@ def test_pictures_are_up_to_date() -> None:
         )
         assert stored.count("<title>") > 100
         assert same(stored, drawn), "run: .venv/bin/python -m docs.refresh"
+
+
+@pytest.mark.parametrize(
+    ("spelling", "first", "second"),
+    [
+        ("site.tok[1:4]", {1, 2, 3}, {1, 2, 3}),
+        ("site[:, -1]", {5, 6, 7, 8}, {7, 8, 9, 10}),
+        ("t.decode.site", {6, 7, 8}, {8, 9, 10}),
+        ("t.steps[2:4].site", {7, 8}, {9, 10}),
+        ("site.tok[model.positions >= 5]", {5, 6, 7, 8}, {5, 6, 7, 8, 9, 10}),
+    ],
+)
+def test_the_grids_show_what_is_selected(spelling: str, first: set[int], second: set[int]) -> None:
+    """Prompts of 6 and 8 tokens, and the 3 new ones that the model is given; with and without a cache."""
+    assert spelling in token_grids.IN_A_GENERATION
+    model = tl.load("smollm2-135m")
+    found = token_grids.selected(model, spelling, generating=True)
+    assert [{at for at, on in enumerate(row) if on} for row in found] == [first, second]
+    assert [len(row) for row in found] == [9, 11]
+    if "positions" in spelling:
+        assert token_grids.selected(model, spelling, generating=True, use_cache=False) == found
 
 
 @every_page
