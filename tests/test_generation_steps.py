@@ -575,3 +575,17 @@ def test_explain_shows_on_the_prompt_what_is_read_and_written() -> None:
   writes prompts[1].layers.1.resid_post.tok[-1]: 3 " capital" of row 1
   reads layers.2.resid_post.tok[[0, 1]] in step 0: 0 "The", 1 " capital" of row 0; 0 "Paris", 1 " is" of row 1
 """ in t.explain()
+
+
+def test_the_logits_of_a_module_are_those_of_all_positions() -> None:
+    with MODEL.generate(IDS, max_new_tokens=3, eos_token_id=None) as t:
+        newest = MODEL.logits[:, -1].save()
+        every = MODEL.module("").output["logits"].save()
+    torch.testing.assert_close(every.value[0, len(IDS) - 1 :], newest.value[:, 0], rtol=0, atol=0)
+    assert newest.value.argmax(-1)[:, 0].tolist() == t.tokens
+
+
+@pytest.mark.parametrize("seed", ["x", 1.5, True])
+def test_a_seed_that_is_none_is_refused(seed: Any) -> None:
+    with pytest.raises(errors.OptionError, match="no whole number"):
+        MODEL.generate(IDS, max_new_tokens=2, do_sample=True, seed=seed)

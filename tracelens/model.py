@@ -155,6 +155,8 @@ class Model(Shown):
                 instead="max_new_tokens=20; 0 runs the model over the prompt alone",
             )
         rows = require_rows(batch_size)
+        if seed is not None and type(seed) is not int:
+            raise OptionError(f"seed={seed!r} is no whole number", at=here(), instead="seed=0")
         prepared = self.prepare(prompt, room=max_new_tokens)
         single = isinstance(prompt, str) or prepared.sizes["B"] == 1
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):

@@ -90,7 +90,8 @@ def require_positions(type_: TensorType, made: StepWindow | None, window: StepWi
     if made is not None and made.single and made != window and type_.symbols & {POSITION, KEY}:
         raise PositionAxisError(
             f"{type_} holds the positions of {made.words}, and would be used in {window.words}, which have others",
-            instead="one of them, which has no position axis: value[:, -1], value.tok[3], value.mean(1)",
+            instead="one of them, which has no position axis: value[:, -1], value.tok[3], value.mean(1); "
+            "for a mask, that of the same steps: t.prefill.positions >= 5",
         )
 
 

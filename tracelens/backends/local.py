@@ -268,7 +268,8 @@ class Run:
             raise NestedTraceError(
                 "this model was run from inside a run of it, by an applied function or in the loop over a stream",
                 at=here(),
-                instead="save the value, and open the second trace after the first block, or after the loop",
+                instead="save the value, and open the second trace after the first block; or after the loop, which "
+                "stream.close() ends where it was left",
             )
         with seat.lock:
             try:

@@ -11,6 +11,7 @@ from dataclasses import replace
 from tracelens.ir.dims import P
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
+from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.ops import (
     WHOLE,
     Call,
@@ -25,7 +26,7 @@ from tracelens.ir.ops import (
     operands,
     results,
 )
-from tracelens.ir.sites import Site
+from tracelens.ir.sites import Scope, Site
 from tracelens.ir.types import TensorType
 
 _NAMES = ("lm_head", "logits")
@@ -33,8 +34,11 @@ _NAMES = ("lm_head", "logits")
 
 def newest_logits(graph: Graph) -> Graph:
     """The graph with one position at the logits, if it uses no more of them; else the graph as it is."""
-    if not any(isinstance(op, Read | Write) and of_logits(op.site) for op in graph.ops):
+    reached = [op.site for op in graph.ops if isinstance(op, Read | Write)]
+    if not any(map(of_logits, reached)):
         return graph
+    if any(isinstance(site, ModuleSite) and site.kind.scope is Scope.AFTER for site in reached):
+        return graph  # sides of modules behind the layers are those of all positions
     narrow: set[int] = set()
     for op in graph.ops:
         if not _keeps_apart(op, narrow, graph.types):
