@@ -13,10 +13,10 @@ from tracelens.compiled import Compiled, digest, document, keeps_padding, select
 from tracelens.errors import ExtraMemoryError
 from tracelens.ir.dims import KEY, POSITION, Sizes
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import WHOLE, Index, IndexPut, Ref, Save, Selector, Write, operands, results
+from tracelens.ir.ops import WHOLE, Call, Index, IndexPut, Op, Save, Selector, Write, operands, results
 from tracelens.ir.padding import has_keys
 from tracelens.ir.passes.at_steps import Stepped
-from tracelens.ir.retype import mixing_operations
+from tracelens.ir.retype import retype, site_types, sizes_of
 from tracelens.ir.text import op_text
 from tracelens.ir.types import TensorType, bytes_text
 from tracelens.ir.windows import PREFILL
@@ -113,6 +113,8 @@ class CompiledGeneration:
             and not graph.applies
             and not graph.pins
             and not self.inputs
+            # What no query may see of padded keys, a run knows for its own rows alone.
+            and not has_keys(graph.types.values())
             and bound_to_steps(self.stepped) is None
             and len(self.stepped.segments) == 1
         )
@@ -247,11 +249,15 @@ def _number_of(graph: Graph, name: str) -> int:
 def _require_apart(stepped: Stepped) -> None:
     """Refuses what needs all positions at once in steps that have one each."""
     graph = stepped.graph
-    for number in mixing_operations(graph):
+    sizes, sites = sizes_of(graph), site_types(graph)
+    for number, op in enumerate(graph.ops):
         window = stepped.windows[number]
-        if window is not None and window != PREFILL:
-            used = [graph.types[value] for value in operands(graph.ops[number])]
-            raise graph.blame(misaligned(op_text(graph.ops[number]), True, has_keys(used)), number)
+        if window is None or window == PREFILL:
+            continue
+        inferred = retype(op, graph.types, sizes, sites)
+        if inferred is not None and inferred.mixes:
+            used = [graph.types[value] for value in operands(op)]
+            raise graph.blame(misaligned(op_text(op), True, has_keys(used)), number)
 
 
 def bound_to_steps(stepped: Stepped) -> int | None:
@@ -265,9 +271,7 @@ def bound_to_steps(stepped: Stepped) -> int | None:
     for number in reversed(range(len(graph.ops))):
         op = graph.ops[number]
         if isinstance(op, Write):
-            if op.site.steps is not None or (
-                isinstance(op.value, Ref) and KEY in graph.types[op.value.id].symbols
-            ):
+            if op.site.steps is not None:
                 return number
             needed.update(operands(op))
             continue
@@ -279,7 +283,10 @@ def bound_to_steps(stepped: Stepped) -> int | None:
         used = [graph.types[value] for value in operands(op)]
         if (window is not None and window.single) or not any(POSITION in type_.symbols for type_ in used):
             continue
-        if any(len(type_.position_axes) != 1 or KEY in type_.symbols for type_ in made):
+        if any(len(type_.position_axes) != 1 for type_ in made):
+            return number
+        # Later keys are there too, in a pass over all of the text: what is zero at them has to stay so.
+        if any(KEY in type_.symbols for type_ in (*made, *used)) and not _scales(op):
             return number
         if isinstance(op, Index | IndexPut):
             axis = graph.types[op.base].position_axes
@@ -293,3 +300,8 @@ def over_steps(saved: SavedTensor, course: Course) -> SavedTensor:
     if course.once or course.axis is not None:
         return replace(saved, steps=course.window)
     return replace(saved, axes=("step", *saved.axes), steps=course.window)
+
+
+def _scales(op: Op) -> bool:
+    """Does an operation leave zero what is zero, and lowest what is lowest?"""
+    return isinstance(op, Call) and op.function in ("torch.mul", "torch.div")
