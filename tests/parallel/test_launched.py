@@ -99,7 +99,7 @@ def check_steps(seen: list[dict[str, Any]], hf: Any, tmp_path: Path) -> None:
         one.layers[:].mlp_act[:, -1].save("stack")
         one.layers[1].z.save("z")
     assert [rank["new"] for rank in seen] == [steps.tokens] * 2
-    assert [rank["steps"]["error"] for rank in seen] == ["", "ElsewhereError"]
+    assert [rank["a step"]["error"] for rank in seen] == ["", "ElsewhereError"]
     found = torch.load(tmp_path / "steps.pt", weights_only=True)
     assert relative_error(found["stack"], steps["stack"]) <= TOLERANCE
     for own, other in zip(found["z"], steps["z"], strict=True):

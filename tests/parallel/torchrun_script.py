@@ -142,7 +142,7 @@ if asked.way == "load":
         steps.decode.layers[0].resid_post[:, -1] += steps.prefill.layers[2].resid_post.tok[-1]
         model.layers[:].mlp_act[:, -1].save("stack")
         model.layers[1].z.save("z")
-    seen["steps"] = refusal(lambda: steps["z"])
+    seen["a step"] = refusal(lambda: steps["z"])
     seen["new"] = steps.tokens
     if rank == 0:
         torch.save({"stack": steps["stack"], "z": steps["z"]}, asked.out / "steps.pt")
