@@ -31,10 +31,37 @@ OPERATION = "<operation>"
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """A graph made ready for one model: its plan, its programs, and their code. It holds no tensors."""
+class OfRecorded:
+    """What is known of a recorded graph that was made ready for a model."""
 
     recorded: Graph
+
+    @cached_property
+    def document(self) -> str:
+        """What the graph does, as ranks that this process owns are told of it."""
+        return document(self.recorded)
+
+    @cached_property
+    def digest(self) -> str:
+        """The name of the graph among those ranks."""
+        return digest(self.document)
+
+    @cached_property
+    def selectors(self) -> tuple[tuple[int, Selector], ...]:
+        """The recorded operations that address tokens, with what they address."""
+        return tuple(
+            (number, item)
+            for number, op in enumerate(self.recorded.ops)
+            if isinstance(op, Index | IndexPut)
+            for item in op.index
+            if isinstance(item, Selector)
+        )
+
+
+@dataclass(frozen=True)
+class Compiled(OfRecorded):
+    """A graph made ready for one model: its plan, its programs, and their code. It holds no tensors."""
+
     plan: Plan
     programs: tuple[Program, ...]
     prepared: LocalCode | None
@@ -47,16 +74,6 @@ class Compiled:
     def code(self) -> LocalCode:
         assert self.prepared is not None, "the programs are run elsewhere"
         return self.prepared
-
-    @cached_property
-    def document(self) -> str:
-        """What the graph does, as ranks that this process owns are told of it."""
-        return document(self.recorded)
-
-    @cached_property
-    def digest(self) -> str:
-        """The name of the graph among those ranks."""
-        return digest(self.document)
 
     @cached_property
     def plan_digest(self) -> str:
@@ -103,11 +120,6 @@ class Compiled:
         return tuple({(op.index, home[op.out]) for op in self.plan.graph.ops if isinstance(op, Const)})
 
     @cached_property
-    def selectors(self) -> tuple[tuple[int, Selector], ...]:
-        """The recorded operations that address tokens, with what they address."""
-        return selectors_of(self.recorded)
-
-    @cached_property
     def padded(self) -> tuple[tuple[int, TensorType], ...]:
         """The recorded saves whose positions do not stay apart by row, so that padding could not be taken out."""
         types = self.recorded.types
@@ -143,17 +155,6 @@ class Ran(NamedTuple):
     report: RunReport
     copies: Callable[[], dict[str, list[str]]] = dict
     """Digests, by name, of what this rank saved that every rank of its place has whole."""
-
-
-def selectors_of(graph: Graph) -> tuple[tuple[int, Selector], ...]:
-    """The operations that address tokens, with what they address."""
-    return tuple(
-        (number, item)
-        for number, op in enumerate(graph.ops)
-        if isinstance(op, Index | IndexPut)
-        for item in op.index
-        if isinstance(item, Selector)
-    )
 
 
 def keeps_padding(type_: TensorType) -> bool:

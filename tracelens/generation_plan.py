@@ -9,11 +9,11 @@ from functools import cached_property
 from tracelens.backends.gathering import Course
 from tracelens.backends.local import LocalCode
 from tracelens.backends.stepping import Segment
-from tracelens.compiled import Compiled, digest, document, keeps_padding, selectors_of
+from tracelens.compiled import Compiled, OfRecorded, digest, document, keeps_padding
 from tracelens.errors import ExtraMemoryError
 from tracelens.ir.dims import KEY, POSITION, Sizes
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import WHOLE, Call, Index, IndexPut, Op, Save, Selector, Write, operands, results
+from tracelens.ir.ops import WHOLE, Call, Index, IndexPut, Op, Save, Write, operands, results
 from tracelens.ir.padding import has_keys
 from tracelens.ir.passes.at_steps import Stepped
 from tracelens.ir.retype import retype, site_types, sizes_of
@@ -26,10 +26,9 @@ from tracelens.results import SavedTensor, describe
 
 
 @dataclass(frozen=True)
-class CompiledGeneration:
+class CompiledGeneration(OfRecorded):
     """A graph made ready to generate with: one :class:`~tracelens.compiled.Compiled` for each segment of its steps."""
 
-    recorded: Graph
     stepped: Stepped
     parts: tuple[Compiled, ...]
 
@@ -74,15 +73,6 @@ class CompiledGeneration:
         return tuple(over_steps(describe(self.recorded, course.save), course) for course in self.courses)
 
     @cached_property
-    def document(self) -> str:
-        """What the graph does, as ranks that this process owns are told of it."""
-        return document(self.recorded)
-
-    @cached_property
-    def digest(self) -> str:
-        return digest(self.document)
-
-    @cached_property
     def plan_digest(self) -> str:
         """Two have it in common if and only if they do the same in every step."""
         parts = zip(self.stepped.segments, self.parts, strict=True)
@@ -98,11 +88,6 @@ class CompiledGeneration:
         """The captured constants that some step needs, by their numbers and those of the places that need them."""
         held = set(self.stepped.held.values())
         return tuple(dict.fromkeys(pair for part in self.parts for pair in part.used if pair[0] not in held))
-
-    @property
-    def selectors(self) -> tuple[tuple[int, Selector], ...]:
-        """The recorded operations that address tokens of the prompt, with what they address."""
-        return selectors_of(self.recorded)
 
     @cached_property
     def any_passes(self) -> bool:
@@ -134,10 +119,6 @@ class CompiledGeneration:
         )
 
     # --- memory --------------------------------------------------------------------------------------------------
-
-    def gathered(self, sizes: Sizes, steps: int, *, include_last: bool) -> int:
-        """How many bytes all that is saved has at most."""
-        return sum(course.nbytes(sizes, steps, include_last=include_last) for course in self.courses)
 
     def held(self, graph: Graph, sizes: Sizes, steps: int, *, include_last: bool) -> Mapping[str, int]:
         """The most that a generation holds on each device beside the model and its cache."""

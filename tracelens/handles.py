@@ -20,6 +20,7 @@ from tracelens.errors import (
     WriteTargetError,
 )
 from tracelens.heads import Headed, HeadHandle, HeadsOfLayers, head_out, read_only
+from tracelens.ir.dims import bounds_text
 from tracelens.ir.module_sites import ModuleSite
 from tracelens.ir.sites import CANONICAL, GLOBAL_KINDS, INPUT_KINDS, KIND, LAYER_KINDS, Scope, Site, near
 from tracelens.location import here
@@ -382,10 +383,7 @@ def _of_which_layer(name: str) -> TracelensError:
 
 def _written(key: Any) -> str:
     """A choice of layers as one writes it: ``2:10``."""
-    if not isinstance(key, slice):
-        return repr(key)
-    parts = ["" if part is None else str(part) for part in (key.start, key.stop, key.step)]
-    return ":".join(parts if parts[2] else parts[:2])
+    return bounds_text(key.start, key.stop, key.step) if isinstance(key, slice) else repr(key)
 
 
 def _present(anatomy: Described, layer: int) -> list[str]:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from tracelens.batch import Batch
 from tracelens.errors import NoTokenizerError, RaggedSelectionError, TokenMatchError, TokenRangeError
+from tracelens.ir.dims import bounds_text
 from tracelens.ir.ops import (
     OwnTokens,
     PromptTokens,
@@ -70,10 +71,7 @@ def written(selector: Selector) -> str:
         case TokenList():
             inner = str(list(selector.indices))
         case TokenSlice():
-            parts = [
-                "" if part is None else str(part) for part in (selector.start, selector.stop, selector.step)
-            ]
-            inner = ":".join(parts if parts[2] else parts[:2])
+            inner = bounds_text(selector.start, selector.stop, selector.step)
         case TokenText():
             inner = f'"{selector.text}"' + ("" if selector.pick is None else f", {selector.pick}")
         case TokenId():

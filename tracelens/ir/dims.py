@@ -16,6 +16,16 @@ SYMBOLS = (BATCH, POSITION, KEY)
 Sizes = Mapping[str, int]
 
 
+def bounds_text(start: object, stop: object, step: object) -> str:
+    """The bounds of a slice as Python would write them.
+
+    >>> bounds_text(None, -1, 2), bounds_text(3, None, None)
+    (':-1:2', '3:')
+    """
+    parts = ["" if part is None else str(part) for part in (start, stop, step)]
+    return ":".join(parts if step is not None else parts[:2])
+
+
 @dataclass(frozen=True, slots=True)
 class Sliced:
     """The length of ``x[start:stop:step]`` where ``len(x)`` is ``of``."""
@@ -26,8 +36,7 @@ class Sliced:
     step: int | None
 
     def __str__(self) -> str:
-        parts = ["" if part is None else str(part) for part in (self.start, self.stop, self.step)]
-        return f"len({self.of})[{':'.join(parts if self.step is not None else parts[:2])}]"
+        return f"len({self.of})[{bounds_text(self.start, self.stop, self.step)}]"
 
 
 Atom = str | Sliced

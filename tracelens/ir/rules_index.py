@@ -25,7 +25,7 @@ from tracelens.ir.abstract import (
     merge,
     rows_differ,
 )
-from tracelens.ir.dims import Dim, Sizes
+from tracelens.ir.dims import Dim, Sizes, bounds_text
 from tracelens.ir.ops import (
     OwnTokens,
     PromptRow,
@@ -64,9 +64,9 @@ def index_text(index: AbstractIndex) -> str:
 def _item_text(item: AbstractItem) -> str:
     match item:
         case Slice():
-            return _bounds(item)
+            return bounds_text(item.start, item.stop, item.step)
         case TokenSlice():
-            return f"tok({_bounds(item)})"
+            return f"tok({bounds_text(item.start, item.stop, item.step)})"
         case TokenText():
             return f'tok("{item.text}")'
         case TokenId():
@@ -79,11 +79,6 @@ def _item_text(item: AbstractItem) -> str:
             return _item_text(item.selector)
         case _:
             return str(item)
-
-
-def _bounds(item: Slice | TokenSlice) -> str:
-    bounds = ["" if part is None else str(part) for part in (item.start, item.stop, item.step)]
-    return ":".join(bounds if item.step is not None else bounds[:2])
 
 
 def _fail(base: TensorType, index: AbstractIndex, problem: str, instead: str | None = None) -> ShapeError:

@@ -92,15 +92,6 @@ def _require_positions(
             )
 
 
-def flow(graph: Graph) -> Mapping[int, StepWindow | None]:
-    """For every value of a graph for generation, in which steps it is there; raises ``ApartError``."""
-    found: dict[int, StepWindow | None] = {}
-    for op in graph.ops:
-        window = made_in(op, found.__getitem__, graph.types)
-        found.update(dict.fromkeys((value for value, _ in results(op)), window))
-    return found
-
-
 def complaints_about_steps(graph: Graph) -> Iterator[tuple[int, str]]:
     """What is wrong with a graph as one for generation: the operation, and the problem."""
     found: dict[int, StepWindow | None] = {}

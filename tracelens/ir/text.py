@@ -16,7 +16,7 @@ from __future__ import annotations
 import json
 from types import EllipsisType
 
-from tracelens.ir.dims import Sym
+from tracelens.ir.dims import Sym, bounds_text
 from tracelens.ir.graph import Graph
 from tracelens.ir.layout import Layout, Partial, Replicate, Shard
 from tracelens.ir.ops import (
@@ -163,7 +163,7 @@ def _item_text(item: IndexItem) -> str:
         case Ref():
             return f"%{item.id}"
         case Slice():
-            return _slice_text(item.start, item.stop, item.step)
+            return bounds_text(item.start, item.stop, item.step)
         case PromptRow():
             return f"prompt({item.row})"
         case PromptTokens():
@@ -180,7 +180,7 @@ def _selector_text(selector: TokenSelector) -> str:
         case TokenAt():
             return str(selector.index)
         case TokenSlice():
-            return _slice_text(selector.start, selector.stop, selector.step) + _given("width", selector.width)
+            return bounds_text(selector.start, selector.stop, selector.step) + _given("width", selector.width)
         case TokenList():
             return f"[{', '.join(map(str, selector.indices))}]"
         case TokenText():
@@ -198,11 +198,6 @@ def _given(name: str, number: int | None) -> str:
 
 def _steps(site: Site) -> str:
     return "" if site.steps is None else f" steps({site.steps})"
-
-
-def _slice_text(start: int | None, stop: int | None, step: int | None) -> str:
-    parts = ["" if part is None else str(part) for part in (start, stop, step)]
-    return ":".join(parts if step is not None else parts[:2])
 
 
 def _quote(string: str) -> str:

@@ -15,7 +15,7 @@ from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Const, Hold, Op, Read, Save, Write, operands, results
 from tracelens.ir.passes.rebuild import rebuild
 from tracelens.ir.sites import Site
-from tracelens.ir.step_flow import flow, made_in
+from tracelens.ir.step_flow import made_in
 from tracelens.ir.windows import EVERY_STEP, StepWindow
 
 
@@ -79,18 +79,18 @@ class Stepped:
 
 def in_steps(graph: Graph) -> Stepped:
     """A graph for generation, which has been verified as one, cut into its segments."""
-    made = flow(graph)
-    windows = tuple(made_in(op, made.__getitem__, graph.types) for op in graph.ops)
-    held = dict.fromkeys(
-        value
-        for number, op in enumerate(graph.ops)
-        for value in operands(op)
-        if _outlasts(made[value], windows[number])
-    )
+    made: dict[int, StepWindow | None] = {}
+    windows: list[StepWindow | None] = []
+    held: dict[int, None] = {}
+    for op in graph.ops:
+        window = made_in(op, made.__getitem__, graph.types)
+        windows.append(window)
+        held.update(dict.fromkeys(value for value in operands(op) if _outlasts(made[value], window)))
+        made.update(dict.fromkeys((value for value, _ in results(op)), window))
     constants = {op.index for op in graph.ops if isinstance(op, Const)}
     first = max((len(graph.constants) - 1, *constants)) + 1
     numbered = {value: first + number for number, value in enumerate(held)}
-    return Stepped(graph, windows, _segments(windows), numbered)
+    return Stepped(graph, tuple(windows), _segments(windows), numbered)
 
 
 def _outlasts(made: StepWindow | None, window: StepWindow | None) -> bool:
