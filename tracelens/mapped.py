@@ -13,8 +13,9 @@ from tracelens.ir.dims import with_lengths
 from tracelens.location import here
 from tracelens.operand import apply_torch
 from tracelens.recorder import Recorder
+from tracelens.saving import keep_of, save_dtype
 from tracelens.tokens import Tokens
-from tracelens.values import PerLayerOperand, Saved, Value, keep_of, save_dtype, shown
+from tracelens.values import PerLayerOperand, Saved, Value, shown
 
 
 class MappedValue(PerLayerOperand):

@@ -6,10 +6,20 @@ import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
+
 from tracelens.advice import another_name
 from tracelens.destination import require_writable
 from tracelens.draft import Delivery, Draft
-from tracelens.errors import Blaming, DuplicateNameError, OptionError, SaveInGenerationError
+from tracelens.errors import (
+    Blaming,
+    DtypeError,
+    DuplicateNameError,
+    OptionError,
+    SaveInGenerationError,
+    TracelensError,
+)
+from tracelens.ir.infer import dtype_of
 from tracelens.ir.ops import Keep, Save
 from tracelens.ir.step_flow import unsavable
 from tracelens.ir.types import DType
@@ -98,3 +108,35 @@ class SavingDraft(Draft):
             if delivery is not None:
                 delivery.fetch = tensors[delivery.name]
         self.awaiting.clear()
+
+
+def keep_of(device: str) -> Keep:
+    """Where a save was asked to stay; raises :class:`OptionError` for a place that is none."""
+    if device == "cpu":
+        return Keep.CPU
+    try:
+        return Keep(device)
+    except ValueError:
+        raise OptionError(
+            f"device={device!r} is not a place for a saved value",
+            at=here(),
+            instead='device="cpu" or device="keep"',
+        ) from None
+
+
+def save_dtype(dtype: torch.dtype | None) -> DType | None:
+    """The ``dtype`` that a save was given; raises :class:`DtypeError` for what is none."""
+    if dtype is None:
+        return None
+    if isinstance(dtype, str):
+        known = isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype)
+        raise DtypeError(
+            f"dtype={dtype!r} is a text, and a save takes a dtype of torch",
+            at=here(),
+            instead=f"dtype=torch.{dtype.removeprefix('torch.')}" if known else "dtype=torch.float32",
+        )
+    try:
+        return dtype_of(dtype)
+    except TracelensError as error:
+        error.at, error.instead = here(), "dtype=torch.float32, or another common dtype"
+        raise

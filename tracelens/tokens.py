@@ -15,7 +15,6 @@ from tracelens.errors import (
     DynamicShapeError,
     IndexingError,
     PositionAxisError,
-    StaleValueError,
     SymbolicSizeError,
     TracelensError,
     WriteTargetError,
@@ -40,7 +39,7 @@ from tracelens.location import here
 from tracelens.operand import Operand, apply_torch
 from tracelens.own_tokens import Own, own_tokens
 from tracelens.selection import own_mask_indices, written
-from tracelens.subject import PADS, spelling
+from tracelens.subject import PADS
 
 if TYPE_CHECKING:
     from tracelens.values import Value
@@ -195,12 +194,7 @@ def _write_where(value: Value, mask: Any, new: Any) -> None:
             at=here(),
             instead="model.layers[i].resid_post.tok[mask] = new",
         )
-    if not recorder.is_current(site, value._id):
-        raise StaleValueError(
-            f"{site} was written after this value was read, so assigning through it would undo that write",
-            at=here(),
-            instead=f"read the site again before assigning into it: {spelling(site)}.tok[mask] = new",
-        )
+    value._require_current(site, ".tok[mask]")
     recorder.write(site, apply_torch(torch.where, (mask, new, value), {}))
     if isinstance(new, Operand) and isinstance(number := getattr(new, "_id", None), int):
         recorder.returned(number, site)

@@ -12,11 +12,8 @@ import torch
 from tracelens.draft import Delivery
 from tracelens.errors import (
     BlockEndedError,
-    DtypeError,
     NotRunYetError,
-    OptionError,
     StaleValueError,
-    TracelensError,
     UnsavedValueError,
     UnsupportedFunctionError,
     ValueAttributeError,
@@ -24,23 +21,23 @@ from tracelens.errors import (
 )
 from tracelens.indexing import index_of
 from tracelens.ir.dims import with_lengths
-from tracelens.ir.infer import dtype_of, torch_dtype
+from tracelens.ir.infer import torch_dtype
 from tracelens.ir.ops import (
     IndexItem,
-    Keep,
     Param,
     Ref,
     Selector,
     Write,
 )
 from tracelens.ir.sites import Site
-from tracelens.ir.types import DType, TensorType
+from tracelens.ir.types import TensorType
 from tracelens.ir.windows import PREFILL
 from tracelens.location import Location, here
 from tracelens.operand import Operand, apply_torch
 from tracelens.per_prompt import not_one_tensor
 from tracelens.recorder import Recorder
 from tracelens.refusing import failed_block, parameter_target
+from tracelens.saving import keep_of, save_dtype
 from tracelens.shapes import Shape
 from tracelens.subject import spelling
 from tracelens.tokens import Tokens
@@ -251,13 +248,7 @@ class Value(Operand):
                 at=here(),
                 instead="torch.where(mask, new, value), or assign to the site: model.layers[i].resid_post[...] = new",
             )
-        if not recorder.is_current(site, root._id):
-            raise StaleValueError(
-                f"{site} was written after this value was read, so assigning through it would undo that write",
-                at=here(),
-                also=(("the site was written at", last_write(recorder, site)),),
-                instead=f"read the site again before assigning into it: {spelling(site)}[...] = new",
-            )
+        root._require_current(site, "[...]")
         value = recorder.put(self._id, index, new, by_token=by_token)
         step: Value = self
         while step._parent is not None:
@@ -277,6 +268,17 @@ class Value(Operand):
             if step._parent is None:
                 break
             step = step._parent
+
+    def _require_current(self, site: Site, part: str) -> None:
+        """Refuses to assign to ``part`` of a site through its value from before the last write."""
+        recorder = self._recorder
+        if not recorder.is_current(site, self._id):
+            raise StaleValueError(
+                f"{site} was written after this value was read, so assigning through it would undo that write",
+                at=here(),
+                also=(("the site was written at", last_write(recorder, site)),),
+                instead=f"read the site again before assigning into it: {spelling(site)}{part} = new",
+            )
 
     def _chooses_tokens(self, index: tuple[IndexItem, ...]) -> bool:
         """Are tokens of the prompt chosen, by an index or on the way to what it is applied to?"""
@@ -407,37 +409,6 @@ def shown(result: Any) -> str:
 
 
 _SHAPES = 8
-
-
-def keep_of(device: str) -> Keep:
-    if device == "cpu":
-        return Keep.CPU
-    try:
-        return Keep(device)
-    except ValueError:
-        raise OptionError(
-            f"device={device!r} is not a place for a saved value",
-            at=here(),
-            instead='device="cpu" or device="keep"',
-        ) from None
-
-
-def save_dtype(dtype: torch.dtype | None) -> DType | None:
-    """The ``dtype`` that a save was given; raises :class:`DtypeError` for what is none."""
-    if dtype is None:
-        return None
-    if isinstance(dtype, str):
-        known = isinstance(getattr(torch, dtype.removeprefix("torch."), None), torch.dtype)
-        raise DtypeError(
-            f"dtype={dtype!r} is a text, and a save takes a dtype of torch",
-            at=here(),
-            instead=f"dtype=torch.{dtype.removeprefix('torch.')}" if known else "dtype=torch.float32",
-        )
-    try:
-        return dtype_of(dtype)
-    except TracelensError as error:
-        error.at, error.instead = here(), "dtype=torch.float32, or another common dtype"
-        raise
 
 
 def last_write(recorder: Recorder, site: Site) -> Location:
