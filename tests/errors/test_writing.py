@@ -314,6 +314,14 @@ def test_writing_through_a_value_that_is_too_old() -> None:
         last = h[:, -1]
         h[:, 0] = 0
         last[:, 3] = 0  # <-
+    with (
+        refused(StaleValueError, "would undo that", instead="layers[0].resid_post.tok[mask] = new") as caught,
+        model.trace(IDS),
+    ):
+        h = model.layers[0].resid_post
+        model.layers[0].resid_post = 0  # the write
+        h.tok[model.positions >= 2] = 1  # <-
+    assert "# the write" in caught.error.also[0][1].text
     with model.trace(IDS):
         model.layers[0].resid_post = 0
         model.layers[0].resid_post[:, -1] = 1

@@ -10,6 +10,7 @@ import os
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from typing import Protocol
 
 import torch
@@ -233,7 +234,8 @@ class Gathering:
         self.steps = steps
         self.include_last = include_last
         self.cached = cached
-        self._series: dict[tuple[str, torch.device], _Series] = {}
+        self._series: dict[str, list[_Series]] = {name: [] for name in self.courses}
+        """The tensors of each save, one for each device that has members of it."""
         self._where: dict[tuple[str, int], tuple[_Series, int]] = {}
         """The series of each member of a save, and its number there."""
         self.homes: dict[tuple[str, int], tuple[int, Layout]] = {}
@@ -266,26 +268,32 @@ class Gathering:
             type_ = devices.local(course.type, plan.layouts[save.values[parts[0]]])
             shape = course.whole(type_, self.sizes, length)
             file = course.save.to is not None and devices.mesh is None and len(own) == 1
-            series = self._series[save.name, device] = _Series(course, shape, len(parts), device, file)
+            series = _Series(course, shape, len(parts), device, file)
+            self._series[save.name].append(series)
             for number, part in enumerate(parts):
                 self._where[save.name, part] = series, number
 
     def _opened(self, course: Course, step: int) -> Sequence[Target]:
         at, width = (0, 1) if course.once else course.place(step, self.sizes)
-        opened = {series: series.open(at, width) for series in self.series(course.save.name)}
+        name, members = course.save.name, len(course.save.values)
+        opened = {series: series.open(at, width) for series in self._series[name]}
+        axis = course.axis if step > 0 and not self.cached else None
+        if axis is None and len(opened) == 1:
+            (views,) = opened.values()
+            if len(views) == members:  # all of them in one tensor, in their order
+                return views
         found: list[Target] = []
-        for part in range(len(course.save.values)):
-            if (there := self._where.get((course.save.name, part))) is None:
+        for part in range(members):
+            if (there := self._where.get((name, part))) is None:
                 found.append(_Nowhere())  # a member of another process
                 continue
             target = opened[there[0]][there[1]]
-            newest = course.axis is not None and not self.cached and step > 0
-            found.append(_Newest(target, course.axis) if newest and course.axis is not None else target)
+            found.append(target if axis is None else _Newest(target, axis))
         return found
 
     def series(self, name: str) -> list[_Series]:
         """The tensors of a save, one for each device that has members of it."""
-        return [series for (save, _), series in self._series.items() if save == name]
+        return self._series[name]
 
     def member(self, name: str, part: int, length: int) -> torch.Tensor | None:
         """What this process has of a member of a save."""
@@ -294,11 +302,11 @@ class Gathering:
 
     def flush(self) -> None:
         """Brings everything that goes to files there."""
-        for series in self._series.values():
+        for series in chain.from_iterable(self._series.values()):
             series.flush()
 
     def remove(self) -> None:
         """Lets go of files that were begun."""
-        for series in self._series.values():
+        for series in chain.from_iterable(self._series.values()):
             if series.mapped is not None:
                 series.mapped.remove()
