@@ -103,11 +103,13 @@ def test_an_interrupted_trace_leaves_the_ranks_usable(frail: tl.Ranks, tiny_fold
         assert frail.pids == pids
 
 
-def test_a_trace_that_takes_too_long_is_told(frail: tl.Ranks, tiny_folder: Path, one: Model) -> None:
-    with tl.load(tiny_folder, tp=2, ranks=frail, timeout=1.5) as model:
-        neurons(model)
+def test_a_trace_that_takes_too_long_is_told(
+    frail: tl.Ranks, tiny_folder: Path, one: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with tl.load(tiny_folder, tp=2, ranks=frail, timeout=0.5) as model, monkeypatch.context() as limits:
         frail.ask("arm", {"rank": 1, "how": "sleep"})
-        with pytest.raises(RankTimeoutError, match="did not finish 'run' within the time limit") as caught:
+        limits.setattr(frail, "timeout", 3.0)  # which would end it too: the message says which limit did
+        with pytest.raises(RankTimeoutError, match=r"did not finish 'run' within 0\.5 s;") as caught:
             neurons(model)
         assert 1 in caught.value.waiting_for
     with tl.load(tiny_folder, tp=2, ranks=frail) as model:

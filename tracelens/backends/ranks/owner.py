@@ -210,7 +210,7 @@ class Owner:
                         daemon=True,
                     ).start()
                 self._open()
-                self._gather(0, _START, time.monotonic() + STARTING, line.ready)
+                self._gather(0, _START, STARTING, line.ready)
         except BaseException:
             self._stop()
             raise
@@ -243,15 +243,15 @@ class Owner:
         try:
             for outbox in self._outboxes:
                 outbox.put(parts)
-            deadline = math.inf if timeout is None else time.monotonic() + timeout
-            return self._gather(serial, doing, deadline, arrived)
+            return self._gather(serial, doing, math.inf if timeout is None else timeout, arrived)
         finally:
             self.doing = None
 
     def _gather(
-        self, serial: int, doing: str, deadline: float, arrived: Callable[[], None] = lambda: None
+        self, serial: int, doing: str, limit: float, arrived: Callable[[], None] = lambda: None
     ) -> list[Reply]:
-        """The answers of all ranks to one request, in the order of the ranks."""
+        """The answers of all ranks to one request, in the order of the ranks; ``limit``: in so many seconds."""
+        deadline = time.monotonic() + limit
         replies: dict[int, Reply] = {}
         failed: dict[int, Mapping[str, Any]] = {}
         grace = math.inf
@@ -263,7 +263,7 @@ class Owner:
                 waiting = [rank for rank in self.ranks if rank.rank not in replies | failed]
                 if failed:
                     raise self._failed(doing, failed, waiting) from None
-                raise self._late(doing, waiting) from None
+                raise self._late(doing, waiting, limit) from None
             if isinstance(message, Exception):
                 raise self._died(self.ranks[number], f"at {doing}", message)
             about = message.header
@@ -305,7 +305,7 @@ class Owner:
         error.alone = not same or len(errors) < self.world
         return error
 
-    def _late(self, doing: str, waiting: Sequence[RankProcess]) -> Exception:
+    def _late(self, doing: str, waiting: Sequence[RankProcess], limit: float) -> Exception:
         """Nothing more came within the time limit."""
         numbers = tuple(rank.rank for rank in waiting)
         where = stacks(waiting)
@@ -313,7 +313,7 @@ class Owner:
         error = RankTimeoutError(
             "\n".join(
                 [
-                    f"rank {', '.join(map(str, numbers))} of {self.world} did not finish {doing} within the time limit;"
+                    f"rank {', '.join(map(str, numbers))} of {self.world} did not finish {doing} within {limit:g} s;"
                     " all ranks were ended, and the next use starts them",
                     *(f"rank {number} was here:\n{_indented(text)}" for number, text in where.items()),
                 ]
