@@ -23,6 +23,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 # A file may import from its own floor and from lower ones. The first entry that matches decides.
 FLOORS: tuple[tuple[str, int], ...] = (
     ("errors", 0),
+    ("lens_errors", 0),
     ("tracelens_error", 0),
     ("location", 0),
     ("view", 0),
@@ -59,7 +60,9 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("splicing", 3),
     ("gradients", 3),
     ("einops_backend", 3),
+    ("extras", 3),
     ("spelling", 3),
+    ("token_texts", 3),
     ("chat", 3),
     ("batch", 3),
     ("matching", 3),
@@ -117,6 +120,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("model", 5),
     ("loading", 5),
     ("bridge", 5),
+    ("lens", 6),
     ("viz", 7),
     ("demo", 7),
     ("cli", 7),

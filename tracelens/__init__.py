@@ -23,6 +23,9 @@ from tracelens.ir.parse import parse
 from tracelens.ir.sites import Site
 from tracelens.ir.verify import verify
 from tracelens.language import apply, chars, masked_mean, token_id, where
+from tracelens.lens.comparison import LensComparison
+from tracelens.lens.result import LensResult
+from tracelens.lens.results import LensResults
 from tracelens.loading import load, wrap
 from tracelens.mapped import MappedValue, per_layer
 from tracelens.model import Model
@@ -47,6 +50,9 @@ del _einops_backend
 __all__ = [
     "Generation",
     "Graph",
+    "LensComparison",
+    "LensResult",
+    "LensResults",
     "MappedValue",
     "Model",
     "NamedConstant",

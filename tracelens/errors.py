@@ -1,4 +1,4 @@
-"""Every mistake has its own exception; all of them are here.
+"""Every mistake has its own exception; all of them are here, those of lenses from a file of their own.
 
 An error says what is wrong, where the user wrote it (file, line, source text), what the graph around it looks like
 where that helps, and what to write instead. ``docs/errors.md`` has one entry per class.
@@ -6,6 +6,7 @@ where that helps, and what to write instead. ``docs/errors.md`` has one entry pe
 
 from __future__ import annotations
 
+from tracelens.lens_errors import *  # noqa: F403
 from tracelens.tracelens_error import Blaming as Blaming
 from tracelens.tracelens_error import TracelensError
 

@@ -87,7 +87,10 @@ def here() -> Location:
         filename = code.co_filename
         if filename not in known:
             _internal(filename)
-        if not known[filename]:
+        # What dataclasses write for us has our names around it, and no file.
+        if not known[filename] and not (
+            filename == "<string>" and str(frame.f_globals.get("__name__")).startswith("tracelens.")
+        ):
             return Location(filename, frame.f_lineno, code.co_name)
         frame = frame.f_back
     return NOWHERE

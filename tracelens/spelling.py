@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_BROKEN = "\ufffd"  # how decoders write bytes that do not make a whole character
+BROKEN = "\ufffd"  # how decoders write bytes that do not make a whole character
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,8 +93,7 @@ class Spelling:
         text = self.surface[begin // 2 : (end + 1) // 2]
         if token in self.special:
             return text
-        readable = "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
-        return "…" * (begin % 2) + f'"{readable}"' + "…" * (end % 2)
+        return "…" * (begin % 2) + f'"{printable(text)}"' + "…" * (end % 2)
 
     def shown(self, first: int = 0, last: int | None = None, *, most: int = 32) -> str:
         """Numbered tokens, ``[3] " of"``, from ``first`` up to ``last``; the middle is left out of a long row."""
@@ -109,6 +108,11 @@ class Spelling:
         return "\n".join("    " + line for line in lines)
 
 
+def printable(text: str) -> str:
+    """The text with escapes for what cannot be seen, as Python writes them: line ends, tabs, joiners."""
+    return "".join(char if char.isprintable() else repr(char)[1:-1] for char in text)
+
+
 def spell(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, text: str | None = None) -> Spelling:
     """Work out what ``ids`` spell; ``text`` is the prompt they were made from, if it was given as text.
 
@@ -116,9 +120,8 @@ def spell(ids: Sequence[int], tokenizer: PreTrainedTokenizerBase, text: str | No
     composes accents), the places come from the tokenizer's own offsets into the text, so that the user's words are
     found as the user wrote them.
     """
-    names = _special_names(tokenizer)
-    names = _special_names(tokenizer)
-    decoded = _decoded(list(ids), _decoder(tokenizer), names)
+    names = special_names(tokenizer)
+    decoded = _decoded(list(ids), decoder(tokenizer), names)
     if text is None or _spells(decoded, text):
         return decoded
     return _from_offsets(list(ids), tokenizer, text, names) or decoded
@@ -137,7 +140,7 @@ def _spells(spelling: Spelling, text: str) -> bool:
     return any(spelling.surface[begin // 2 : end // 2] == text for begin, end in places)
 
 
-def _special_names(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
+def special_names(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     """Tokens that were added to the vocabulary by name: they are never cut and never joined to their neighbours."""
     added: Mapping[int, Any] = getattr(tokenizer, "added_tokens_decoder", {})
     names = {token: str(getattr(name, "content", name)) for token, name in added.items()}
@@ -147,7 +150,7 @@ def _special_names(tokenizer: PreTrainedTokenizerBase) -> dict[int, str]:
     }
 
 
-def _decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
+def decoder(tokenizer: PreTrainedTokenizerBase) -> Callable[[list[int]], str]:
     # The fast ones are asked directly: a long prompt takes two calls a token, and the wrapper costs more than the work.
     backend = getattr(tokenizer, "backend_tokenizer", None)
     if backend is not None and hasattr(backend, "decode"):
@@ -178,8 +181,8 @@ def _decoded(ids: list[int], decode: Callable[[list[int]], str], names: Mapping[
             before = decode(ids[anchor:start]) if anchor < start else ""
             after = decode(ids[anchor : index + 1])
             follows = after.startswith(before)
-            if (not follows or after.endswith(_BROKEN)) and not last:
-                whole = len(after.rstrip(_BROKEN)) - len(before) if follows else 0
+            if (not follows or after.endswith(BROKEN)) and not last:
+                whole = len(after.rstrip(BROKEN)) - len(before) if follows else 0
                 cuts.append(max(cuts[-1], 2 * (len(surface) + max(whole, 0)) + 1))
                 continue
             if not follows:

@@ -21,16 +21,18 @@ import tracelens as tl
 from docs.pages import READER_FILE, ROOT
 from tests.support.families import FAMILIES
 from tests.support.tokenizers import byte_level_bpe
-from tracelens import errors
+from tracelens import errors, lens_errors
 
 PAGE = ROOT / "docs" / "errors.md"
 SOURCE = PAGE.read_text(encoding="utf-8")
+FILES = (errors, lens_errors)
 CLASSES = {
     name: found
-    for name, found in vars(errors).items()
+    for file in FILES
+    for name, found in vars(file).items()
     if inspect.isclass(found)
     and issubclass(found, errors.TracelensError)
-    and found is not errors.TracelensError
+    and found.__module__ == file.__name__
 }
 
 
@@ -65,12 +67,17 @@ ENTRIES = entries()
 SETUP = re.findall(r"```python\n(.+?)```", SOURCE, flags=re.DOTALL)[0]
 
 
-def test_every_error_has_an_entry_in_the_order_of_the_file() -> None:
+def test_every_error_has_an_entry_in_the_order_of_the_files() -> None:
     assert [entry.name for entry in ENTRIES] == list(CLASSES)
 
 
-def test_the_sections_are_those_of_the_file() -> None:
-    commented = re.findall(r"^# --- ([^-]+?) -+$", inspect.getsource(errors), flags=re.MULTILINE)
+def test_all_errors_are_in_one_place() -> None:
+    assert all(getattr(errors, name) is found for name, found in CLASSES.items())
+
+
+def test_the_sections_are_those_of_the_files() -> None:
+    source = "".join(map(inspect.getsource, FILES))
+    commented = re.findall(r"^# --- ([^-]+?) -+$", source, flags=re.MULTILINE)
     headings = re.findall(r"^## (.+)$", SOURCE, flags=re.MULTILINE)
     assert [heading.lower() for heading in headings] == commented
 

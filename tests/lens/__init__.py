@@ -1,0 +1,1 @@
+"""Lenses: what they read, how it is kept and how it is shown."""

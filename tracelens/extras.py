@@ -1,0 +1,24 @@
+"""Packages that tracelens uses where they are there, and does not bring by itself."""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+from tracelens.errors import MissingExtraError
+from tracelens.location import here
+
+
+def required(package: str, *, extra: str, what: str) -> ModuleType:
+    """The imported package, or an error that says which extra brings it. ``what``: what it is needed for."""
+    try:
+        return importlib.import_module(package)
+    except ModuleNotFoundError as error:
+        top = package.partition(".")[0]
+        if (error.name or "").partition(".")[0] != top:
+            raise  # the package is there, and lacks one of its own
+        raise MissingExtraError(
+            f"{what} needs {top}, which is not installed",
+            at=here(),
+            instead=f'pip install "tracelens[{extra}]"',
+        ) from None
