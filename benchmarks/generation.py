@@ -14,7 +14,7 @@ import os
 import random
 import sys
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -73,8 +73,13 @@ class Settings:
     seed: int = 0
 
 
-def run(settings: Settings, *, say: Callable[[str], None] = lambda text: None) -> dict[str, Any]:
-    """Measures everything; the report is plain data, made for JSON."""
+def run(
+    settings: Settings,
+    *,
+    say: Callable[[str], None] = lambda text: None,
+    keep: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, Any]:
+    """Measures everything; the report is plain data, made for JSON. ``keep`` gets it whenever there is more of it."""
     torch.set_num_threads(settings.threads)
     transformers.logging.disable_progress_bar()
     transformers.logging.set_verbosity_error()
@@ -90,22 +95,24 @@ def run(settings: Settings, *, say: Callable[[str], None] = lambda text: None) -
             absent = {"absent": peer.absent}
             report["peers"][name] = absent if peer.absent else {"version": peer.version, **peer.versions}
         present = {name: peer for name, peer in peers.items() if peer.absent is None}
+        rows: list[dict[str, Any]] = []
+        found = {
+            "model": measurement.name,
+            "batch": measurement.batch,
+            "prompt": measurement.model.tokens,
+            "new": measurement.new,
+            "rows": rows,
+        }
+        report["measurements"].append(found)
         try:
-            rows = measure(measurement, present, random.Random(settings.seed), say)
+            for more in measure(measurement, present, random.Random(settings.seed), say):
+                rows += more
+                machine = about(Machine((), threads=settings.threads, seed=settings.seed), load)
+                found["about"] = machine | {"tolerance": NEAR}
+                keep(report)
         finally:
             for peer in peers.values():
                 peer.close()
-        machine = about(Machine((), threads=settings.threads, seed=settings.seed), load)
-        report["measurements"].append(
-            {
-                "model": measurement.name,
-                "batch": measurement.batch,
-                "prompt": measurement.model.tokens,
-                "new": measurement.new,
-                "about": machine | {"tolerance": NEAR},
-                "rows": rows,
-            }
-        )
     return report
 
 
@@ -114,8 +121,8 @@ def measure(
     peers: Mapping[str, PeerProcess],
     shuffle: random.Random,
     say: Callable[[str], None],
-) -> list[dict[str, Any]]:
-    """The rows of one measurement."""
+) -> Iterator[list[dict[str, Any]]]:
+    """The rows of one measurement, as they are made: a run takes hours, and what was measured is kept."""
     what = f"{measurement.name}, batch {measurement.batch}, {measurement.new} tokens"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -123,12 +130,12 @@ def measure(
         write_inputs(model_folder, inputs, measurement.batch, measurement.model.tokens)
         text = load_text(model_folder, inputs)
         own = {name: build(text) for name, build in OWN.items()}
-        rows: list[dict[str, Any]] = []
         references: dict[str, Path] = {}
         cached = [case for case in measurement.cases if case != "uncached"]
         for cases, new in ((cached, measurement.new), (["uncached"], measurement.uncached)):
-            if not set(cases) <= set(measurement.cases):
+            if not cases or not set(cases) <= set(measurement.cases):
                 continue
+            rows: list[dict[str, Any]] = []
             bare = plain(text.separate(), cached=cases is cached)
             answers: dict[tuple[str, str], WRITTEN] = {("plain", ""): bare}
             answers |= {
@@ -165,11 +172,12 @@ def measure(
                 rows.append(
                     row(case, name, measurement.batch, new, laps, base) | {"error": errors[name, case]}
                 )
+            yield rows
         del own, text
         for name, peer in peers.items():
             say(f"{what}: {name}")
-            rows += peers_rows(measurement, name, peer, model_folder, inputs, references)
-    return rows
+            for found in peers_rows(measurement, name, peer, model_folder, inputs, references):
+                yield [found]
 
 
 def compared(made: Mapping[tuple[str, str], Laps], new: int) -> dict[tuple[str, str], float]:
@@ -197,13 +205,14 @@ def peers_rows(
     folder: str,
     inputs: Path,
     references: Mapping[str, Path],
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """The rows of a peer; a case that it fails is in them with what it said."""
-    rows: list[dict[str, Any]] = []
     try:
         known: list[str] = peer.ask("open", folder=folder, inputs=str(inputs))["cases"]
     except PeerFailedError as error:
-        return [{"case": case, "contestant": name, "absent": str(error)} for case in references]
+        for case in references:
+            yield {"case": case, "contestant": name, "absent": str(error)}
+        return
     for case in (case for case in measurement.cases if case in known and case in measurement.peer_cases):
         laps: list[Laps] = []
         base: list[Laps] = []
@@ -217,13 +226,12 @@ def peers_rows(
                 laps.append(Laps(tuple(Lap(*each) for each in reply["peer"]), None))
                 base.append(Laps(tuple(Lap(*each) for each in reply["plain"]), None))
         except PeerFailedError as failure:
-            rows.append({"case": case, "contestant": name, "absent": str(failure)})
+            yield {"case": case, "contestant": name, "absent": str(failure)}
             continue
         if not error <= NEAR:
-            rows.append({"case": case, "contestant": name, "absent": f"its answer is wrong by {error:.2g}"})
+            yield {"case": case, "contestant": name, "absent": f"its answer is wrong by {error:.2g}"}
             continue
-        rows.append(row(case, name, measurement.batch, new, laps, base) | {"error": error})
-    return rows
+        yield row(case, name, measurement.batch, new, laps, base) | {"error": error}
 
 
 def write_inputs(model_folder: str, file: Path, batch: int, tokens: int) -> None:
@@ -300,9 +308,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = run(
         Settings(tuple(chosen), pythons, options.threads, options.seed),
         say=lambda text: print(text, file=sys.stderr, flush=True),
+        keep=lambda report: write(report, options.out, options.page),
     )
     print(table(report))
-    write(report, options.out, options.page)
 
 
 if __name__ == "__main__":
