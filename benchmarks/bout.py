@@ -7,10 +7,10 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import save_file
 
 from benchmarks import ours
+from benchmarks.models import write_inputs
 from benchmarks.peers import by_hooks
 from benchmarks.peers.client import PeerFailedError, PeerProcess
 from benchmarks.peers.subject import (
@@ -202,13 +202,3 @@ class Bout:
             row["error"] = self.errors[name, case]
         note = self.notes.get(name, {}).get(case)
         return row | ({"note": note} if note else {})
-
-
-def write_inputs(model_folder: str, file: Path, tokens: int) -> None:
-    """The prompt (random token ids) and the vector that edits add, long enough to change the logits visibly."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_folder)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, config.vocab_size, (1, tokens), generator=generator)
-    save_file({"ids": ids, "vector": torch.randn(config.hidden_size, generator=generator)}, file)

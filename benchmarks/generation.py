@@ -4,18 +4,18 @@
 
 All of one process take turns step by step (see peers/laps.py), plain generation among them, and every answer is
 compared with that of the hooks. Measurements are added to those that the folder has already, so that a long run can be
-made in pieces (``--models``, ``--batches``, ``--long``).
+made in pieces (``--models``, ``--batches``, ``--long``, ``--cases``). Where all steps of a text would take hours,
+``--sample`` measures some.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
 import random
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,28 +23,45 @@ from typing import Any
 if not __package__:  # run as a file: the package is one folder up
     sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-import torch
-import transformers
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
+from torch import equal
 
 from benchmarks import ours_text
-from benchmarks.generation_report import row, table, write
-from benchmarks.overhead import Settings as Machine
-from benchmarks.overhead import SmolLM2, Tiny, about
+from benchmarks.generation_report import Part, row, table, write
+from benchmarks.models import SmolLM2, Tiny, write_inputs
 from benchmarks.peers import hooks_text
 from benchmarks.peers.client import PeerFailedError, PeerProcess
 from benchmarks.peers.laps import Lap, Laps, in_turns
-from benchmarks.peers.text import GENERATING, NEAR, STEERED, WRITTEN, Text, difference, load_text, plain
+from benchmarks.peers.text import GENERATING, NEAR, STEERED, WRITTEN, Text, difference, plain
+from benchmarks.settings import Settings, add_options, load, peer_pythons, say, told
 
-PEERS = ("nnsight", "transformer_lens")
 OWN: dict[str, Callable[[Text], dict[str, WRITTEN]]] = {
     "hooks": hooks_text.build,
     "tracelens": ours_text.build,
 }
 SHORT = tuple(GENERATING)
-LONG = ("read-all", "steer-all")
+LONG = ("nothing", "read-one", "read-all", "steer-all")
+AIMED = ("read-all", "steer-all")
 WARMUP = 3
 """Tokens that each contestant writes before it is timed."""
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Steps that are measured in place of all: so many after each of these lengths of the text."""
+
+    lengths: tuple[int, ...]
+    steps: int
+
+    @classmethod
+    def of(cls, prompt: int, new: int, count: int, steps: int) -> Sample:
+        """``count`` lengths, from the prompt's to that whose steps are the last of the text."""
+        if count < 2 or steps < 1 or steps >= new:
+            raise ValueError(
+                f"a sample is of 2 lengths or more and 1 to {new - 1} steps, not {count} and {steps}"
+            )
+        whole = new - 1 - steps
+        return cls(tuple(prompt + round(whole * number / (count - 1)) for number in range(count)), steps)
 
 
 @dataclass(frozen=True)
@@ -58,43 +75,44 @@ class Measurement:
     rounds: int
     peer_rounds: int = 1
     cases: tuple[str, ...] = SHORT
-    peer_cases: tuple[str, ...] = SHORT
+    peer_cases: tuple[str, ...] | None = None
+    """Those of ``cases`` by default."""
     uncached: int = 32
     """How many tokens without a cache."""
+    sample: Sample | None = None
 
+    @property
+    def asked(self) -> tuple[str, ...]:
+        """The cases that peers are asked for."""
+        return self.cases if self.peer_cases is None else self.peer_cases
 
-@dataclass(frozen=True)
-class Settings:
-    """One run of the benchmark."""
+    def parts(self, case: str) -> list[Part]:
+        """The generations that are made of a case: from which length of the text, and how many tokens."""
+        if self.sample is not None:
+            # The first token comes out of the pass over all before it, which is no step.
+            return [Part(length, self.sample.steps + 1) for length in self.sample.lengths]
+        return [Part(self.model.tokens, self.new if case != "uncached" else self.uncached)]
 
-    measurements: tuple[Measurement, ...]
-    peer_python: Mapping[str, str] = field(default_factory=dict[str, str])
-    threads: int = 1
-    seed: int = 0
+    def row(self, case: str, name: str, parts: Sequence[Part], laps: Any, base: Any) -> dict[str, Any]:
+        """The figures of a contestant; ``parts``: which generation each of its laps is."""
+        new = self.new if self.sample or case != "uncached" else self.uncached
+        sampled = parts if self.sample else ()
+        return row(case, name, self.batch, new, laps, base, sampled=sampled)
 
 
 def run(
-    settings: Settings,
+    settings: Settings[Measurement],
     *,
     say: Callable[[str], None] = lambda text: None,
     keep: Callable[[dict[str, Any]], None] = lambda report: None,
 ) -> dict[str, Any]:
     """Measures everything; the report is plain data, made for JSON. ``keep`` gets it whenever there is more of it."""
-    torch.set_num_threads(settings.threads)
-    transformers.logging.disable_progress_bar()
-    transformers.logging.set_verbosity_error()
+    settings.prepare()
     report: dict[str, Any] = {"measurements": [], "peers": {}}
     for measurement in settings.measurements:
-        load = os.getloadavg()
-        # Begun anew, so that no process holds the memory of an earlier model.
-        peers = {
-            name: PeerProcess(f"{name}_text", python, settings.threads)
-            for name, python in settings.peer_python.items()
-        }
-        for name, peer in peers.items():
-            absent = {"absent": peer.absent}
-            report["peers"][name] = absent if peer.absent else {"version": peer.version, **peer.versions}
-        present = {name: peer for name, peer in peers.items() if peer.absent is None}
+        before = load()
+        peers = settings.processes("_text")  # begun anew, so that none holds the memory of an earlier model
+        report["peers"] |= {name: told(peer) for name, peer in peers.items()}
         rows: list[dict[str, Any]] = []
         found = {
             "model": measurement.name,
@@ -105,10 +123,10 @@ def run(
         }
         report["measurements"].append(found)
         try:
+            present = {name: peer for name, peer in peers.items() if peer.absent is None}
             for more in measure(measurement, present, random.Random(settings.seed), say):
                 rows += more
-                machine = about(Machine((), threads=settings.threads, seed=settings.seed), load)
-                found["about"] = machine | {"tolerance": NEAR}
+                found["about"] = settings.about(before, NEAR)
                 keep(report)
         finally:
             for peer in peers.values():
@@ -126,58 +144,94 @@ def measure(
     what = f"{measurement.name}, batch {measurement.batch}, {measurement.new} tokens"
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        model_folder, inputs = measurement.model.write(folder), folder / "inputs.safetensors"
-        write_inputs(model_folder, inputs, measurement.batch, measurement.model.tokens)
-        text = load_text(model_folder, inputs)
-        own = {name: build(text) for name, build in OWN.items()}
-        references: dict[str, Path] = {}
-        cached = [case for case in measurement.cases if case != "uncached"]
-        for cases, new in ((cached, measurement.new), (["uncached"], measurement.uncached)):
-            if not cases or not set(cases) <= set(measurement.cases):
-                continue
-            rows: list[dict[str, Any]] = []
-            bare = plain(text.separate(), cached=cases is cached)
-            answers: dict[tuple[str, str], WRITTEN] = {("plain", ""): bare}
-            answers |= {
-                (name, case): answer
-                for name, of_case in own.items()
-                for case, answer in of_case.items()
-                if case in cases
-            }
-            for answer in answers.values():
-                answer(WARMUP, lambda: None)
-            rounds: list[dict[tuple[str, str], Laps]] = []
-            for number in range(measurement.rounds):
-                say(f"{what}: round {number + 1} of {measurement.rounds}, {len(answers)} in turns")
-                # Dictionaries of strings for in_turns, and back again.
-                found = in_turns(
-                    {"/".join(who): partial(answer, new) for who, answer in answers.items()}, shuffle
+        model_folder = measurement.model.write(folder)
+        for part in measurement.parts(""):
+            write_inputs(model_folder, inputs_of(folder, part), part.length, measurement.batch)
+        for uncached in (False, True):
+            cases = [case for case in measurement.cases if (case == "uncached") == uncached]
+            asked = [case for case in measurement.asked if peers and (case == "uncached") == uncached]
+            if cases or asked:
+                yield own_rows(
+                    measurement, model_folder, folder, cases, asked, shuffle, partial(_told, say, what)
                 )
-                made = {who: found.pop("/".join(who)) for who in answers}
-                if not rounds:
-                    errors = compared(made, new)
-                    for case in cases if peers else ():
-                        references[case] = folder / f"{case}.safetensors"
-                        right = made[
-                            "hooks" if case != "nothing" else "plain", "" if case == "nothing" else case
-                        ]
-                        tensors = {name: each.contiguous() for name, each in right.results.items()}
-                        save_file(tensors, references[case])
-                rounds.append({who: Laps(laps.laps, None) for who, laps in made.items()})
-                del made, found
-            base = [each["plain", ""] for each in rounds]
-            rows.append(row(" ".join(cases), "plain", measurement.batch, new, base, base))
-            for name, case in list(answers)[1:]:
-                laps = [each[name, case] for each in rounds]
-                rows.append(
-                    row(case, name, measurement.batch, new, laps, base) | {"error": errors[name, case]}
-                )
-            yield rows
-        del own, text
         for name, peer in peers.items():
             say(f"{what}: {name}")
-            for found in peers_rows(measurement, name, peer, model_folder, inputs, references):
+            for found in peers_rows(measurement, name, peer, model_folder, folder):
                 yield [found]
+
+
+def _told(say: Callable[[str], None], what: str, text: str) -> None:
+    say(f"{what}: {text}")
+
+
+def inputs_of(folder: Path, part: Part) -> Path:
+    """Where the prompts of that length are."""
+    return folder / f"inputs{part.length}.safetensors"
+
+
+def answer_of(folder: Path, part: Part, case: str) -> Path:
+    """Where the right answer is, for peers to compare theirs with."""
+    return folder / f"{case}{part.length}.safetensors"
+
+
+def own_rows(
+    measurement: Measurement,
+    model_folder: str,
+    folder: Path,
+    cases: Sequence[str],
+    asked: Sequence[str],
+    shuffle: random.Random,
+    say: Callable[[str], None],
+) -> list[dict[str, Any]]:
+    """The rows of this process, for cases that all have a cache or all have none; and the answers for its peers."""
+    cached = "uncached" not in (*cases, *asked)
+    parts: list[Part] = []
+    made: list[dict[tuple[str, str], Laps]] = []
+    errors: dict[tuple[str, str], float] = {}
+    first = measurement.parts((*cases, *asked)[0])
+    text = Text.load(model_folder, inputs_of(folder, first[0]))
+    for part in first:
+        text = replace(text, ids=load_file(inputs_of(folder, part))["ids"])
+        own = {name: build(text) for name, build in OWN.items()}
+        bare = plain(text.separate(), cached=cached)
+        answers: dict[tuple[str, str], WRITTEN] = {("plain", ""): bare}
+        answers |= {(name, case): own[name][case] for name in own for case in cases if case in own[name]}
+        if measurement.sample is None:  # a sample's pass over the text warms up more than these would
+            for answer in answers.values():
+                answer(WARMUP, lambda: None)
+        for number in range(measurement.rounds if cases else 0):
+            say(
+                f"round {number + 1} of {measurement.rounds}, {len(answers)} in turns, {part.length} + {part.new}"
+            )
+            # Dictionaries of strings for in_turns, and back again.
+            found = in_turns(
+                {"/".join(who): partial(answer, part.new) for who, answer in answers.items()}, shuffle
+            )
+            laps = {who: found.pop("/".join(who)) for who in answers}
+            if number == 0:
+                for who, error in compared(laps, part.new).items():
+                    errors[who] = max(error, errors.get(who, 0.0))
+                for case in (case for case in cases if case in asked):
+                    right = laps["plain", ""] if case == "nothing" else laps["hooks", case]
+                    save_answer(right.results, answer_of(folder, part, case))
+            parts.append(part)
+            made.append({who: Laps(each.laps, None) for who, each in laps.items()})
+            del found, laps
+        for case in (case for case in asked if case not in cases):
+            right = bare if case == "nothing" else own["hooks"][case]
+            save_answer(right(part.new, lambda: None), answer_of(folder, part, case))
+    if not cases:
+        return []
+    base = [each["plain", ""] for each in made]
+    rows = [measurement.row(" ".join(cases), "plain", parts, base, base)]
+    for name, case in errors:
+        laps = [each[name, case] for each in made]
+        rows.append(measurement.row(case, name, parts, laps, base) | {"error": errors[name, case]})
+    return rows
+
+
+def save_answer(results: Mapping[str, Any], file: Path) -> None:
+    save_file({name: tensor.contiguous() for name, tensor in results.items()}, file)
 
 
 def compared(made: Mapping[tuple[str, str], Laps], new: int) -> dict[tuple[str, str], float]:
@@ -187,7 +241,7 @@ def compared(made: Mapping[tuple[str, str], Laps], new: int) -> dict[tuple[str, 
     for (name, case), laps in made.items():
         if name == "plain":
             continue
-        same = torch.equal(laps.results["tokens"], bare["tokens"])
+        same = equal(laps.results["tokens"], bare["tokens"])
         # Steering that changes nothing would make every wrong answer right, and a read must change nothing.
         if same == (case in STEERED) or laps.results["tokens"].shape[1] != new:
             raise AssertionError(f"{name} wrote {'the same' if same else 'another'} text in {case}")
@@ -199,62 +253,53 @@ def compared(made: Mapping[tuple[str, str], Laps], new: int) -> dict[tuple[str, 
 
 
 def peers_rows(
-    measurement: Measurement,
-    name: str,
-    peer: PeerProcess,
-    folder: str,
-    inputs: Path,
-    references: Mapping[str, Path],
+    measurement: Measurement, name: str, peer: PeerProcess, model_folder: str, folder: Path
 ) -> Iterator[dict[str, Any]]:
     """The rows of a peer; a case that it fails is in them with what it said."""
-    try:
-        known: list[str] = peer.ask("open", folder=folder, inputs=str(inputs))["cases"]
-    except PeerFailedError as error:
-        for case in references:
-            yield {"case": case, "contestant": name, "absent": str(error)}
-        return
-    for case in (case for case in measurement.cases if case in known and case in measurement.peer_cases):
+    opened: Part | None = None
+    able: list[str] | None = None
+    for case in measurement.asked:
+        parts: list[Part] = []
         laps: list[Laps] = []
         base: list[Laps] = []
-        new = measurement.new if case != "uncached" else measurement.uncached
+        error = 0.0
         try:
-            peer.ask("time", case=case, new=WARMUP, seed=0)
-            error = 0.0
-            for number in range(measurement.peer_rounds):
-                reply = peer.ask("time", case=case, new=new, seed=number, reference=str(references[case]))
-                error = max(error, reply["error"])
-                laps.append(Laps(tuple(Lap(*each) for each in reply["peer"]), None))
-                base.append(Laps(tuple(Lap(*each) for each in reply["plain"]), None))
+            for part in measurement.parts(case):
+                # Texts of another length are another request; it prepares its answers for them anew.
+                if opened is None or opened.length != part.length:
+                    request = {"folder": model_folder, "inputs": str(inputs_of(folder, part))}
+                    able, opened = peer.ask("open", **request)["cases"], part
+                if able is not None and case not in able:
+                    break
+                if measurement.sample is None:
+                    peer.ask("time", case=case, new=WARMUP, seed=0)
+                for number in range(measurement.peer_rounds):
+                    reference = str(answer_of(folder, part, case))
+                    reply = peer.ask("time", case=case, new=part.new, seed=number, reference=reference)
+                    error = max(error, reply["error"])
+                    parts.append(part)
+                    laps.append(Laps(tuple(Lap(*each) for each in reply["peer"]), None))
+                    base.append(Laps(tuple(Lap(*each) for each in reply["plain"]), None))
         except PeerFailedError as failure:
             yield {"case": case, "contestant": name, "absent": str(failure)}
             continue
         if not error <= NEAR:
             yield {"case": case, "contestant": name, "absent": f"its answer is wrong by {error:.2g}"}
-            continue
-        yield row(case, name, measurement.batch, new, laps, base) | {"error": error}
-
-
-def write_inputs(model_folder: str, file: Path, batch: int, tokens: int) -> None:
-    """The prompts (random token ids) and the vector that is added, long enough to change the text."""
-    from transformers import AutoConfig
-
-    config = AutoConfig.from_pretrained(model_folder)
-    generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(3, config.vocab_size, (batch, tokens), generator=generator)
-    save_file({"ids": ids, "vector": torch.randn(config.hidden_size, generator=generator)}, file)
+        elif laps:
+            yield measurement.row(case, name, parts, laps, base) | {"error": error}
 
 
 def known(rounds: int, *, quick: bool) -> dict[tuple[str, str], tuple[Measurement, ...]]:
     """What is measured, by model and size."""
     found: dict[tuple[str, str], tuple[Measurement, ...]] = {}
     # A generation of SmolLM2 takes seconds, and peers take two for each case: what aims are about is enough.
-    for name, model, of_peers in (("tiny", Tiny(new=2000), SHORT), ("smollm2", SmolLM2(), LONG)):
+    for name, model, of_peers in (("tiny", Tiny(new=2000), SHORT), ("smollm2", SmolLM2(), AIMED)):
         found[name, "short"] = tuple(
             Measurement(name, model, batch, 16 if quick else 128, rounds, rounds, SHORT, of_peers)
             for batch in (1, 8)
         )
         found[name, "long"] = tuple(
-            Measurement(name, model, batch, 48 if quick else 1500, 1, 1, LONG, LONG) for batch in (1, 8)
+            Measurement(name, model, batch, 48 if quick else 1500, 1, 1, LONG, AIMED) for batch in (1, 8)
         )
     return found
 
@@ -271,31 +316,18 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--rounds", type=int, default=1, help="of 128 tokens (1: each step is compared with its like)"
     )
     parser.add_argument("--cases", nargs="+", choices=SHORT, help="these only")
-    parser.add_argument("--threads", type=int, default=1, help="torch threads in every process (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of turns")
-    parser.add_argument("--no-peers", action="store_true", help="this process only")
+    parser.add_argument("--peer-cases", nargs="+", choices=SHORT, help="these only, of peers")
     parser.add_argument(
-        "--peer-python",
-        action="append",
-        default=[],
-        metavar="PEER=PYTHON",
-        help=f"the Python that has a peer ({', '.join(PEERS)}) installed; by default this one",
+        "--sample",
+        nargs=2,
+        type=int,
+        metavar=("LENGTHS", "STEPS"),
+        help="in place of all steps, so many after each of so many lengths of the text",
     )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        metavar="FOLDER",
-        help="generation.json and generation.md there; measurements are added",
-    )
-    parser.add_argument("--page", type=Path, metavar="FILE", help="the page for the documentation")
+    add_options(parser, "generation")
     options = parser.parse_args(arguments)
 
-    pythons = dict.fromkeys(() if options.no_peers else PEERS, sys.executable)
-    for given in options.peer_python:
-        name, _, python = given.partition("=")
-        if name not in pythons or not python:
-            parser.error(f"--peer-python {given}: PEER=PYTHON with PEER one of {', '.join(PEERS)}")
-        pythons[name] = python
+    pythons = peer_pythons(parser, options)
     sizes = known(options.rounds, quick=options.quick)
     chosen = [
         measurement
@@ -304,10 +336,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
         if measurement.batch in options.batches
     ]
     if options.cases:
-        chosen = [Measurement(**{**vars(each), "cases": tuple(options.cases)}) for each in chosen]
+        cases = tuple(options.cases)
+        chosen = [
+            replace(each, cases=cases, peer_cases=tuple(case for case in each.asked if case in cases))
+            for each in chosen
+        ]
+    if options.peer_cases:
+        chosen = [replace(each, peer_cases=tuple(options.peer_cases)) for each in chosen]
+    if options.sample:
+        chosen = [
+            replace(each, sample=Sample.of(each.model.tokens, each.new, *options.sample)) for each in chosen
+        ]
     report = run(
         Settings(tuple(chosen), pythons, options.threads, options.seed),
-        say=lambda text: print(text, file=sys.stderr, flush=True),
+        say=say,
         keep=lambda report: write(report, options.out, options.page),
     )
     print(table(report))

@@ -14,13 +14,19 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.peers.subject import CASES
+from benchmarks.reporting import (
+    load,
+    machine,
+    markdown_table,
+    peers,
+    ratio_text,
+    title,
+    verdict,
+    versions,
+    write_files,
+    write_page,
+)
 
-TITLES = {
-    "plain": "bare forward",
-    "hooks": "hooks by hand",
-    "nnsight": "nnsight",
-    "transformer_lens": "TransformerLens",
-}
 COLUMNS = (
     "case",
     "contestant",
@@ -72,10 +78,6 @@ TransformerLens. It is made by `python -m benchmarks.overhead` (see `benchmarks/
 """
 
 
-def title(contestant: str) -> str:
-    return TITLES.get(contestant, contestant)
-
-
 def cells(row: dict[str, Any]) -> list[str]:
     """A row of the report as text."""
     start = [CASES[row["case"]], title(row["contestant"])]
@@ -92,27 +94,10 @@ def cells(row: dict[str, Any]) -> list[str]:
     ]
 
 
-def ratio_text(ratio: dict[str, float]) -> str:
-    return f"{ratio['value']:.3f} [{ratio['low']:.3f}, {ratio['high']:.3f}]"
-
-
 def header(report: dict[str, Any]) -> list[str]:
     """Where and with what it was measured."""
     about = report["about"]
-    lines = [
-        f"{about['date']}, {about['processor']}, {about['cores']} cores, {about['threads']} torch thread(s); "
-        f"load average {about['load_before']} before, {about['load_after']} after",
-        f"Python {about['python']}, torch {about['torch']}, transformers {about['transformers']}, "
-        f"tracelens {about['tracelens']}",
-    ]
-    for name, peer in report["peers"].items():
-        lines.append(
-            f"{title(name)}: absent ({peer['absent']})"
-            if "absent" in peer
-            else f"{title(name)} {peer['version']} on Python {peer['python']}, torch {peer['torch']}, "
-            f"transformers {peer['transformers']}"
-        )
-    return lines
+    return [f"{machine(about)}; {load(about)}", versions(about), *peers(report)]
 
 
 def model_line(model: dict[str, Any]) -> str:
@@ -144,8 +129,7 @@ def markdown(report: dict[str, Any], *, page: bool = False) -> str:
     lines = [PAGE.rstrip() if page else "# Overhead", "", *(f"* {line}" for line in header(report))]
     for model in report["models"]:
         lines += ["", f"## {model['name']}", "", model_line(model) + ".", ""]
-        lines += ["| " + " | ".join(COLUMNS) + " |", "| --- | --- | --- | ---: | ---: | ---: | ---: |"]
-        lines += ["| " + " | ".join(cells(row)) + " |" for row in rows_of(report, model)]
+        lines += markdown_table(COLUMNS, [cells(row) for row in rows_of(report, model)], words=3)
         lines += ["", *(f"* {line}" for line in [*notes(report, model), *aims(report, model)])]
     return "\n".join(lines) + "\n"
 
@@ -153,12 +137,9 @@ def markdown(report: dict[str, Any], *, page: bool = False) -> str:
 def write(report: dict[str, Any], folder: Path | None, page: Path | None) -> None:
     """Writes ``overhead.json`` and ``overhead.md`` into ``folder``, and the documentation's page."""
     if folder is not None:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "overhead.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
-        (folder / "overhead.md").write_text(markdown(report), encoding="utf-8")
+        write_files("overhead", report, markdown(report), folder)
     if page is not None:
-        page.parent.mkdir(parents=True, exist_ok=True)
-        page.write_text(markdown(report, page=True), encoding="utf-8")
+        write_page(page, markdown(report, page=True))
 
 
 def rows_of(report: dict[str, Any], model: dict[str, Any]) -> list[dict[str, Any]]:
@@ -180,16 +161,10 @@ def aims(report: dict[str, Any], model: dict[str, Any]) -> Iterator[str]:
         if row is None:
             continue
         clock, work = row[which], row["work_ratio" if which == "ratio" else "work_to_hooks"]
-        if max(clock["high"], work["high"]) <= most:
-            verdict = "met"
-        elif max(clock["low"], work["low"]) > most:
-            verdict = "missed"
-        else:
-            verdict = "within the spread"
         beside = "the bare forward" if which == "ratio" else "hooks by hand"
         yield (
             f"aim, {contestant}, {CASES[case]}: at most {most:.3g} of {beside}; {ratio_text(clock)}, "
-            f"of work {ratio_text(work)}: {verdict}"
+            f"of work {ratio_text(work)}: {verdict(most, clock, work)}"
         )
     for case, contestant, times in FASTER:
         if (own := rows.get((case, contestant))) is None:
@@ -204,11 +179,10 @@ def aims(report: dict[str, Any], model: dict[str, Any]) -> Iterator[str]:
             # The least and the most that the two intervals allow.
             low = best["ratio"]["low"] / own["ratio"]["high"]
             high = best["ratio"]["high"] / own["ratio"]["low"]
-            verdict = "met" if low >= times else "missed" if high < times else "within the spread"
             yield (
                 f"aim, {contestant}, {CASES[case]}: at least {times:g} times faster than the best other, "
                 f"{title(best['contestant'])}; {best['ratio']['value'] / own['ratio']['value']:.2f} "
-                f"[{low:.2f}, {high:.2f}]: {verdict}"
+                f"[{low:.2f}, {high:.2f}]: {verdict(1 / times, {'low': 1 / high, 'high': 1 / low})}"
             )
 
 

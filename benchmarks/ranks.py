@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 import tracelens as tl
-from benchmarks.overhead import SmolLM2, Tiny
+from benchmarks.models import SmolLM2, Tiny
 from benchmarks.ratios import Ratio
 from tracelens.backends.ranks.pool import Ranks
 

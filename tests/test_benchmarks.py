@@ -17,13 +17,15 @@ from benchmarks import device_map
 from benchmarks.across_devices import CASES as ACROSS
 from benchmarks.across_devices import CONTESTANTS
 from benchmarks.across_devices import Spread as Placed
-from benchmarks.bout import OWN, Bout, write_inputs
-from benchmarks.overhead import Measurement, Settings, Tiny, run
+from benchmarks.bout import OWN, Bout
+from benchmarks.models import Tiny, write_inputs
+from benchmarks.overhead import Measurement, run
 from benchmarks.overhead_report import COLUMNS, aims, markdown, table, write
 from benchmarks.peers import by_hooks
 from benchmarks.peers.client import PeerProcess
 from benchmarks.peers.subject import STREAM, Subject, largest_error, load_subject
 from benchmarks.ratios import Ratio, Spread
+from benchmarks.settings import Settings
 from tests.support.pretend import Pretend, pretend
 
 __all__ = ["pretend"]

@@ -12,12 +12,23 @@ import pytest
 import torch
 
 from benchmarks import generation, ours_text
-from benchmarks.generation import Measurement, Settings, compared, run, write_inputs
-from benchmarks.generation_report import COLUMNS, added, aims, markdown, side_by_side, table, write
-from benchmarks.overhead import Tiny
+from benchmarks.generation import Measurement, Sample, compared, run
+from benchmarks.generation_report import (
+    COLUMNS,
+    Part,
+    added,
+    aims,
+    estimated,
+    markdown,
+    side_by_side,
+    table,
+    write,
+)
+from benchmarks.models import Tiny, write_inputs
 from benchmarks.peers import hooks_text, nnsight_text
 from benchmarks.peers.laps import Lap, Laps, in_turns
-from benchmarks.peers.text import GENERATING, Text, difference, load_text, plain
+from benchmarks.peers.text import GENERATING, Text, difference, plain
+from benchmarks.settings import Settings
 
 SMALL = Tiny(layers=3, d_model=16, neurons=24, heads=2, vocabulary=40, tokens=6, new=20)
 NEW = 5
@@ -38,8 +49,8 @@ def report() -> dict[str, Any]:
 def text(tmp_path_factory: pytest.TempPathFactory) -> Text:
     folder = tmp_path_factory.mktemp("text")
     model_folder = SMALL.write(folder)
-    write_inputs(model_folder, folder / "inputs.safetensors", 2, SMALL.tokens)
-    return load_text(model_folder, folder / "inputs.safetensors")
+    write_inputs(model_folder, folder / "inputs.safetensors", SMALL.tokens, 2)
+    return Text.load(model_folder, folder / "inputs.safetensors")
 
 
 def test_every_contestant_has_a_row_for_every_case(report: dict[str, Any]) -> None:
@@ -168,10 +179,85 @@ def test_measurements_are_added_to_those_of_before(report: dict[str, Any], tmp_p
     other = report | {"measurements": [report["measurements"][0] | {"batch": 8}]}
     both = added(other, tmp_path)
     assert [each["batch"] for each in both["measurements"]] == [2, 8]
-    again = added(report | {"measurements": [report["measurements"][0] | {"rows": []}]}, tmp_path)
-    assert [each["rows"] for each in again["measurements"]] == [[]]
+    assert added(report, tmp_path) == report
     page = (tmp_path / "docs" / "generation.md").read_text(encoding="utf-8")
     assert page.startswith("# What reads and steering cost while text is generated")
+
+
+def test_a_newer_row_takes_the_place_of_its_like(report: dict[str, Any], tmp_path: Path) -> None:
+    write(report, tmp_path, None)
+    (before,) = report["measurements"]
+    newer = [row for row in before["rows"] if row["case"] == "uncached"]
+    assert [row["contestant"] for row in newer] == ["plain", "hooks", "tracelens", "hooks"]
+    kept, new = added(report | {"measurements": [before | {"rows": newer}]}, tmp_path)["measurements"]
+    # The plain generation without a cache had nothing left beside it; the other still has.
+    assert kept["rows"] == [row for row in before["rows"] if row["case"] != "uncached"]
+    assert new["rows"] == newer
+    shown = markdown({"measurements": [kept, new], "peers": {}})
+    assert shown.count("## tiny") == 1
+    assert shown.count("load average") == 2
+
+
+def test_a_peer_that_is_absent_now_was_there_before(report: dict[str, Any], tmp_path: Path) -> None:
+    write(report, tmp_path, None)
+    there = report["peers"]["hooks"]
+    assert "version" in there
+    absent = added(report | {"peers": {"hooks": {"absent": "no"}, "nnsight": {"absent": "no"}}}, tmp_path)
+    assert absent["peers"] == {"hooks": there, "nnsight": {"absent": "no"}}
+    write(absent, tmp_path, None)
+    found = added(report | {"peers": {"nnsight": there}}, tmp_path)
+    assert found["peers"] == {"hooks": there, "nnsight": there}
+
+
+def test_a_sample_reaches_from_the_prompt_to_the_last_step() -> None:
+    sample = Sample.of(6, 12, 3, 2)
+    assert sample == Sample((6, 10, 15), 2)
+    # A text of 6 + 12 tokens: its last step has all but the last token before it.
+    assert sample.lengths[-1] + sample.steps == 6 + 12 - 1
+    with pytest.raises(ValueError, match="2 lengths or more and 1 to 11 steps, not 3 and 12"):
+        Sample.of(6, 12, 3, 12)
+
+
+def test_a_whole_text_is_estimated_from_sampled_steps() -> None:
+    def made(part: Part) -> Laps:
+        # A step takes as many seconds as there are tokens before it; what a whole text ends with is in none.
+        clocks = [float(part.length + number) for number in range(part.new)] + [1000.0]
+        return Laps(tuple(Lap(clock, clock) for clock in clocks), None)
+
+    whole = Part(6, 12)
+    sampled = [Part(length, 3) for length in (6, 10, 15)]
+    right = sum(lap.clock for lap in made(whole).laps[:-1])
+    # Beyond the middle of the first and of the last steps the time is taken to stay: half a second each.
+    assert estimated(sampled, [made(part) for part in sampled], 12) == pytest.approx(right, abs=1.0)
+    assert (
+        estimated([*sampled[:1], *sampled], [made(part) for part in [*sampled[:1], *sampled]], 12) > right - 1
+    )
+
+
+def test_sampled_steps_are_told_from_whole_texts() -> None:
+    sample = Sample.of(SMALL.tokens, 12, 3, 2)
+    measurement = Measurement(
+        "tiny", SMALL, 2, 12, 1, cases=("read-one", "uncached"), peer_cases=("read-all",), sample=sample
+    )
+    report = json.loads(json.dumps(run(Settings((measurement,), {"hooks": sys.executable}))))
+    rows = report["measurements"][0]["rows"]
+    assert [(row["contestant"], row["case"]) for row in rows] == [
+        ("plain", "read-one"),
+        ("hooks", "read-one"),
+        ("tracelens", "read-one"),
+        ("plain", "uncached"),
+        ("hooks", "uncached"),
+        ("tracelens", "uncached"),
+        ("hooks", "read-all"),
+    ]
+    for row in rows:
+        assert row["sampled"] == {"lengths": [6, 10, 15], "steps": 2}
+        assert (row["new"], row["rounds"], row["end_ms"]) == (12, 1, None)
+        assert row["contestant"] == "plain" or row["error"] <= 1e-4
+        assert row["whole_s"][0] > row["start_ms"] / 1e3
+    shown = markdown(report)
+    assert "Sampled, not all steps: 2 after each of these lengths of the text: 6, 10, 15." in shown
+    assert shown.count("≈") == 2 * 2 + 5 * 3
 
 
 def test_a_peer_without_an_interpreter_is_absent(tmp_path: Path) -> None:

@@ -8,7 +8,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 from safetensors.torch import load_file
@@ -49,15 +49,22 @@ TOLERANCE = 1e-5
 
 
 @dataclass(frozen=True)
-class Subject:
-    """A model of the Llama layout on the CPU, one prompt [1, P], and a vector [D] that edits add."""
+class Prompted:
+    """A model of the Llama layout on the CPU, prompts [B, P] of one length, and a vector [D] that edits add."""
 
-    name: str
     folder: str
     model: Any
     ids: torch.Tensor
     vector: torch.Tensor
-    _eager: Any = None
+
+    @classmethod
+    def load(cls, folder: str | Path, inputs: str | Path) -> Self:
+        """The model in ``folder`` with the prompts and the vector in the safetensors file ``inputs``."""
+        from transformers import AutoModelForCausalLM
+
+        model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
+        tensors = load_file(str(inputs))
+        return cls(str(folder), model, tensors["ids"], tensors["vector"])
 
     @property
     def blocks(self) -> Any:
@@ -67,11 +74,23 @@ class Subject:
     def n_layers(self) -> int:
         return len(self.blocks)
 
+    @property
+    def middle(self) -> int:
+        return self.n_layers // 2
+
+
+@dataclass(frozen=True)
+class Subject(Prompted):
+    """One forward pass over one prompt [1, P]."""
+
+    name: str = ""
+    _eager: Any = None
+
     def layers(self, case: str) -> tuple[int, ...]:
         """The layers that a case reads or edits."""
         if case == "stop":
             return (0,)
-        return (self.n_layers // 2,) if case.endswith("one") else tuple(range(self.n_layers))
+        return (self.middle,) if case.endswith("one") else tuple(range(self.n_layers))
 
     @property
     def heads(self) -> tuple[int, int]:
@@ -111,12 +130,8 @@ class Subject:
 
 
 def load_subject(name: str, folder: str | Path, inputs: str | Path) -> Subject:
-    """The model in ``folder`` with the prompt and the vector in the safetensors file ``inputs``."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(str(folder), dtype=torch.float32).eval()
-    tensors = load_file(str(inputs))
-    return Subject(name, str(folder), model, tensors["ids"], tensors["vector"])
+    """The model, prompt and vector under the name that the report gives them."""
+    return replace(Subject.load(folder, inputs), name=name)
 
 
 def plain_forward(subject: Subject) -> Answer:

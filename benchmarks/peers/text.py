@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 
 from benchmarks.peers.laps import Tick
-from benchmarks.peers.subject import Results, largest_error
+from benchmarks.peers.subject import Prompted, Results, largest_error
 
 GENERATING: dict[str, str] = {
     "nothing": "nothing is asked for",
@@ -35,25 +33,8 @@ WRITTEN = Callable[[int, Tick], Results]
 
 
 @dataclass(frozen=True)
-class Text:
-    """A model of the Llama layout, prompts [B, P] of one length, and a vector [D] that steering adds."""
-
-    folder: str
-    model: Any
-    ids: torch.Tensor
-    vector: torch.Tensor
-
-    @property
-    def blocks(self) -> Any:
-        return self.model.model.layers
-
-    @property
-    def n_layers(self) -> int:
-        return len(self.blocks)
-
-    @property
-    def middle(self) -> int:
-        return self.n_layers // 2
+class Text(Prompted):
+    """A generation from prompts [B, P], to which steering adds the vector."""
 
     def options(self, new: int) -> dict[str, Any]:
         """Those of transformers: so many tokens, each the likeliest; no token ends a text."""
@@ -62,16 +43,7 @@ class Text:
     def separate(self) -> Text:
         """The same with a model of its own, whose weights are the same memory: each contestant has one."""
         held: dict[int, Any] = {id(parameter): parameter for parameter in self.model.parameters()}
-        return Text(self.folder, copy.deepcopy(self.model, held), self.ids, self.vector)
-
-
-def load_text(folder: str, inputs: str | Path) -> Text:
-    """The model in ``folder`` with the prompts and the vector in the safetensors file ``inputs``."""
-    from transformers import AutoModelForCausalLM
-
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-    tensors = load_file(str(inputs))
-    return Text(folder, model, tensors["ids"], tensors["vector"])
+        return replace(self, model=copy.deepcopy(self.model, held))
 
 
 def processors(tick: Tick) -> Any:

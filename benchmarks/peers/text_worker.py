@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.peers.laps import in_turns
-from benchmarks.peers.text import WRITTEN, Text, difference, load_text, plain
+from benchmarks.peers.text import WRITTEN, Text, difference, plain
 
 
 class TextWorker:
@@ -22,7 +22,7 @@ class TextWorker:
     def open(self, folder: str, inputs: str) -> dict[str, Any]:
         """Loads a model and prepares the peer's answers."""
         self.answers = {}
-        self.text = load_text(folder, inputs)
+        self.text = Text.load(folder, inputs)
         self.bare = {cached: plain(self.text.separate(), cached=cached) for cached in (True, False)}
         self.answers = self.peer.build(self.text)
         return {"cases": list(self.answers)}

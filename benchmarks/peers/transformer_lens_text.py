@@ -6,13 +6,12 @@ from importlib.metadata import version as installed
 from typing import Any
 
 import torch
-from transformer_lens.model_bridge import TransformerBridge
 from transformers import StoppingCriteria, StoppingCriteriaList
 
 from benchmarks.peers.laps import Tick
 from benchmarks.peers.subject import Results
 from benchmarks.peers.text import WRITTEN, Text
-from benchmarks.peers.with_transformer_lens import no_text
+from benchmarks.peers.with_transformer_lens import bridge_of
 
 NAME = "transformer_lens"
 
@@ -24,9 +23,7 @@ def version() -> str:
 def build(text: Text) -> dict[str, WRITTEN]:
     """A function for each case, all on one bridge."""
     own = text.separate()
-    bridge: Any = TransformerBridge.boot_transformers(
-        own.folder, hf_model=own.model, device="cpu", dtype=torch.float32, tokenizer=no_text(own)
-    )
+    bridge = bridge_of(own)
     vector = own.vector
     points = [f"blocks.{layer}.hook_resid_post" for layer in range(own.n_layers)]
 

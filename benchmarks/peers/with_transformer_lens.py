@@ -11,7 +11,7 @@ from tokenizers.models import WordLevel
 from transformer_lens.model_bridge import TransformerBridge
 from transformers import PreTrainedTokenizerFast
 
-from benchmarks.peers.subject import HEAD, Answer, Results, Subject
+from benchmarks.peers.subject import HEAD, Answer, Prompted, Results, Subject
 
 NAME = "transformer_lens"
 NOTES = {"stop": "with its stop_at_layer", "sweep": "a run with hooks for each strength"}
@@ -25,9 +25,7 @@ def build(subject: Subject) -> dict[str, Answer]:
     """A function for each case, on a newly made bridge."""
     # The bridge puts its own modules in the place of the model's, so the bare forward is timed on another copy.
     own = subject.separate()
-    bridge: Any = TransformerBridge.boot_transformers(
-        own.folder, hf_model=own.model, device="cpu", dtype=torch.float32, tokenizer=no_text(own)
-    )
+    bridge = bridge_of(own)
     ids, vector = own.ids, own.vector
     middle, n_layers = own.layers("read-one")[0], own.n_layers
     points = [f"blocks.{layer}.hook_resid_post" for layer in range(n_layers)]
@@ -127,14 +125,17 @@ def build(subject: Subject) -> dict[str, Answer]:
     }
 
 
-def no_text(subject: Subject) -> PreTrainedTokenizerFast:
-    """The bridge insists on a tokenizer; prompts here are token ids, so any will do."""
+def bridge_of(subject: Prompted) -> Any:
+    """A bridge over the model itself; it insists on a tokenizer, and prompts here are token ids, so any will do."""
     words = {f"token{number}": number for number in range(4)}
-    return PreTrainedTokenizerFast(
+    tokenizer = PreTrainedTokenizerFast(
         tokenizer_object=Tokenizer(WordLevel(words, unk_token="token0")),
         unk_token="token0",
         bos_token="token1",
         eos_token="token2",
         pad_token="token3",
         name_or_path=subject.folder,
+    )
+    return TransformerBridge.boot_transformers(
+        subject.folder, hf_model=subject.model, device="cpu", dtype=torch.float32, tokenizer=tokenizer
     )
