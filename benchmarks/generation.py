@@ -191,7 +191,7 @@ def own_rows(
     first = measurement.parts((*cases, *asked)[0])
     text = Text.load(model_folder, inputs_of(folder, first[0]))
     for part in first:
-        text = replace(text, ids=load_file(inputs_of(folder, part))["ids"])
+        text = replace(text, **load_file(inputs_of(folder, part)))
         own = {name: build(text) for name, build in OWN.items()}
         bare = plain(text.separate(), cached=cached)
         answers: dict[tuple[str, str], WRITTEN] = {("plain", ""): bare}

@@ -237,7 +237,7 @@ def test_a_whole_text_is_estimated_from_sampled_steps() -> None:
 def test_sampled_steps_are_told_from_whole_texts() -> None:
     sample = Sample.of(SMALL.tokens, 12, 3, 2)
     measurement = Measurement(
-        "tiny", SMALL, 2, 12, 1, cases=("read-one", "uncached"), peer_cases=("read-all",), sample=sample
+        "tiny", SMALL, 2, 12, 1, cases=("read-one", "uncached"), peer_cases=("both",), sample=sample
     )
     report = json.loads(json.dumps(run(Settings((measurement,), {"hooks": sys.executable}))))
     rows = report["measurements"][0]["rows"]
@@ -248,7 +248,7 @@ def test_sampled_steps_are_told_from_whole_texts() -> None:
         ("plain", "uncached"),
         ("hooks", "uncached"),
         ("tracelens", "uncached"),
-        ("hooks", "read-all"),
+        ("hooks", "both"),
     ]
     for row in rows:
         assert row["sampled"] == {"lengths": [6, 10, 15], "steps": 2}
