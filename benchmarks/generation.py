@@ -142,6 +142,10 @@ def measure(
 ) -> Iterator[list[dict[str, Any]]]:
     """The rows of one measurement, as they are made: a run takes hours, and what was measured is kept."""
     what = f"{measurement.name}, batch {measurement.batch}, {measurement.new} tokens"
+
+    def say_more(text: str) -> None:
+        say(f"{what}: {text}")
+
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         model_folder = measurement.model.write(folder)
@@ -151,17 +155,11 @@ def measure(
             cases = [case for case in measurement.cases if (case == "uncached") == uncached]
             asked = [case for case in measurement.asked if peers and (case == "uncached") == uncached]
             if cases or asked:
-                yield own_rows(
-                    measurement, model_folder, folder, cases, asked, shuffle, partial(_told, say, what)
-                )
+                yield own_rows(measurement, model_folder, folder, cases, asked, shuffle, say_more)
         for name, peer in peers.items():
-            say(f"{what}: {name}")
+            say_more(name)
             for found in peers_rows(measurement, name, peer, model_folder, folder):
                 yield [found]
-
-
-def _told(say: Callable[[str], None], what: str, text: str) -> None:
-    say(f"{what}: {text}")
 
 
 def inputs_of(folder: Path, part: Part) -> Path:
@@ -188,9 +186,9 @@ def own_rows(
     parts: list[Part] = []
     made: list[dict[tuple[str, str], Laps]] = []
     errors: dict[tuple[str, str], float] = {}
-    first = measurement.parts((*cases, *asked)[0])
-    text = Text.load(model_folder, inputs_of(folder, first[0]))
-    for part in first:
+    wanted = measurement.parts((*cases, *asked)[0])
+    text = Text.load(model_folder, inputs_of(folder, wanted[0]))
+    for part in wanted:
         text = replace(text, **load_file(inputs_of(folder, part)))
         own = {name: build(text) for name, build in OWN.items()}
         bare = plain(text.separate(), cached=cached)
@@ -315,7 +313,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument(
         "--rounds", type=int, default=1, help="of 128 tokens (1: each step is compared with its like)"
     )
-    parser.add_argument("--cases", nargs="+", choices=SHORT, help="these only")
+    parser.add_argument("--cases", nargs="*", choices=SHORT, help="these only; none: --cases")
     parser.add_argument("--peer-cases", nargs="+", choices=SHORT, help="these only, of peers")
     parser.add_argument(
         "--sample",
@@ -335,7 +333,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         for measurement in sizes[name, "long" if options.long else "short"]
         if measurement.batch in options.batches
     ]
-    if options.cases:
+    if options.cases is not None:
         cases = tuple(options.cases)
         chosen = [
             replace(each, cases=cases, peer_cases=tuple(case for case in each.asked if case in cases))
