@@ -140,11 +140,17 @@ def row(
         lengths = sorted({part.length for part in sampled})
         figures |= {
             "rounds": len(laps) // len(lengths),
-            "sampled": {"lengths": lengths, "steps": sampled[0].new - 1},
+            "sampled": {"lengths": lengths, "steps": sampled[0].new - 1, "step_ms": each_ms(laps)},
+            "plain_sampled_ms": each_ms(base),
             "start_ms": laps[0].start.clock * 1e3,
             "end_ms": None,  # what was read is put together at the end of a whole text
         }
     return figures
+
+
+def each_ms(laps: Sequence[Laps]) -> list[list[float]]:
+    """The time of each step, generation by generation."""
+    return [[round(lap.clock * 1e3, 3) for lap in each.steps] for each in laps]
 
 
 def estimated(sampled: Sequence[Part], laps: Sequence[Laps], new: int) -> float:

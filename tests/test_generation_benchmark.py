@@ -251,7 +251,10 @@ def test_sampled_steps_are_told_from_whole_texts() -> None:
         ("hooks", "both"),
     ]
     for row in rows:
+        times = row["sampled"].pop("step_ms")
         assert row["sampled"] == {"lengths": [6, 10, 15], "steps": 2}
+        assert [len(each) for each in times] == [2, 2, 2]
+        assert (times == row["plain_sampled_ms"]) == (row["contestant"] == "plain")
         assert (row["new"], row["rounds"], row["end_ms"]) == (12, 1, None)
         assert row["contestant"] == "plain" or row["error"] <= 1e-4
         assert row["whole_s"][0] > row["start_ms"] / 1e3
