@@ -26,6 +26,7 @@ from tracelens.language import apply, chars, masked_mean, token_id, where
 from tracelens.lens.comparison import LensComparison
 from tracelens.lens.result import LensResult
 from tracelens.lens.results import LensResults
+from tracelens.lens.tuned import TunedLens
 from tracelens.loading import load, wrap
 from tracelens.mapped import MappedValue, per_layer
 from tracelens.model import Model
@@ -74,6 +75,7 @@ __all__ = [
     "Sweep",
     "Trace",
     "TracelensError",
+    "TunedLens",
     "Value",
     "__version__",
     "apply",

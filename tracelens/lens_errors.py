@@ -1,4 +1,4 @@
-"""The mistakes that one can make with what a lens has read; :mod:`tracelens.errors` has them beside all others."""
+"""The mistakes that one can make with lenses; :mod:`tracelens.errors` has them beside all others."""
 
 from __future__ import annotations
 
@@ -7,8 +7,11 @@ from tracelens.tracelens_error import TracelensError
 __all__ = [
     "LensComparisonError",
     "LensFileError",
+    "LensFolderError",
+    "LensMismatchError",
     "LensResultError",
     "LensSelectionError",
+    "LensTrainingError",
     "MissingExtraError",
 ]
 
@@ -35,3 +38,15 @@ class LensFileError(TracelensError, ValueError):
 
 class MissingExtraError(TracelensError, ImportError):
     """A package is needed that tracelens does not bring by itself, and it is not installed."""
+
+
+class LensMismatchError(TracelensError, ValueError):
+    """The tuned lens was trained for another model, or not for this site."""
+
+
+class LensFolderError(TracelensError, ValueError):
+    """The folder, or what the hub has under that name, is not an intact tuned lens."""
+
+
+class LensTrainingError(TracelensError):
+    """A tuned lens cannot be trained any further, or not for this model."""
