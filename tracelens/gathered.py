@@ -90,7 +90,6 @@ def finished(
         found[name] = partial(same, value)
     if files:
         write_files(files, found)
-    gathering.remove()
     return found
 
 

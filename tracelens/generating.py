@@ -15,6 +15,7 @@ from tracelens.agreeing import require_agreement
 from tracelens.backends.gathering import Gathering
 from tracelens.backends.generation_options import (
     Watched,
+    is_cached,
     keeps_logits,
     require_plain,
     resolved,
@@ -61,15 +62,17 @@ def generate(
     ``options``: those of transformers, ``max_new_tokens`` among them. ``include_last``: one more pass, over the last
     token. ``seed``: for tokens that are drawn. ``told``: who hears of each step.
     """
-    hf: Any = compiler.anatomy.model
+    config = resolved(compiler.anatomy.model, options)
     if not compiled.any_passes or include_last or options["max_new_tokens"] == 0:
-        require_plain(hf, options)
-    _require_history(graph, compiled, cached=is_cached(hf, options))
+        require_plain(config, options)
+    _require_history(graph, compiled, cached=is_cached(config, options))
     if isinstance(compiler, RankedCompiler):
         assert told is None, "ranks tell of all steps at the end"
         return compiler.generate(graph, compiled, prompt, options, include_last=include_last, seed=seed)
     with _seeded(seed, running_device(compiler.anatomy)):
-        return _Generation(model, compiler, graph, compiled, prompt, options, include_last, told).run()
+        return _Generation(
+            model, compiler, graph, compiled, prompt, options, config, include_last, told
+        ).run()
 
 
 @dataclass(frozen=True)
@@ -96,9 +99,9 @@ class _Telling:
         newest: list[int] = input_ids[:, -1].tolist()
         self._over = self._over or [False] * len(newest)
         tokens = [None if over else token for over, token in zip(self._over, newest, strict=True)]
-        ended = [watched.steps(len(newest)) for watched in self._watched]
+        ended = [watched.newest() for watched in self._watched]
         self._over = [
-            over or token in self._ends or any(steps[row] is not None for steps in ended)
+            over or token in self._ends or any(rows[row] for rows in ended)
             for row, (over, token) in enumerate(zip(self._over, newest, strict=True))
         ]
         over = self._told.tell(self._step, tokens)
@@ -117,6 +120,7 @@ class _Generation:
         compiled: CompiledGeneration,
         prompt: Prompt,
         options: Mapping[str, Any],
+        config: Any,
         include_last: bool,
         told: StepTold | None,
     ) -> None:
@@ -128,8 +132,9 @@ class _Generation:
         self.told = told
         self.count: int = self.options["max_new_tokens"]
         self.watched: list[Watched] = watched_criteria(self.options, model.tokenizer)
-        self.config = resolved(self.hf, options)
-        self.ends = _end_tokens(self.config)
+        self.cached = is_cached(config, options)
+        self.draws = bool(config.do_sample)
+        self.ends = _end_tokens(config)
         if told is not None:
             criteria = self.options.setdefault("stopping_criteria", [])
             criteria.append(_Telling(told, self.ends, self.watched))
@@ -139,10 +144,9 @@ class _Generation:
         started = perf_counter()
         check_fits(graph, compiled, prompt)
         mesh = anatomy.mesh
-        drawn = bool(self.config.do_sample)
         if mesh is not None and not self.compiler.owned:
-            require_agreement(mesh, compiled, graph, prompt, self.options, sampled=drawn)
-        cached = is_cached(self.hf, self.options)
+            require_agreement(mesh, compiled, graph, prompt, self.options, sampled=self.draws)
+        cached = self.cached
         steps = max(1, self.count)
         gathering = (
             Gathering(compiled.courses, prompt.sizes, steps, include_last=self.include_last, cached=cached)
@@ -166,7 +170,7 @@ class _Generation:
         inputs = self._inputs(prompt)
         if mesh is not None and mesh.pipeline is not None:
             newest = inputs.get("logits_to_keep") == 0
-            run.staged = StagedGeneration(run, mesh.pipeline, newest=newest, draws=drawn)
+            run.staged = StagedGeneration(run, mesh.pipeline, newest=newest, draws=self.draws)
         try:
             self._refuse_forgotten()
             found = run.execute(partial(self._forward, inputs))
@@ -185,9 +189,8 @@ class _Generation:
         inputs = inputs_on(prompt.batch.model_inputs(), running_device(self.anatomy))
         # transformers derives the positions from the mask itself, and continues them in every step.
         inputs.pop("position_ids")
-        cached = is_cached(self.hf, self.options)
         # With a cache later steps have one position anyway.
-        if any(map(_behind_all, self.compiled.parts[:1] if cached else self.compiled.parts)):
+        if any(map(_behind_all, self.compiled.parts[:1] if self.cached else self.compiled.parts)):
             # transformers would compute only the last position's; the sites are those of every position.
             inputs["logits_to_keep"] = 0
         elif keeps_logits(self.hf):
@@ -214,10 +217,10 @@ class _Generation:
         cache = found.past_key_values
         positions = (mask.cumsum(-1) - 1).clamp(min=0)
         given: dict[str, Any] = {"input_ids": text, "attention_mask": mask, "position_ids": positions}
-        if is_cached(self.hf, self.options):
+        if self.cached:
             given |= {"input_ids": text[:, -1:], "position_ids": positions[:, -1:], "past_key_values": cache}
         keep = {name: inputs[name] for name in ("logits_to_keep",) if name in inputs}
-        self.hf(**given, **keep, use_cache=is_cached(self.hf, self.options))
+        self.hf(**given, **keep, use_cache=self.cached)
 
     def _tokens(self, new: torch.Tensor) -> list[list[int]]:
         """The new tokens of each row up to its end."""
@@ -257,11 +260,6 @@ def _behind_all(part: Compiled) -> bool:
     named = [op for op in reads if of_logits(op.site)]
     # What is planned for the newest position alone is read with one; what is only written fits any number.
     return any(isinstance(op, Read) and op.type.position_axes for op in named)
-
-
-def is_cached(hf: Any, options: Mapping[str, Any]) -> bool:
-    """Has a pass of a later step the new token alone?"""
-    return resolved(hf, options).use_cache is not False and options.get("max_new_tokens") != 0
 
 
 def _require_history(graph: Graph, compiled: CompiledGeneration, *, cached: bool) -> None:

@@ -8,9 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tracelens.backends.generation_options import is_cached, resolved
 from tracelens.errors import NoTokenizerError
 from tracelens.gathered import ends_of
-from tracelens.generating import generate, is_cached
+from tracelens.generating import generate
 from tracelens.ir.graph import Graph
 from tracelens.location import here
 from tracelens.prompted import Prompt
@@ -87,7 +88,7 @@ class Generation(Recording):
     @property
     def cached(self) -> bool:
         """Has each step but the first the new tokens alone, because the others are in a cache?"""
-        return is_cached(self._model._hf, self._options)
+        return is_cached(resolved(self._model._hf, self._options), self._options)
 
     @property
     def results(self) -> Results:

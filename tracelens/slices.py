@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, Generic, TypeVar, cast
 import torch
 
 from tracelens.backends.gathering import Course
-from tracelens.backends.generation_options import require_plain
+from tracelens.backends.generation_options import require_plain, resolved
 from tracelens.compiled import Compiled, Ran
 from tracelens.compiling import Compiler, check_constants, check_fits
 from tracelens.constants import Captured
@@ -106,7 +106,7 @@ def generate_in_slices(
                 instead=f"without batch_size=, or without {name}=",
             )
     if not compiled.any_passes:
-        require_plain(compiler.anatomy.model, options)
+        require_plain(resolved(compiler.anatomy.model, options), options)
     slices = _Slices(compiler, graph, compiled, prompt, batch_size, compiler.compile_generation)
     if most is not None:
         steps = max(1, options["max_new_tokens"])

@@ -81,9 +81,16 @@ def require_own(options: Mapping[str, Any]) -> None:
             raise OptionError(f"{name}= is not an option of model.generate", instead=instead)
 
 
-def require_plain(hf: Any, options: Mapping[str, Any]) -> None:
-    """Raises :class:`~tracelens.errors.OptionError` for what is not one token after the other, row by row."""
-    config = resolved(hf, options)
+def is_cached(config: Any, options: Mapping[str, Any]) -> bool:
+    """Has a pass of a later step the new token alone?  ``config``: what the options lead to."""
+    return config.use_cache is not False and options.get("max_new_tokens") != 0
+
+
+def require_plain(config: Any, options: Mapping[str, Any]) -> None:
+    """Raises :class:`~tracelens.errors.OptionError` for what is not one token after the other, row by row.
+
+    ``config``: what the options lead to.
+    """
     problems = [rule(config) for rule in _RULES]
     if options.get("assistant_model") is not None:
         problems.append(
@@ -123,6 +130,10 @@ class Watched:
             found = torch.full((input_ids.shape[0],), bool(found), device=input_ids.device)
         self._ended.append(found)
         return found
+
+    def newest(self) -> list[bool]:
+        """For each row whether it was to end in the newest step."""
+        return self._ended[-1].tolist()
 
     def steps(self, rows: int) -> list[int | None]:
         """For each row how many tokens it had when it was ended, ``None`` if it was not."""
