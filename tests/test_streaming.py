@@ -66,6 +66,20 @@ def test_rows_that_have_ended_have_no_tokens() -> None:
         assert [event.tokens[row] for event in events] == new + [None] * (len(events) - len(new))
 
 
+def test_rows_that_a_criterion_has_ended_have_no_tokens() -> None:
+    counts = [5, 2, 4]
+    width = max(map(len, ROWS))
+
+    def stop(input_ids: torch.Tensor, scores: Any, **_: Any) -> torch.Tensor:
+        """True in the step that ends a row, and in no later one."""
+        return torch.tensor([input_ids.shape[1] - width == count for count in counts])
+
+    expected = [hand.generate(HF, "llama", *given, []) for given in zip(ROWS, counts, strict=True)]
+    events = list(MODEL.stream(ROWS, max_new_tokens=5, stopping_criteria=[stop]))
+    for row, new in enumerate(expected):
+        assert [event.tokens[row] for event in events] == new + [None] * (5 - len(new))
+
+
 def test_pieces_of_text_make_the_text() -> None:
     tokenizer = byte_level_bpe()
     model = tl.wrap(FAMILIES["qwen2"].build(vocab_size=len(tokenizer)), tokenizer)

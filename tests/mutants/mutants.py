@@ -1348,6 +1348,20 @@ MUTANTS = (
         ("tests/test_generation_steps.py", "-k", "mean"),
     ),
     Mutant(
+        "streams: who has ended is known of the first step alone",
+        "backends/generation_options.py",
+        "return self._ended[-1].tolist()",
+        "return self._ended[0].tolist()",
+        ("tests/test_streaming.py",),
+    ),
+    Mutant(
+        "an assignment under a mask undoes an earlier write",
+        "tokens.py",
+        '    value._require_current(site, ".tok[mask]")\n',
+        "",
+        ("tests/errors/test_writing.py", "-k", "too_old"),
+    ),
+    Mutant(
         "streams: a loop that was left goes on generating",
         "generating.py",
         "return torch.full((len(newest),), over, device=input_ids.device)",
@@ -1807,6 +1821,13 @@ MUTANTS = (
         "self.filled - self.first",
         "min(self.filled - self.first, 1)",
         (*STEPS_ON_DEVICES, "files"),
+    ),
+    Mutant(
+        "devices: what one device has of a stack is taken for all of it",
+        "backends/gathering.py",
+        "if len(views) == members:",
+        "if len(views) <= members:",
+        (*STEPS_ON_RANKS, "pp2 and steps_and_saves"),
     ),
     Mutant(
         "ranks: parts of several steps are put together along another axis",
