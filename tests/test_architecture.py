@@ -127,6 +127,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
 )
 # Imports that point upwards on purpose, each with its reason.
 UPWARDS = {
+    ("model", "lens.attribution"): "a method of the model, written on its public methods",
     ("tracing", "viz.html"): "a block's notebook view; imported when a notebook asks for it",
 }
 

@@ -24,6 +24,7 @@ from tracelens.ir.sites import Site
 from tracelens.ir.verify import verify
 from tracelens.language import apply, chars, masked_mean, token_id, where
 from tracelens.lens.comparison import LensComparison
+from tracelens.lens.contributions import Contribution, LogitAttribution, LogitAttributions
 from tracelens.lens.result import LensResult
 from tracelens.lens.results import LensResults
 from tracelens.lens.tuned import TunedLens
@@ -49,11 +50,14 @@ except PackageNotFoundError:  # a source tree that was never installed
 del _einops_backend
 
 __all__ = [
+    "Contribution",
     "Generation",
     "Graph",
     "LensComparison",
     "LensResult",
     "LensResults",
+    "LogitAttribution",
+    "LogitAttributions",
     "MappedValue",
     "Model",
     "NamedConstant",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from tracelens.tracelens_error import TracelensError
 
 __all__ = [
+    "DecompositionError",
     "LensComparisonError",
     "LensFileError",
     "LensFolderError",
@@ -50,3 +51,7 @@ class LensFolderError(TracelensError, ValueError):
 
 class LensTrainingError(TracelensError):
     """A tuned lens cannot be trained any further, or not for this model."""
+
+
+class DecompositionError(TracelensError):
+    """The contributions to a logit do not sum to what the model computes."""

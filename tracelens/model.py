@@ -19,6 +19,7 @@ from tracelens.generation import Generation
 from tracelens.handles import LayerHandle, Layers, global_site, no_target, recorder_of, unknown_global
 from tracelens.ir.graph import Graph
 from tracelens.ir.sites import GLOBAL_KINDS, Site
+from tracelens.lens.attribution import logit_attribution
 from tracelens.location import here
 from tracelens.memory import bytes_of
 from tracelens.module_handle import ModuleHandle
@@ -222,6 +223,8 @@ class Model(Shown):
         block = self.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **options)
         with Blaming(here()):
             return Stream(block, owning(graph_of(graph)))
+
+    logit_attribution = logit_attribution
 
     def prepare(self, prompt: Any, *, room: int = 0) -> Prompt:
         """The prompt as the model will see it: token ids, padded on the left, with a mask and positions.
