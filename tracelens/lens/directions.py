@@ -147,4 +147,4 @@ def _mean_of(model: Model, listed: list[Any]) -> tuple[int, ...]:
 def _spelt(model: Model, token: int) -> str:
     """A token for people to read, in quotes, because its space matters."""
     text = token_texts([token], model.tokenizer)[token]
-    return text if model.tokenizer is None else f'"{"".join(map(printable, text))}"'
+    return text if model.tokenizer is None else f'"{printable(text)}"'
