@@ -129,6 +129,9 @@ FLOORS: tuple[tuple[str, int], ...] = (
 UPWARDS = {
     ("model", "lens.attribution"): "a method of the model, written on its public methods",
     ("tracing", "viz.html"): "a block's notebook view; imported when a notebook asks for it",
+    ("lens.result", "viz.lens_page"): "the page of a lens; imported when a notebook or a file asks for it",
+    ("lens.results", "viz.lens_page"): "as above",
+    ("lens.comparison", "viz.lens_page"): "as above",
 }
 
 

@@ -62,7 +62,7 @@ def test_special_tokens_have_their_names_and_others_their_ids() -> None:
 
 
 def test_what_cannot_be_seen_is_made_visible() -> None:
-    assert visible(" a  b\n\t\r\u00a0") == "·a··b↵⇥␍⍽"
+    assert visible(" a  b\n\t\r\u00a0") == "·a··b↵⇥\\r⍽"
     assert visible("\x00\u200b\u200d\ue000") == "\\x00\\u200b\\u200d\\ue000"
     assert visible("\u0301") == "◌\u0301"
 

@@ -79,7 +79,7 @@ def _byte_alphabet() -> dict[str, int]:
 
 _BYTES = _byte_alphabet()
 
-_SIGNS = {" ": "·", "\n": "↵", "\t": "⇥", "\r": "␍", "\u00a0": "⍽"}
+_SIGNS = str.maketrans({" ": "·", "\n": "↵", "\t": "⇥", "\u00a0": "⍽"})
 
 
 def visible(text: str, most: int | None = None) -> str:
@@ -88,7 +88,9 @@ def visible(text: str, most: int | None = None) -> str:
     >>> visible(" the"), visible("\\n\\n"), visible(" internationally", 8)
     ('·the', '↵↵', '·intern…')
     """
-    shown = "".join(_SIGNS.get(char) or printable(char) for char in text)
+    shown = text.translate(_SIGNS)
+    if not shown.isprintable():
+        shown = printable(shown)
     if shown and unicodedata.combining(shown[0]):
         shown = "◌" + shown  # an accent alone would be drawn over what stands before it
     if most is None or columns(shown) <= most:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -107,6 +108,18 @@ class LensComparison:
 
     def __repr__(self) -> str:
         return self.table(rows=max(ROWS // len(self.first.components), ROWS // 4))
+
+    def _repr_html_(self) -> str:
+        from tracelens.viz.lens_page import embedded, shown
+
+        return embedded([shown(self)])
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes a page as :meth:`LensResult.to_html` does: both runs in each cell, and what has changed."""
+        from tracelens.viz.lens_page import page, shown
+
+        Path(path).write_text(page([shown(self)]), encoding="utf-8")
+        return Path(path)
 
     def to_pandas(self) -> pandas.DataFrame:
         """A table with one row per component, layer and position.

@@ -293,6 +293,22 @@ class LensResult:
     def __repr__(self) -> str:
         return self.table(rows=max(ROWS // len(self.components), ROWS // 4))
 
+    def _repr_html_(self) -> str:
+        from tracelens.viz.lens_page import embedded, shown
+
+        return embedded([shown(self)])
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes a page with an interactive heat map: one file, which needs no network and nothing beside it.
+
+        It has the likeliest token of every layer and position, shaded by a statistic of choice; pointing at a cell, or
+        going there with the arrow keys, shows the others with their probabilities.
+        """
+        from tracelens.viz.lens_page import page, shown
+
+        Path(path).write_text(page([shown(self)]), encoding="utf-8")
+        return Path(path)
+
     def to_pandas(self) -> pandas.DataFrame:
         """A table with one row per component, layer and position.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tracelens.errors import LensResultError
@@ -41,6 +42,19 @@ class LensResults(Sequence[LensResult]):
 
     def __iter__(self) -> Iterator[LensResult]:
         return iter(self.prompts)
+
+    def _repr_html_(self) -> str:
+        from tracelens.viz.lens_page import embedded, shown
+
+        return embedded([shown(result, str(number)) for number, result in enumerate(self.prompts)])
+
+    def to_html(self, path: str | Path) -> Path:
+        """Writes a page as :meth:`LensResult.to_html` does, on which one chooses the prompt."""
+        from tracelens.viz.lens_page import page, shown
+
+        views = [shown(result, str(number)) for number, result in enumerate(self.prompts)]
+        Path(path).write_text(page(views), encoding="utf-8")
+        return Path(path)
 
     def to_pandas(self) -> pandas.DataFrame:
         """The tables of all prompts, one below the other, with a column ``prompt`` for the number of each."""

@@ -18,7 +18,9 @@ class Kind(Enum):
     RANK = "rank"
     """A count from 0; small is likely."""
     SIGNED = "signed"
-    """Of either sign."""
+    """Of either sign, and nothing at 0."""
+    LEVEL = "level"
+    """Of any size; 0 is nothing special."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,7 +43,7 @@ STORED = _all(
     Statistic("kl", "KL(final || layer) (nats)", Kind.NATS),
     Statistic("js", "Jensen-Shannon divergence from the final layer (nats)", Kind.NATS),
     Statistic("tv", "total variation from the final layer", Kind.SHARE),
-    Statistic("logsumexp", "log of the sum of exp(logits)", Kind.SIGNED),
+    Statistic("logsumexp", "log of the sum of exp(logits)", Kind.LEVEL),
 )
 """What a result may hold, ``[C, L, T]`` each."""
 
