@@ -78,6 +78,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("sharding", 3),
     ("collectives", 3),
     ("sharding_rules", 3),
+    ("sharding_lens", 3),
     ("sharding_steps", 3),
     ("checking", 3),
     ("simulate", 3),

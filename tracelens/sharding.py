@@ -47,6 +47,7 @@ from tracelens.ir.types import DType, TensorType
 from tracelens.own_part import OwnPart, own_picks
 from tracelens.placement import Placement
 from tracelens.placing import Placed
+from tracelens.sharding_lens import of_a_part
 from tracelens.sharding_rules import Choice, on_parts
 from tracelens.sharding_steps import in_steps
 
@@ -187,7 +188,7 @@ class _LayingOut:
                 picks = own_picks(op, layouts, self.types, self._ranks(op), 0)
                 if picks is not None:
                     return Choice(layouts, (Partial(Joined.SUM),))
-                return on_parts(op, layouts, self.types, self._ranks(op)) or whole
+                return of_a_part(op, layouts) or on_parts(op, layouts, self.types, self._ranks(op)) or whole
             case Redistribute():
                 raise AssertionError("a graph is laid out once")
 

@@ -13,7 +13,9 @@ from tracelens.ir.abstract import Defer, bind
 from tracelens.ir.dims import Dim
 from tracelens.ir.layout import Shard, owned
 from tracelens.ir.ops import Arg, Call, Ref
+from tracelens.ir.rules_lens import LENS
 from tracelens.ir.types import DType, TensorType
+from tracelens.sharding_lens import lens_in_steps
 
 _SOFT = {"torch.softmax": False, "torch.special.softmax": False}
 _SOFT |= {"torch.log_softmax": True, "torch.special.log_softmax": True}
@@ -35,6 +37,8 @@ def in_steps(
 
     ``new`` gives numbers for values. Partial results are taken to have been joined.
     """
+    if op.function == LENS:
+        return lens_in_steps(op, layouts, types, ranks, new)
     if op.function not in IN_STEPS:
         return None
     try:

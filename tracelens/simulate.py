@@ -8,7 +8,7 @@ are refused, where real ones would hang.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,6 +33,7 @@ from tracelens.ir.ops import (
     Transfer,
     Write,
 )
+from tracelens.ir.rules_lens import KNOWS_RANK
 from tracelens.ir.sites import Site
 from tracelens.own_part import own_picks
 from tracelens.placement import Placement
@@ -237,6 +238,8 @@ class _Simulation:
             picks := own_picks(op, self.layouts, evaluator.graph.types, ranks, rank)
         ):
             values[op.outs[0]] = picks(values[picks.base], values[picks.index])
+        elif isinstance(op, Call) and op.function in KNOWS_RANK:
+            evaluator.compute(replace(op, kwargs=(*op.kwargs, ("rank", rank))))
         else:
             evaluator.compute(op)
 

@@ -64,6 +64,7 @@ from tracelens.ir.ops import (
     Write,
     results,
 )
+from tracelens.ir.rules_lens import KNOWS_RANK
 from tracelens.ir.sites import Scope
 from tracelens.ir.types import DType, TensorType
 from tracelens.own_part import own_picks
@@ -355,6 +356,8 @@ class _Writer:
             self._new(op.outs[0], f"{self.name(picks)}({self.ref(picks.base)}, {self.ref(picks.index)})")
             return
         args = [self.arg(arg) for arg in op.args] + [f"{key}={self.arg(arg)}" for key, arg in op.kwargs]
+        if op.function in KNOWS_RANK and mesh is not None:
+            args.append(f"rank={mesh.rank}")
         call = f"{self.name(resolve(op.function))}({', '.join(args)})"
         if len(op.outs) != 1:
             self._several(op.outs, call)

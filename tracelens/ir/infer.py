@@ -20,6 +20,7 @@ from typing import Any, cast
 import torch
 
 from tracelens.errors import DtypeError, ForbiddenFunctionError, UnsupportedFunctionError
+from tracelens import readout
 from tracelens.ir import calls, dims
 from tracelens.ir.abstract import AbstractArg, AbstractKwargs, Inferred
 from tracelens.ir.dims import Sizes, Sym
@@ -88,6 +89,13 @@ def masked_mean(value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return (total / chosen.sum(1).to(wide)).to(value.dtype)
 
 
+_OURS_BY_NAME: Mapping[str, Callable[..., Any]] = {
+    "tracelens.leaf": leaf,
+    "tracelens.masked_mean": masked_mean,
+    **{f"tracelens.{one.__name__}": one for one in (readout.lens, readout.lens_targets, readout.lens_part, readout.lens_joined)},
+}
+
+
 def _einops(name: str) -> Callable[..., Any]:
     function = getattr(importlib.import_module("einops"), name)
 
@@ -116,7 +124,7 @@ def resolve(name: str) -> Callable[..., Any]:
             instead=f"did you mean {near}?" if near else None,
         )
     if name.startswith("tracelens."):
-        return {"tracelens.leaf": leaf, "tracelens.masked_mean": masked_mean}[name]
+        return _OURS_BY_NAME[name]
     if name.startswith("einops."):
         return _einops(name.removeprefix("einops."))
     try:
@@ -141,7 +149,7 @@ def _spellings() -> list[str]:
 @lru_cache(maxsize=1)
 def _spelling_of() -> Mapping[Any, str]:
     """Every function and method that can be recorded, with how it is spelt."""
-    found: dict[Any, str] = {leaf: "tracelens.leaf", masked_mean: "tracelens.masked_mean"}
+    found: dict[Any, str] = {function: name for name, function in _OURS_BY_NAME.items()}
     for spelling in _spellings():
         if spelling.startswith("tracelens."):
             continue

@@ -23,6 +23,7 @@ from tracelens.ir import (
     rules_axis,
     rules_einops,
     rules_join,
+    rules_lens,
     rules_pointwise,
     rules_product,
     rules_reduce,
@@ -91,6 +92,7 @@ RULES: dict[str, Rule] = {
     **rules_shape.RULES,
     **rules_product.RULES,
     **rules_einops.RULES,
+    **rules_lens.RULES,
     "tracelens.leaf": leaf,
     "tracelens.masked_mean": masked_mean,
 }
