@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any, NoReturn, Protocol, cast, overload
 
 import numpy as np
 
-from tracelens.coming import ON_THE_MODEL, not_yet
 from tracelens.errors import (
     Blaming,
     LayerMappingError,
@@ -440,6 +439,4 @@ def unknown_global(name: str, also: tuple[str, ...]) -> TracelensError:
         return UnknownSiteError(
             f"{name!r} is a site of a layer, not of the model", at=here(), instead=f"model.layers[i].{name}"
         )
-    if name in ON_THE_MODEL:
-        return not_yet(f"model.{name}", ON_THE_MODEL[name])
     return _unknown(name, "the model", (*sorted(_GLOBAL_NAMES), *also))

@@ -7,6 +7,7 @@ from tracelens.tracelens_error import TracelensError
 __all__ = [
     "DecompositionError",
     "LensComparisonError",
+    "LensError",
     "LensFileError",
     "LensFolderError",
     "LensMismatchError",
@@ -17,6 +18,10 @@ __all__ = [
 ]
 
 # --- lenses ------------------------------------------------------------------------------------------------------
+
+
+class LensError(TracelensError):
+    """A lens was put on, or asked for, something that it cannot read."""
 
 
 class LensResultError(TracelensError, ValueError):

@@ -22,6 +22,7 @@ from tracelens.ir.sites import GLOBAL_KINDS, Site
 from tracelens.lens.attribution import logit_attribution
 from tracelens.location import here
 from tracelens.memory import bytes_of
+from tracelens.methods import Methods
 from tracelens.module_handle import ModuleHandle
 from tracelens.parallel_check import ParallelReport, check_parallel
 from tracelens.placement import Placement
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 _OWN = ("_compiler", "_hf", "_latest", "_parts", "_tokenizer", "anatomy", "layers")
 
 
-class Model(Shown):
+class Model(Methods, Shown):
     """A language model whose inside can be read and changed.
 
     Made by :func:`tracelens.load` and :func:`tracelens.wrap`. ``model.layers[i].<site>`` and ``model.<site>`` name the
@@ -368,7 +369,7 @@ class Model(Shown):
     @property
     def unembed(self) -> Value:
         """The unembedding matrix [V, D] as a value; ``model.unembed[token_id]`` is the direction of one token."""
-        return self.param(self.anatomy.unembedding)
+        return self.param(self.anatomy.head.weight)
 
     def param(self, path: str) -> Value:
         """A parameter or buffer of the model as a value, by its path in the transformers model."""
@@ -433,7 +434,9 @@ class Model(Shown):
         return html(Stack((Line(self.describe()), Fold("sites", self.sites()._view()))))
 
 
-_PUBLIC = tuple(sorted({"layers", *(name for name in vars(Model) if not name.startswith("_"))}))
+_PUBLIC = tuple(
+    sorted({"layers", *(name for name in (*vars(Model), *vars(Methods)) if not name.startswith("_"))})
+)
 
 
 def _room(size: int | str | None) -> int | None:

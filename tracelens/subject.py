@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 import torch
@@ -21,6 +22,18 @@ INPUTS = "inputs"
 """The pseudo size that pins a graph to the shapes, dtypes and settings of the inputs that it was recorded on."""
 
 
+@dataclass(frozen=True)
+class HeadOf:
+    """How a model makes logits of its last residual stream: paths of its norm, matrix and bias, and what follows."""
+
+    norm: str
+    weight: str
+    bias: str | None
+    softcap: float | None
+    vocabulary: int
+    width: int
+
+
 class Anatomy(Protocol):
     """What the recorder needs to know of a model."""
 
@@ -35,6 +48,11 @@ class Anatomy(Protocol):
     @property
     def vocabulary(self) -> int:
         """The number of token ids."""
+        ...
+
+    @property
+    def head(self) -> HeadOf:
+        """How logits are made of the last residual stream."""
         ...
 
     def type_of(self, site: Site) -> TensorType:

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM, BertConfig, BertModel
 
 import tracelens as tl
 from tests.errors import GPT2, IDS, LLAMA, D, refused
-from tracelens.coming import ON_THE_MODEL
 from tracelens.errors import (
     AbsentSiteError,
     LayerRangeError,
@@ -53,16 +52,6 @@ def test_an_unknown_site_of_a_layer(name: str, near: str) -> None:
         getattr(model.layers[0:2], name)  # <-
     with refused(UnknownSiteError, "model.layers[[0, 2]] has", repr(name), instead=near), model.trace(IDS):
         setattr(model.layers[[0, 2]], name, 0)  # <-
-
-
-@pytest.mark.parametrize(("name", "meanwhile"), ON_THE_MODEL.items())
-def test_a_name_of_the_model_that_is_to_come(name: str, meanwhile: str) -> None:
-    assert name not in dir(model), "it has come: its entry in coming.py can go"
-    with refused(UnknownSiteError, f"model.{name} is planned", instead=meanwhile), model.trace(IDS):
-        getattr(model, name)  # <-
-    with refused(UnknownSiteError, f"model.{name} is planned", instead=meanwhile), model.trace(IDS):
-        setattr(model, name, 0)  # <-
-    assert not hasattr(model, name)
 
 
 def test_what_to_write_meanwhile() -> None:

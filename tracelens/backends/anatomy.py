@@ -12,7 +12,7 @@ from torch import nn
 
 from tracelens.backends import users_plan
 from tracelens.backends.architectures import FAMILIES, FAMILY_OF
-from tracelens.backends.base import Family, Side, Tap
+from tracelens.backends.base import Family, Side, Tap, head_of
 from tracelens.backends.layouts import (
     expert_ranks,
     parameter_layouts,
@@ -39,6 +39,7 @@ from tracelens.ir.module_sites import INPUT, OUTPUT, Key, ModuleSite
 from tracelens.ir.sites import KIND, KINDS, Scope, Site, near
 from tracelens.ir.types import TensorType
 from tracelens.placement import Placement, Probed, Seen
+from tracelens.subject import HeadOf
 
 
 def family_of(config: Any) -> Family:
@@ -362,9 +363,9 @@ class ModelAnatomy:
     # --- parameters --------------------------------------------------------------------------------------------
 
     @property
-    def unembedding(self) -> str:
-        """The path of the unembedding matrix [V, D]."""
-        return self.family.taps["lm_head"].module + ".weight"
+    def head(self) -> HeadOf:
+        """How logits are made of the last residual stream."""
+        return head_of(self.family, self._whole, self.vocabulary)
 
     def output_projection(self, layer: int) -> tuple[str, bool]:
         """The path of the matrix that a layer's heads write through, and whether it is [D, H * d] or [H * d, D]."""

@@ -8,6 +8,7 @@ from enum import Enum
 from typing import Any
 
 from tracelens.plan import Carry
+from tracelens.subject import HeadOf
 
 
 class Side(Enum):
@@ -81,6 +82,7 @@ class Family:
     ``nn.Linear`` does? ``wide_softmax``: does eager attention take its softmax in float32, or in the model's dtype?
     ``reached``: sites of one level that the family's modules make in another order than the vocabulary has them.
     ``widths``: the configuration's words for further widths of sites. ``in_some``: sites that not all layers have.
+    ``softcap``: the configuration's word for what bends the logits.
     """
 
     name: str
@@ -99,6 +101,7 @@ class Family:
     reached: tuple[str, ...] = ()
     widths: Mapping[str, str] = field(default_factory=dict[str, str])
     in_some: tuple[InSome, ...] = ()
+    softcap: str | None = None
 
     def refused(self, config: Any) -> str | None:
         """The reason why a configuration of this family cannot be served, if there is one."""
@@ -106,3 +109,19 @@ class Family:
             if getattr(config, option, False):
                 return reason
         return None
+
+
+def head_of(family: Family, model: Any, vocabulary: int) -> HeadOf:
+    """How a model of the family makes logits of its last residual stream."""
+    module = family.taps["lm_head"].module
+    head = model.get_submodule(module)
+    bias = getattr(head, "bias", None)
+    cap = None if family.softcap is None else getattr(model.config, family.softcap, None)
+    return HeadOf(
+        family.taps["final_norm"].module,
+        f"{module}.weight",
+        None if bias is None else f"{module}.bias",
+        None if cap is None else float(cap),
+        vocabulary,
+        head.weight.shape[-1],
+    )

@@ -19,8 +19,8 @@ from typing import Any, cast
 
 import torch
 
-from tracelens.errors import DtypeError, ForbiddenFunctionError, UnsupportedFunctionError
 from tracelens import readout
+from tracelens.errors import DtypeError, ForbiddenFunctionError, UnsupportedFunctionError
 from tracelens.ir import calls, dims
 from tracelens.ir.abstract import AbstractArg, AbstractKwargs, Inferred
 from tracelens.ir.dims import Sizes, Sym
@@ -92,7 +92,10 @@ def masked_mean(value: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
 _OURS_BY_NAME: Mapping[str, Callable[..., Any]] = {
     "tracelens.leaf": leaf,
     "tracelens.masked_mean": masked_mean,
-    **{f"tracelens.{one.__name__}": one for one in (readout.lens, readout.lens_targets, readout.lens_part, readout.lens_joined)},
+    **{
+        f"tracelens.{one.__name__}": one
+        for one in (readout.lens, readout.lens_targets, readout.lens_part, readout.lens_joined)
+    },
 }
 
 

@@ -10,7 +10,9 @@ from tracelens.ir.dims import Dim
 from tracelens.ir.rules_pointwise import Rule
 from tracelens.ir.types import DType, TensorType
 
-LENS, TARGETS, PART, JOINED = (f"tracelens.{name}" for name in ("lens", "lens_targets", "lens_part", "lens_joined"))
+LENS, TARGETS, PART, JOINED = (
+    f"tracelens.{name}" for name in ("lens", "lens_targets", "lens_part", "lens_joined")
+)
 KNOWS_RANK = frozenset((TARGETS, PART))
 """Functions that are told which rank they run on."""
 OF_TARGETS = ("log_prob", "rank", "logit")

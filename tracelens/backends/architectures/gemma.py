@@ -28,6 +28,7 @@ GEMMA3 = Family(
         "use_bidirectional_attention": "its attention looks ahead, so that a token depends on those after it, which "
         "positions and generation steps do not allow for"
     },
+    softcap="final_logit_softcapping",
     # All three projections first, and only then the norms.
     reached=("q", "k", "v", "q_normed", "k_normed"),
 )

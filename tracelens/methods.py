@@ -1,0 +1,56 @@
+"""What a model can be asked beyond its blocks: the lens on a value, and analyses that are recipes on the blocks."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from tracelens.handles import recorder_of
+from tracelens.lens_value import Lens, Translator, lens_of
+
+if TYPE_CHECKING:
+    from tracelens.model import Model
+
+
+class Methods:
+    """The part of :class:`tracelens.Model` that stands on the rest of it."""
+
+    def lens(
+        self: Model,
+        value: Any,
+        lens: Translator | None = None,
+        *,
+        layer: int | None = None,
+        norm: bool | None = None,
+        workspace: int | None = None,
+    ) -> Lens:
+        """The logit lens on a value [..., D] in a block: what the model's own head would make of it.
+
+        ``lens``: a tuned lens, whose translator of the value's ``layer`` is applied first (the layer is known for a
+        site and for what is indexed from one). ``norm``: apply the model's last norm; the default is to, except to
+        ``model.final_norm``, which has been through it. ``workspace``: bytes that logits in hand may take, 64 MiB.
+        The result has ``topk``, ``log_prob``, ``rank``, ``entropy``, ``kl`` and more: :class:`tracelens.Lens`.
+
+        Several layers at once, ``model.lens(model.layers[:].resid_post)``, read the unembedding once for all of them.
+
+        Raises :class:`~tracelens.errors.LensError` for what is no such value, and whatever ``lens`` raises if it was
+        made for another model.
+
+        >>> with model.trace("The capital of France is"):                            # doctest: +SKIP
+        ...     lens = model.lens(model.layers[:].resid_post[:, -1])
+        ...     best = lens.topk(1).indices.save()                                    # [layers, 1, 1]
+        ...     lost = lens.kl().save()                                               # [layers, 1], to the final output
+        """
+        recorder = recorder_of(self.anatomy, "model.lens(...)")
+        if lens is not None:
+            lens.check(self)
+        return lens_of(
+            value,
+            self._hf,
+            self._tokenizer,
+            recorder=recorder,
+            head=self.anatomy.head,
+            translate=None if lens is None else lens.translate,
+            layer=layer,
+            norm=norm,
+            workspace=workspace,
+        )
