@@ -1,0 +1,82 @@
+"""The lens on models whose vocabulary, or whose layers, several processes share: what one process says."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from torch.testing import assert_close
+
+import tracelens as tl
+from tests.parallel.cells import KNOWS_EP
+from tests.support.ranks import PoolOf
+from tests.support.spread_models import Both, both
+from tracelens.collectives import collectives
+from tracelens.ir.ops import Call
+
+ROWS = [[5, 6, 7, 8, 9, 10, 4, 3], [11, 12, 90, 2, 3, 4, 5, 6]]
+SPREADS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama tp2": ("llama", {"tp": 2}),
+    "gemma3 tp2, soft-capped": ("gemma3", {"tp": 2}),
+    "mistral pp2": ("mistral", {"pp": 2}),
+    "qwen3 pp2 x tp2": ("qwen3", {"pp": 2, "tp": 2}),
+}
+several = pytest.mark.skipif(not KNOWS_EP, reason="in this version of transformers each stage is one rank")
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        pytest.param(name, marks=several if len(more) > 1 else ()) for name, (_, more) in SPREADS.items()
+    ],
+)
+def models(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
+) -> Iterator[Both]:
+    family, more = SPREADS[request.param]
+    settings = {"final_logit_softcapping": 4.0} if "capped" in request.param else {}
+    found = both(family, tmp_path_factory.mktemp("lens"), ranks_of, settings=settings, **more)
+    yield found
+    found.close()
+
+
+def looked_at(model: tl.Model) -> tl.Trace:
+    ids = torch.tensor(ROWS)
+    following = torch.cat([ids[:, 1:], torch.full((2, 1), -1)], 1)
+    with model.trace(ids) as t:
+        lens = model.lens(model.layers[:].resid_post, workspace=8000)
+        lens.topk(4).save("top")
+        lens.entropy().save("entropy")
+        lens.kl().save("kl")
+        lens.log_prob(following).save("log_prob")
+        lens.rank(following).save("rank")
+        model.lens(model.layers[1].attn_out[:, -1]).logit(3).save("logit")
+        model.layers[2].resid_post *= model.lens(model.layers[0].resid_post).max_prob()[..., None]
+        model.lens(model.layers[2].resid_post).logsumexp().save("after")
+    return t
+
+
+def test_ranks_say_what_one_process_says(models: Both) -> None:
+    one, spread = looked_at(models.one), looked_at(models.spread)
+    for name in ("top.indices", "rank"):
+        assert torch.equal(one[name], spread[name])
+    for name in ("top.values", "entropy", "kl", "log_prob", "logit", "after"):
+        assert_close(one[name], spread[name], atol=2e-5, rtol=2e-5, equal_nan=True)
+
+
+def test_no_logits_and_no_states_travel_between_ranks(models: Both) -> None:
+    with models.spread.record() as r:
+        lens = models.spread.lens(models.spread.layers[1].resid_post)
+        lens.topk(4).save("top")
+        lens.rank(3).save("rank")
+    plan = r.plan().plan
+    places = plan.placement.places
+    if places[-1].ranks == 1:
+        pytest.skip("every stage is one process")
+    assert any(isinstance(op, Call) and op.function == "tracelens.lens_part" for op in plan.graph.ops)
+    moved = sum(one.nbytes({"B": 2, "P": 8}) for one in collectives(plan))
+    # The logit of the token: summed up; then three numbers and five whole ones of each row from each rank to the other.
+    rows, ranks = 16, 2
+    assert moved == ranks * (ranks - 1) * rows * 4 + ranks * (ranks - 1) * rows * ((2 + 4 + 1) * 4 + (4 + 1) * 8)
