@@ -77,6 +77,6 @@ def test_no_logits_and_no_states_travel_between_ranks(models: Both) -> None:
         pytest.skip("every stage is one process")
     assert any(isinstance(op, Call) and op.function == "tracelens.lens_part" for op in plan.graph.ops)
     moved = sum(one.nbytes({"B": 2, "P": 8}) for one in collectives(plan))
-    # The logit of the token: summed up; then three numbers and five whole ones of each row from each rank to the other.
-    rows, ranks = 16, 2
-    assert moved == ranks * (ranks - 1) * rows * 4 + ranks * (ranks - 1) * rows * ((2 + 4 + 1) * 4 + (4 + 1) * 8)
+    # Of each row: the logit of the token, seven numbers and five whole ones, from either rank to the other.
+    rows, ways = 16, 2
+    assert moved == ways * rows * (4 + (2 + 4 + 1) * 4 + (4 + 1) * 8)
