@@ -28,6 +28,7 @@ from tracelens.lens.contributions import Contribution, LogitAttribution, LogitAt
 from tracelens.lens.result import LensResult
 from tracelens.lens.results import LensResults
 from tracelens.lens.tuned import TunedLens
+from tracelens.lens_value import Lens
 from tracelens.loading import load, wrap
 from tracelens.mapped import MappedValue, per_layer
 from tracelens.model import Model
@@ -53,6 +54,7 @@ __all__ = [
     "Contribution",
     "Generation",
     "Graph",
+    "Lens",
     "LensComparison",
     "LensResult",
     "LensResults",

@@ -129,10 +129,9 @@ class Lens:
     def logits(self) -> Any:
         """All logits [..., V] in the dtype of the model. They are kept whole: V is large."""
         first, head = _member(self._state), self._head
-        weight = _parameter(first, head.weight)
-        found = torch.nn.functional.linear(
-            self._state, weight, None if head.bias is None else _parameter(first, head.bias)
-        )
+        weight: Any = _parameter(first, head.weight)
+        bias: Any = None if head.bias is None else _parameter(first, head.bias)
+        found = torch.nn.functional.linear(self._state, weight, bias)
         return found if head.softcap is None else torch.tanh(found / head.softcap) * head.softcap
 
     # --- how -----------------------------------------------------------------------------------------------------
@@ -226,7 +225,7 @@ def _translated(value: Any, translate: Callable[[Any, int], Any], layer: int | N
                 at=here(),
                 instead="model.lens(value, lens=tuned, layer=20)",
             )
-        layer = site.layer
+        return translate(value, site.layer)
     return translate(value, layer)
 
 

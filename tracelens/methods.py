@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from tracelens.handles import recorder_of
 from tracelens.lens_value import Lens, Translator, lens_of
@@ -15,7 +15,7 @@ class Methods:
     """The part of :class:`tracelens.Model` that stands on the rest of it."""
 
     def lens(
-        self: Model,
+        self,
         value: Any,
         lens: Translator | None = None,
         *,
@@ -40,15 +40,16 @@ class Methods:
         ...     best = lens.topk(1).indices.save()                                    # [layers, 1, 1]
         ...     lost = lens.kl().save()                                               # [layers, 1], to the final output
         """
-        recorder = recorder_of(self.anatomy, "model.lens(...)")
+        model = cast("Model", self)
+        recorder = recorder_of(model.anatomy, "model.lens(...)")
         if lens is not None:
-            lens.check(self)
+            lens.check(model)
         return lens_of(
             value,
-            self._hf,
-            self._tokenizer,
+            model._hf,
+            model._tokenizer,
             recorder=recorder,
-            head=self.anatomy.head,
+            head=model.anatomy.head,
             translate=None if lens is None else lens.translate,
             layer=layer,
             norm=norm,
