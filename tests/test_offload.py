@@ -25,7 +25,7 @@ from tracelens.errors import (
     SeveralDevicesError,
     TracelensError,
 )
-from tracelens.ir.sites import KINDS, Scope, Site
+from tracelens.ir.sites import KINDS, TEXT, Scope, Site
 
 IDS = [[5, 6, 7, 8, 9], [11, 12, 13, 14, 15]]
 ROWS = [[5, 6, 7, 8, 9], [11, 12]]
@@ -36,7 +36,7 @@ def _every_site(model: tl.Model) -> dict[str, Any]:
     """What is at every site, in rows of different lengths."""
     with model.trace(ROWS) as t:
         for kind in KINDS:
-            if kind.scope is Scope.INPUT or not model.anatomy.has(Site(kind.name)):
+            if kind.scope in TEXT or not model.anatomy.has(Site(kind.name)):
                 continue
             holders: list[Any] = list(model.layers) if kind.scope is Scope.LAYER else [model]
             for number, holder in enumerate(holders):

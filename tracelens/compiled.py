@@ -15,7 +15,7 @@ from tracelens.ir.dims import KEY, POSITION, Sizes, symbols
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Const, Index, IndexPut, Read, Ref, Save, Selector
 from tracelens.ir.retype import mixing_operations
-from tracelens.ir.sites import Scope
+from tracelens.ir.sites import TEXT
 from tracelens.ir.text import text
 from tracelens.ir.types import TensorType
 from tracelens.location import Location
@@ -108,9 +108,7 @@ class Compiled(OfRecorded):
     def inputs(self) -> frozenset[str]:
         """The sites that are no part of the model, and that the program reads: what the pass is over."""
         return frozenset(
-            op.site.name
-            for op in self.plan.graph.ops
-            if isinstance(op, Read) and op.site.kind.scope is Scope.INPUT
+            op.site.name for op in self.plan.graph.ops if isinstance(op, Read) and op.site.kind.scope in TEXT
         )
 
     @cached_property

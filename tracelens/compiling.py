@@ -27,7 +27,7 @@ from tracelens.backends.places import placement
 from tracelens.backends.ranks.instep import InStepError
 from tracelens.backends.ready import running_device
 from tracelens.backends.replacing import at_home
-from tracelens.backends.transfer import ConstantCache, arguments_on, inputs_on, moved
+from tracelens.backends.transfer import ConstantCache, arguments_on, following, inputs_on, moved
 from tracelens.checking import check
 from tracelens.compiled import Compiled, Ran, numbered, relocate
 from tracelens.constants import Captured, from_payload
@@ -308,6 +308,7 @@ class Compiler:
 
                 run.execute(forward)
             run.finish()
+            run.end()
             members: Mapping[str, Members] = state.saved
             mesh = self.anatomy.mesh
             copies: Callable[[], Copies] = dict
@@ -345,7 +346,12 @@ class Compiler:
 def _inputs(prompt: Prompt, wanted: Collection[str], device: torch.device) -> dict[str, torch.Tensor]:
     """What the pass is over, as the sites of that; inputs that are no prompt have none."""
     batch = prompt.batch
-    found = {"token_ids": batch.input_ids, "token_mask": batch.mask, "positions": batch.position_ids}
+    found = {
+        "token_ids": batch.input_ids,
+        "token_mask": batch.mask,
+        "positions": batch.position_ids,
+        "next_tokens": following(batch.input_ids, batch.mask),
+    }
     return {name: moved(found[name], device) for name in wanted}
 
 

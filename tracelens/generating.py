@@ -87,6 +87,18 @@ class StepTold:
     waiting: set[int]
 
 
+class _Ending:
+    """Among the stopping criteria: lets a step end, which its tokens now are known of. It stops nothing."""
+
+    def __init__(self) -> None:
+        self.run: SteppedRun | None = None
+
+    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
+        if self.run is not None:
+            self.run.chosen(input_ids[:, -1])
+        return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
+
+
 class _Telling:
     """Among the stopping criteria, the last: tells of a step when its tokens have been chosen."""
 
@@ -135,6 +147,9 @@ class _Generation:
         self.cached = is_cached(config, options)
         self.draws = bool(config.do_sample)
         self.ends = _end_tokens(config)
+        self.ending = _Ending()
+        if "next_tokens" in compiled.inputs:
+            self.options["stopping_criteria"] = [*self.options.get("stopping_criteria", ()), self.ending]
         if told is not None:
             criteria = self.options.setdefault("stopping_criteria", [])
             criteria.append(_Telling(told, self.ends, self.watched))
@@ -165,6 +180,7 @@ class _Generation:
             ragged=prompt.ragged,
             inputs=bool(compiled.inputs),
         )
+        self.ending.run = run
         if self.told is not None:
             run.waiting = self.told.waiting
         inputs = self._inputs(prompt)
@@ -173,7 +189,7 @@ class _Generation:
             run.staged = StagedGeneration(run, mesh.pipeline, newest=newest, draws=self.draws)
         try:
             self._refuse_forgotten()
-            found = run.execute(partial(self._forward, inputs))
+            found = run.execute(partial(self._forward, run, inputs))
             if mesh is not None:
                 self.compiler.report(graph, run, mesh)
             tokens = [] if found is None else self._tokens(found[:, prompt.sizes["P"] :])
@@ -197,15 +213,17 @@ class _Generation:
             inputs["logits_to_keep"] = 1
         return inputs
 
-    def _forward(self, inputs: Mapping[str, Any]) -> torch.Tensor:
+    def _forward(self, run: SteppedRun, inputs: Mapping[str, Any]) -> torch.Tensor:
         """All passes of the generation: the tokens, the prompt's among them."""
         if self.count == 0:
             # One pass, over the prompt alone.
             self.hf(**inputs, use_cache=False)
+            run.chosen(None)
             return inputs["input_ids"]
         found = self.hf.generate(**inputs, **self.options, return_dict_in_generate=True)
         if self.include_last:
             self._last_pass(inputs, found)
+            run.chosen(None)
         return found.sequences
 
     def _last_pass(self, inputs: Mapping[str, Any], found: Any) -> None:

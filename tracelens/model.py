@@ -18,7 +18,7 @@ from tracelens.errors import Blaming, OptionError, PromptError, TracelensError
 from tracelens.generation import Generation
 from tracelens.handles import LayerHandle, Layers, global_site, no_target, recorder_of, unknown_global
 from tracelens.ir.graph import Graph
-from tracelens.ir.sites import GLOBAL_KINDS, Site
+from tracelens.ir.sites import GLOBAL_KINDS, TEXT_KINDS, Site
 from tracelens.lens.attribution import logit_attribution
 from tracelens.location import here
 from tracelens.memory import bytes_of
@@ -425,7 +425,7 @@ class Model(Methods, Shown):
 
     def __dir__(self) -> list[str]:
         present = [kind.name for kind in GLOBAL_KINDS if self.anatomy.has(Site(kind.name))]
-        return sorted({*_PUBLIC, *present, "token_mask", "token_ids", "positions"})
+        return sorted({*_PUBLIC, *present, *(kind.name for kind in TEXT_KINDS)})
 
     def _view(self) -> View:
         return Line(f"<tracelens model: {self.describe()}>")

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from tracelens.errors import LayoutError, OptionError
-from tracelens.ir.sites import KINDS, Scope, Site
+from tracelens.ir.sites import KINDS, TEXT, Scope, Site
 from tracelens.location import here
 from tracelens.ranked import RankedCompiler
 from tracelens.view import Line, Shown, Stack, Table, View
@@ -118,7 +118,7 @@ def check_parallel(model: Model, prompt: Any, tolerance: float | None) -> Parall
         object.__setattr__(one, "_tokenizer", model.tokenizer)
     rows: list[SiteCheck] = []
     for kind in KINDS:
-        if kind.scope is Scope.INPUT or not model.anatomy.has(Site(kind.name)):
+        if kind.scope in TEXT or not model.anatomy.has(Site(kind.name)):
             continue
         layers = model.anatomy.layers_with(kind.name) if kind.scope is Scope.LAYER else (None,)
         try:

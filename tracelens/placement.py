@@ -107,7 +107,7 @@ class Placement:
             return self.places[self.apart.get((site.name, site.layer), self.layers[site.layer])]
         if not self.layers:
             return self.places[self.ends.get(site.name, 0)]
-        default = self.layers[-1] if site.kind.scope is Scope.AFTER else self.layers[0]
+        default = self.layers[-1] if site.kind.scope in (Scope.AFTER, Scope.END) else self.layers[0]
         return self.places[self.ends.get(site.name, default)]
 
     def layout_of(self, site: Site) -> Layout:

@@ -32,7 +32,7 @@ from tracelens.ir.passes.as_reached import as_reached
 from tracelens.ir.passes.forward_order import moments_of
 from tracelens.ir.passes.mark_leaves import mark_leaves
 from tracelens.ir.passes.pipeline import improve
-from tracelens.ir.sites import BEFORE_ALL, Scope, Sequence, Site
+from tracelens.ir.sites import BEFORE_ALL, TEXT, Scope, Sequence, Site
 from tracelens.ir.types import TensorType, bytes_text
 from tracelens.placement import Placement
 from tracelens.placing import place
@@ -149,7 +149,7 @@ class Plan:
             case Scope.LAYER:
                 assert last.layer is not None
                 return last.layer + 1
-            case Scope.AFTER:
+            case Scope.AFTER | Scope.END:
                 return n_layers
             case Scope.BEFORE | Scope.INPUT:
                 return 0
@@ -368,7 +368,7 @@ def _last_site(graph: Graph) -> Site | None:
         if not isinstance(op, Read | Write):
             continue
         site = moment(op)
-        if site.kind.scope is not Scope.INPUT and (latest is None or site.sequence > reached):
+        if site.kind.scope not in TEXT and (latest is None or site.sequence > reached):
             latest, reached = site, site.sequence
     return latest
 

@@ -16,7 +16,7 @@ from tracelens.handles import (
     recorder_of,
     unknown_global,
 )
-from tracelens.ir.sites import GLOBAL_KINDS, Site
+from tracelens.ir.sites import GLOBAL_KINDS, TEXT_KINDS, Site
 from tracelens.ir.windows import DECODE, EVERY_STEP, PREFILL, StepWindow
 from tracelens.location import here
 from tracelens.module_handle import ModuleHandle
@@ -98,7 +98,7 @@ class StepScope:
 
     def __dir__(self) -> list[str]:
         present = [kind.name for kind in GLOBAL_KINDS if self._anatomy.has(Site(kind.name))]
-        return sorted({*_PUBLIC, *present, "token_mask", "token_ids", "positions"})
+        return sorted({*_PUBLIC, *present, *(kind.name for kind in TEXT_KINDS)})
 
     def __repr__(self) -> str:
         return written(self._steps)

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from tracelens.backends.anatomy import ModelAnatomy
-from tracelens.ir.sites import KINDS, Effect, Scope, Site, near
+from tracelens.ir.sites import KINDS, TEXT, Effect, Scope, Site, near
 from tracelens.view import Line, Shown, Stack, Table, View
 
 
@@ -87,7 +87,7 @@ def site_table(anatomy: ModelAnatomy) -> SiteTable:
     """The table of a model, loaded or not."""
     rows: list[SiteRow] = []
     for kind in KINDS:
-        if kind.scope is Scope.INPUT:
+        if kind.scope in TEXT:
             continue
         in_layer = kind.scope is Scope.LAYER
         layers = anatomy.layers_with(kind.name) or (0,)

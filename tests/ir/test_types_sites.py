@@ -19,10 +19,10 @@ from tracelens.ir.dims import B, P
 from tracelens.ir.sites import (
     CANONICAL,
     GLOBAL_KINDS,
-    INPUT_KINDS,
     KIND,
     KINDS,
     LAYER_KINDS,
+    TEXT_KINDS,
     Effect,
     Scope,
     Site,
@@ -129,7 +129,7 @@ def test_the_sequence_refines_the_order(sites):
 
 def test_the_vocabulary_is_sound():
     assert len(KIND) == len(KINDS)
-    assert set(LAYER_KINDS) | set(GLOBAL_KINDS) | set(INPUT_KINDS) == set(KINDS)
+    assert set(LAYER_KINDS) | set(GLOBAL_KINDS) | set(TEXT_KINDS) == set(KINDS)
     assert CANONICAL["post_ln"] == "mlp_norm"
     assert CANONICAL["pre_ln"] == "attn_norm"
     assert all(CANONICAL[kind.name] == kind.name for kind in KINDS)

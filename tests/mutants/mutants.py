@@ -1804,7 +1804,7 @@ MUTANTS = (
     Mutant(
         "devices: the inputs of a pass are planned where the first layer is",
         "backends/places.py",
-        "ends = dict.fromkeys((kind.name for kind in INPUT_KINDS), number[spread.inputs])",
+        "ends = dict.fromkeys((kind.name for kind in TEXT_KINDS), number[spread.inputs])",
         'ends = {"token_mask": number[spread.inputs]}',
         SPREAD,
     ),

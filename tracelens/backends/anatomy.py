@@ -36,7 +36,7 @@ from tracelens.errors import (
 from tracelens.ir.infer import dtype_of
 from tracelens.ir.layout import Layout, Shard
 from tracelens.ir.module_sites import INPUT, OUTPUT, Key, ModuleSite
-from tracelens.ir.sites import KIND, KINDS, Scope, Site, near
+from tracelens.ir.sites import KIND, KINDS, TEXT, Scope, Site, near
 from tracelens.ir.types import TensorType
 from tracelens.placement import Placement, Probed, Seen
 from tracelens.subject import HeadOf
@@ -175,7 +175,7 @@ class ModelAnatomy:
     def absence(self, site: Site) -> str | None:
         """Why the model lacks a site, or ``None`` if it has it."""
         kind = KIND[site.name]
-        if kind.scope is Scope.INPUT or site.name in self.family.taps:
+        if kind.scope in TEXT or site.name in self.family.taps:
             found = self._withheld.get(site.name)
             return found if found is None or isinstance(found, str) else found.get(site.layer)
         return self.family.absent.get(site.name, f"the {self.family.name} table does not name it")

@@ -65,7 +65,7 @@ from tracelens.ir.ops import (
     results,
 )
 from tracelens.ir.rules_lens import KNOWS_RANK
-from tracelens.ir.sites import Scope
+from tracelens.ir.sites import TEXT
 from tracelens.ir.types import DType, TensorType
 from tracelens.own_part import own_picks
 from tracelens.program import Side, Step
@@ -344,7 +344,7 @@ class _Writer:
         own = self.devices.local(op.type, self.devices.layouts.get(op.out, WHOLE_EVERYWHERE))
         shape = self.shapes.setdefault(own, len(self.shapes))
         dtype = torch_dtype(op.type.dtype)
-        if op.site.kind.scope is Scope.INPUT:
+        if op.site.kind.scope in TEXT:
             self.line(f"tensor = state.inputs[{self.name(op.site.name)}]")
         self.line(f"if tensor.shape != state.shapes[{shape}] or tensor.dtype is not {self.name(dtype)}:")
         self.line(f"    raise {self.name(mismatch)}(state, tensor, {self.name(op)})")

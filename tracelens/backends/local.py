@@ -47,7 +47,7 @@ from tracelens.ir.graph import Graph
 from tracelens.ir.layout import OwnType
 from tracelens.ir.module_sites import INPUT, ModuleSite
 from tracelens.ir.ops import Apply, Call, Index, IndexPut, Keep, Save, Write, results
-from tracelens.ir.sites import Site
+from tracelens.ir.sites import Scope, Site
 from tracelens.ir.types import TensorType
 from tracelens.location import here
 from tracelens.plan import Plan, replaced_layers
@@ -71,6 +71,8 @@ class LocalCode:
     """The types of the sites that are read; their sizes in a pass are what the hooks compare with."""
     after: Body | None = None
     """What is done when the pass is over, for sites that are on another place."""
+    tail: Body | None = None
+    """What is done when it is known which tokens follow."""
     _sizes: dict[tuple[tuple[str, int], ...], tuple[tuple[int, ...], ...]] = field(
         default_factory=dict[tuple[tuple[str, int], ...], tuple[tuple[int, ...], ...]]
     )
@@ -110,12 +112,15 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
     shapes: dict[TensorType | OwnType, int] = {}
     mesh = anatomy.mesh
     after: tuple[Step, ...] = ()
+    tail: tuple[Step, ...] = ()
     if mesh is None:
         own = merged(programs)
     else:
         own, after = alone(programs[mesh.stage], plan.placement)
     for block in own:
-        if block.site is None:
+        if block.site is not None and block.site.kind.scope is Scope.END:
+            tail = (*tail, *block.steps)
+        elif block.site is None:
             before = body(block.steps, graph.types, fresh, shapes, gradients, devices)
         elif isinstance(block.site, ModuleSite):
             points[block.site] = [block]
@@ -174,9 +179,12 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
         join(inside, seat, replaced_layers(graph), anatomy)
     count, differentiates = graph.next_value, bool(gradients)
     keepers = anatomy.spread.keepers
-    last = body(after, graph.types, fresh, shapes, gradients, devices) if after else None
+    last, end = (
+        body(steps, graph.types, fresh, shapes, gradients, devices) if steps else None
+        for steps in (after, tail)
+    )
     return LocalCode(
-        graph, devices, before, tuple(hooks), count, seat, differentiates, keepers, tuple(shapes), last
+        graph, devices, before, tuple(hooks), count, seat, differentiates, keepers, tuple(shapes), last, end
     )
 
 
@@ -311,11 +319,18 @@ class Run:
 
     def finish(self) -> None:
         """Does what is left when the pass is over."""
-        if self.code.after is None:
+        self._do(self.code.after)
+
+    def end(self) -> None:
+        """Does what is left when it is known which tokens follow."""
+        self._do(self.code.tail)
+
+    def _do(self, what: Body | None) -> None:
+        if what is None:
             return
         with plain_mode():
             try:
-                done(self.code.after, self.state, None)
+                done(what, self.state, None)
             except Blamed as blamed:
                 raise self._explained(blamed) from blamed.__cause__
 

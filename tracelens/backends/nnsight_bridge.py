@@ -19,7 +19,7 @@ from tracelens.errors import BridgeError
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import INPUT, ModuleSite
 from tracelens.ir.ops import Grad, Read, Write
-from tracelens.ir.sites import Scope, Site
+from tracelens.ir.sites import TEXT, Site
 
 Intercept = Callable[[Site, torch.Tensor], torch.Tensor]
 
@@ -59,7 +59,7 @@ def forward_through(
     places = {
         site: _ModulePlace(envoy, site) if isinstance(site, ModuleSite) else _Place(envoy, anatomy, site)
         for site in sites
-        if site.kind.scope is not Scope.INPUT
+        if site.kind.scope not in TEXT
     }
 
     def visit(intercept: Intercept) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from tracelens.ir.sites import INPUT_KINDS, KINDS, Scope
+from tracelens.ir.sites import INPUT_KINDS, KINDS, TEXT_KINDS, Scope
 from tracelens.placement import Place, Placement
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def placement(anatomy: ModelAnatomy) -> Placement:
     layers = tuple(
         number[spread.device_of(anatomy.family.layers.format(layer))] for layer in range(anatomy.n_layers)
     )
-    ends = dict.fromkeys((kind.name for kind in INPUT_KINDS), number[spread.inputs])
+    ends = dict.fromkeys((kind.name for kind in TEXT_KINDS), number[spread.inputs])
     apart: dict[tuple[str, int], int] = {}
     for kind in KINDS:
         tap = anatomy.family.taps.get(kind.name)

@@ -15,7 +15,7 @@ from tracelens.backends.gathering import Gathering
 from tracelens.backends.local import LocalCode, Run
 from tracelens.backends.pipeline_generation import StagedGeneration
 from tracelens.backends.side_hooks import ForwardStopped
-from tracelens.backends.transfer import Everywhere, moved
+from tracelens.backends.transfer import Everywhere, following, moved
 from tracelens.errors import GenerationStepError
 from tracelens.ir.windows import StepWindow
 from tracelens.plan import Plan
@@ -37,6 +37,7 @@ class SteppedRun(Run):
     """
 
     __slots__ = (
+        "_awaiting",
         "any_passes",
         "cached",
         "gathering",
@@ -76,6 +77,8 @@ class SteppedRun(Run):
         self.mask = mask
         self.step = 0
         """Of the pass that comes next, or that runs."""
+        self._awaiting: tuple[LocalCode, list[Any]] | None = None
+        """What a step that is over does when its tokens are there, and its values."""
         self.staged: StagedGeneration | None = None
         """What leads a pass through the stages of a pipeline."""
 
@@ -135,6 +138,8 @@ class SteppedRun(Run):
             # A rank that has failed would choose other tokens than the others, and end at another.
             remember(self.state, None)
             raise ForwardStopped
+        if self.code.tail is not None:
+            self._awaiting = self.code, self.state.values
         self.step += 1
         if self.step in self.segments[self.segment].window:
             return
@@ -145,6 +150,23 @@ class SteppedRun(Run):
         self.state.values = [None] * self.code.count
         seat.clear()
         self.put_on()
+
+    def chosen(self, tokens: torch.Tensor | None) -> None:
+        """The tokens [B] that the step has led to, ``None`` after a pass that none are chosen from."""
+        if self._awaiting is None:
+            return
+        code, values = self._awaiting
+        self._awaiting = None
+        inputs = self.state.inputs
+        new = None if tokens is None else moved(tokens, self.mask.device)
+        found = following(inputs["token_ids"], inputs["token_mask"], new)
+        current = self.code, self.state.values, self.state.shapes
+        self.code, self.state.values, self.state.shapes = code, values, code.sizes_of(self.state.sizes)
+        self.state.inputs = {**inputs, "next_tokens": found}
+        try:
+            self.end()
+        finally:
+            self.code, self.state.values, self.state.shapes = current
 
 
 def _inputs(ids: torch.Tensor, real: torch.Tensor) -> Mapping[str, torch.Tensor]:

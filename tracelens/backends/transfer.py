@@ -101,3 +101,9 @@ def inputs_on(inputs: dict[str, Any], device: torch.device) -> dict[str, Any]:
 def module_on(module: nn.Module, device: torch.device) -> nn.Module:
     """A module whose parameters and buffers are all on a device, as ``module.to`` moves them."""
     return module.to(device)
+
+
+def following(ids: torch.Tensor, mask: torch.Tensor, chosen: torch.Tensor | None = None) -> torch.Tensor:
+    """The token that follows each, -1 at padding; ``chosen`` [B]: those that come after the last, -1 if not given."""
+    last = ids.new_full((ids.shape[0], 1), -1) if chosen is None else chosen[:, None]
+    return torch.cat([ids[:, 1:], last], 1).masked_fill(mask == 0, -1)

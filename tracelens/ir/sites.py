@@ -32,6 +32,7 @@ class Scope(Enum):
     BEFORE = "before"  # before the first layer
     LAYER = "layer"
     AFTER = "after"  # after the last layer
+    END = "end"  # of a step: after the next token has been chosen
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,6 +204,15 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind("lm_head", Scope.AFTER, 1, _TOKENS, Effect.OUTPUT, "the raw unembedding"),
     Kind("logits", Scope.AFTER, 2, _TOKENS, Effect.OUTPUT, "what the model returns"),
+    Kind(
+        "next_tokens",
+        Scope.END,
+        0,
+        (B, P),
+        Effect.NONE,
+        "the id of the token that follows each one; -1 where none is known, and at padding",
+        dtype=DType.INT64,
+    ),
 )
 
 KIND: dict[str, Kind] = {kind.name: kind for kind in KINDS}
@@ -210,8 +220,11 @@ CANONICAL: dict[str, str] = {alias: kind.name for kind in KINDS for alias in (ki
 LAYER_KINDS = tuple(kind for kind in KINDS if kind.scope is Scope.LAYER)
 GLOBAL_KINDS = tuple(kind for kind in KINDS if kind.scope in (Scope.BEFORE, Scope.AFTER))
 INPUT_KINDS = tuple(kind for kind in KINDS if kind.scope is Scope.INPUT)
+TEXT = (Scope.INPUT, Scope.END)
+"""Of the text, and not of the model: every model has these."""
+TEXT_KINDS = tuple(kind for kind in KINDS if kind.scope in TEXT)
 
-_SCOPE_RANK = {Scope.INPUT: 0, Scope.BEFORE: 1, Scope.LAYER: 2, Scope.AFTER: 3}
+_SCOPE_RANK = {Scope.INPUT: 0, Scope.BEFORE: 1, Scope.LAYER: 2, Scope.AFTER: 3, Scope.END: 4}
 
 Order = tuple[int, ...]
 Sequence = tuple[int, ...]
