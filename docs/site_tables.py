@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 from tracelens.backends.architectures import FAMILIES
 from tracelens.backends.base import Family, HeadsView, RowsView, Side, Tap
-from tracelens.ir.sites import KINDS, Effect, Kind, Scope
+from tracelens.ir.sites import KINDS, TEXT, Effect, Kind, Scope
 
 _WIDTHS = {
     "D": "d_model",
@@ -79,7 +79,7 @@ def _family(family: Family) -> str:
 
 
 def _shown() -> tuple[Kind, ...]:
-    return tuple(kind for kind in KINDS if kind.scope is not Scope.INPUT)
+    return tuple(kind for kind in KINDS if kind.scope not in TEXT)
 
 
 def _written(kind: Kind) -> str:

@@ -83,6 +83,7 @@ WIDTHS = {
 }
 _ABSENT = ("pos_embed", "q_normed", "k_normed", "attn_post_norm", "mlp_post_norm")
 _ABSENT += ("router_logits", "expert_index", "expert_weights")
+_ABSENT += ("next_tokens",)  # tokens, which hardly any function takes for numbers
 READABLE = tuple(
     Site(kind.name, layer)
     for kind in KINDS

@@ -21,16 +21,7 @@ from tracelens.errors import (
 from tracelens.heads import Headed, HeadHandle, HeadsOfLayers, head_out, read_only
 from tracelens.ir.dims import bounds_text
 from tracelens.ir.module_sites import ModuleSite
-from tracelens.ir.sites import (
-    CANONICAL,
-    GLOBAL_KINDS,
-    KIND,
-    LAYER_KINDS,
-    TEXT_KINDS,
-    Scope,
-    Site,
-    near,
-)
+from tracelens.ir.sites import CANONICAL, KIND, LAYER_KINDS, Scope, Site, near
 from tracelens.location import here
 from tracelens.mapped import MappedValue, each_layer, slice_text
 from tracelens.open_recordings import open_recorder, open_recorders
@@ -42,7 +33,7 @@ from tracelens.subject import Anatomy
 from tracelens.values import Value
 
 _LAYER_NAMES = frozenset(name for name, kind in CANONICAL.items() if KIND[kind].scope is Scope.LAYER)
-_GLOBAL_NAMES = frozenset({*(kind.name for kind in TEXT_KINDS), *(kind.name for kind in GLOBAL_KINDS)})
+_GLOBAL_NAMES = frozenset(kind.name for kind in KIND.values() if kind.scope is not Scope.LAYER)
 
 
 class Described(Anatomy, Headed, Protocol):

@@ -138,6 +138,7 @@ def test_the_vocabulary_is_sound():
         "token_ids",
         "positions",
         "expert_index",
+        "next_tokens",
     }
     assert {kind.name for kind in LAYER_KINDS if kind.effect is Effect.STREAM} == {
         "resid_pre",
