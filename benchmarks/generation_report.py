@@ -72,12 +72,15 @@ nnsight and TransformerLens. It is made by `python -m benchmarks.generation` (se
 * Without a cache the plain generation beside it has no cache either. In texts of 128 tokens fewer are written without
   one. In texts of 1,500 a step without a cache takes seconds, and all would take hours: since each is a forward pass
   of its own over all that stands before, **steps were measured after sampled lengths of the text**, in turns with the
-  same steps of plain generation, over random tokens. So were some contestants in batches of 8, with a cache of that
-  length. Where that is so, it says so above the table; the ratios of steps are over the sampled steps, and figures with
-  an ≈ are of the whole text as it is estimated from them: the time of a step is interpolated between the lengths, in a
+  same steps of plain generation. So were steps with a cache of that length where all would have taken too long: at the
+  beginning, in the middle and at the end of the text. What stands before them are random tokens. Where steps were
+  sampled, it says so above the table, with the lengths; their ratios are over the sampled steps, and figures with an ≈
+  are of the whole text as it is estimated from them: the time of a step is interpolated between the lengths, in a
   straight line, and summed.
 * Everything is on the CPU, and nothing here says what a GPU would. Where the load average shows other work beside it,
-  tokens per second are low for all, and the ratios are what is left to compare.
+  tokens per second are low for all, and the ratios are what is left to compare. Texts of 1,500 tokens were measured
+  beside so much other work that the machine's memory was exhausted for some minutes: where "of all" is far from the
+  ratio of a step, single steps stood still in them, which is in the sum and not in the median.
 """
 
 
@@ -293,6 +296,16 @@ def size(measurement: dict[str, Any]) -> tuple[Any, ...]:
     return (measurement["model"], measurement["new"], measurement["batch"])
 
 
+def place(measurement: dict[str, Any]) -> tuple[Any, ...]:
+    """Among those of its size: whole texts, then sampled ones; those without a cache at the end."""
+    rows = measurement["rows"]
+    return (
+        *size(measurement),
+        any("sampled" in row for row in rows),
+        all(row["case"] == "uncached" for row in rows),
+    )
+
+
 def added(report: dict[str, Any], folder: Path) -> dict[str, Any]:
     """The report with what the folder has of other models, sizes, contestants and cases."""
     file = folder / "generation.json"
@@ -315,7 +328,7 @@ def added(report: dict[str, Any], folder: Path) -> dict[str, Any]:
             kept.append(measurement | {"rows": rows})
     found = {name: peer for name, peer in report["peers"].items() if "absent" not in peer}
     return {
-        "measurements": sorted([*kept, *report["measurements"]], key=size),
+        "measurements": sorted([*kept, *report["measurements"]], key=place),
         "peers": report["peers"] | known["peers"] | found,
     }
 
