@@ -80,9 +80,9 @@ class Methods:
 
         ``prompt``: as for :meth:`trace`; one gives a :class:`tracelens.LensResult`, a list of them
         :class:`tracelens.LensResults`. ``generate``: so many tokens are generated, and looked at while they are made
-        (their last one is not run through the model); ``options`` are those of :meth:`generate`. ``components``: sites of
-        a layer as wide as the residual stream. ``layers``: "all", or some. ``positions``: "all", "prompt", "generated",
-        "last", or tokens of the prompt as for ``.tok``.
+        (the last one is not run through the model); ``options`` are those of :meth:`generate`. ``components``: sites
+        of a layer as wide as the residual stream. ``layers``: "all", or some. ``positions``: "all", "prompt",
+        "generated", "last", or tokens of the prompt as for ``.tok``.
 
         For each of these the ``top_k`` likeliest tokens with their log-probabilities over the whole vocabulary, and
         ``metrics``: ``log_prob`` and ``rank`` of the token that follows, ``entropy``, ``kl`` from the final layer,

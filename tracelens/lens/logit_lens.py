@@ -90,7 +90,7 @@ def logit_lens(
         with model.trace(prompt, batch_size=batch_size) as t:
             _look(model, t, asked, edit, generating=False)
         new = [[] for _ in prepared]
-    names = str(lens) if lens is not None else "logit lens"
+    names = str(lens).strip("<>") if lens is not None else "logit lens"
     found = tuple(
         _of_row(model, t, asked, row, [token.id for token in tokens], list(new[row]), names)
         for row, tokens in enumerate(prepared)
