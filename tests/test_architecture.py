@@ -127,6 +127,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("lens", 6),
     ("viz", 7),
     ("demo", 7),
+    ("lens_command", 7),
     ("cli", 7),
 )
 # Imports that point upwards on purpose, each with its reason.

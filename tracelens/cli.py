@@ -1,10 +1,12 @@
-"""The command-line tool: ``tracelens demo``, ``tracelens sites MODEL``."""
+"""The command-line tool: ``tracelens demo``, ``tracelens lens PROMPT``, ``tracelens sites MODEL``."""
 
 from __future__ import annotations
 
 import argparse
 import sys
 from collections.abc import Sequence
+
+from tracelens import lens_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -15,6 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="store_true", help="print the version and leave")
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("demo", help="look inside a small real model and steer it")
+    lens_command.add_options(commands.add_parser("lens", help="what every layer of a model would say next"))
     sites = commands.add_parser(
         "sites", help="list the sites of a model: names, shapes, what a write changes"
     )
@@ -33,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
             _quiet()
             demo.run()
+        elif options.command == "lens":
+            _quiet()
+            print(lens_command.run(options))
         elif options.command == "sites":
             from tracelens import load
 
@@ -41,6 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             parser.print_help()
     except TracelensError as error:
+        if options.command == "lens":
+            error.at = None  # of a command's user there is no line
         print(f"tracelens: {error}", file=sys.stderr)
         return 1
     return 0

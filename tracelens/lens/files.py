@@ -27,13 +27,13 @@ VERSION = 1
 
 def save(result: LensResult, path: Path) -> Path:
     """Writes a result to a file, as its ending says."""
-    _format(path)[0](result, path)
+    form(path)[0](result, path)
     return path
 
 
 def load(path: Path) -> LensResult:
     """Reads a result from a file, as its ending says."""
-    read = _format(path)[1]
+    read = form(path)[1]
     try:
         return read(path)
     except (MissingExtraError, FileNotFoundError, IsADirectoryError, PermissionError):
@@ -50,7 +50,10 @@ def load(path: Path) -> LensResult:
         ) from error
 
 
-def _format(path: Path) -> tuple[Callable[[LensResult, Path], None], Callable[[Path], LensResult]]:
+def form(path: Path) -> tuple[Callable[[LensResult, Path], None], Callable[[Path], LensResult]]:
+    """How files of that ending are written and read; raises where it names none, or needs a package that is missing."""
+    if path.suffix.lower() == ".parquet":
+        _arrow()
     try:
         return _FORMATS[path.suffix.lower()]
     except KeyError:
