@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from html import escape
 from pathlib import Path
 
 import tracelens as tl
 from docs import token_grids, trajectories
-from docs.drawing import BLUE, opening, text, visible
+from tracelens.lens.statistics import STATISTICS
+from tracelens.token_texts import token_texts
+from tracelens.viz.heat_map import Panel, heat_map
+from tracelens.viz.scales import Scale
 
 PICTURES = Path(__file__).resolve().parent / "images"
 LENS_PROMPT = "Paris is the capital of France. Rome is the capital of"
-
-_CELL = (82, 24)
-_LEFT, _TOP = 78, 62
 
 
 def make() -> list[tuple[Path, str]]:
@@ -35,44 +34,16 @@ def logit_lens(model: tl.Model, prompt: str, every: int = 3) -> str:
         p, ids = best.values.save(), best.indices.save()
     tokenizer = model.tokenizer
     assert tokenizer is not None
-    words = [visible(str(tokenizer.decode([token]))) for token in tokenizer.encode(prompt)]
-    layers = sorted({*range(0, model.n_layers, every), model.n_layers - 1}, reverse=True)
-    width, height = _LEFT + _CELL[0] * len(words) + 12, _TOP + _CELL[1] * len(layers) + 34
-    parts = [
-        *opening(width, height),
-        text(
-            12,
-            20,
-            "Logit lens: what each layer would say next (SmolLM2-135M-Instruct)",
-            size=13,
-            bold=True,
-        ),
-        text(12, _TOP - 10, "after", colour="#555"),
-    ]
-    parts += [text(_middle(column), _TOP - 10, word, anchor="middle") for column, word in enumerate(words)]
-    for row, layer in enumerate(layers):
-        y = _TOP + row * _CELL[1]
-        parts.append(text(12, y + 16, f"layer {layer}", colour="#555"))
-        for column in range(len(words)):
-            probability = float(p[layer, 0, column])
-            word = visible(str(tokenizer.decode([int(ids[layer, 0, column])])))
-            parts.append(
-                f"<g><title>layer {layer}, after {escape(words[column])}: {escape(word)} {probability:.2f}</title>"
-                f'<rect x="{_LEFT + column * _CELL[0]}" y="{y}" width="{_CELL[0] - 2}" height="{_CELL[1] - 2}" rx="2"'
-                f' fill="{BLUE}" fill-opacity="{max(probability, 0.04):.2f}"/>'
-                + text(
-                    _middle(column),
-                    y + 15,
-                    word,
-                    anchor="middle",
-                    colour="white" if probability > 0.65 else "#111",
-                )
-                + "</g>"
-            )
-    scale = "shade: probability of the token shown, over the whole vocabulary"
-    parts.append(text(12, height - 12, scale, colour="#555"))
-    return "\n".join([*parts, "</svg>"]) + "\n"
-
-
-def _middle(column: int) -> int:
-    return _LEFT + column * _CELL[0] + (_CELL[0] - 2) // 2
+    layers = sorted({*range(0, model.n_layers, every), model.n_layers - 1})
+    words = token_texts(ids.value.unique().tolist(), tokenizer)
+    tokens = tokenizer.encode(prompt)
+    said = [[words[token] for token in ids.value[layer, 0].tolist()] for layer in layers]
+    return heat_map(
+        "Logit lens: what each layer would say next (SmolLM2-135M-Instruct)",
+        [Panel("resid_post", p.value[layers, 0], said)],
+        layers=layers,
+        positions=range(len(tokens)),
+        tokens=[str(tokenizer.decode([token])) for token in tokens],
+        statistic=STATISTICS["top_prob"],
+        scale=Scale(0.0, 1.0),
+    ).svg

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 import tracelens as tl
-from docs.drawing import BLUE, opening, text, visible
+from tracelens.viz.drawing import BLUE, opening, short, text
 
 PROMPTS = ["Now, Paris is in France", "Here Paris lies in the north of France"]
 NEW = 4
@@ -136,7 +136,7 @@ def grids(model: tl.Model, *, generating: bool) -> str:
                 on = chosen[row][place]
                 kind = "prompt" if place < prompt[row] else "generated"
                 state = "selected" if on else "not selected"
-                said = f"{spelling}, row {row}, {kind} {visible(word)} ({place}): {state}"
+                said = f"{spelling}, row {row}, {kind} {short(word)} ({place}): {state}"
                 parts.append(_cell(start + place, y, word, on, said, new=kind == "generated"))
         if generating:
             x = _LEFT + _CELL[0] * (columns - NEW + 1) - 1
@@ -154,5 +154,5 @@ def _cell(
     colour = "white" if on else BLUE if new else "#111"
     return (
         f'<rect x="{x}" y="{y}" width="{_CELL[0] - 2}" height="{_CELL[1]}" {look}><title>{escape(said)}</title></rect>'
-        + (text(x + _CELL[0] // 2 - 1, y + 14, visible(word), anchor="middle", colour=colour) if word else "")
+        + (text(x + _CELL[0] // 2 - 1, y + 14, short(word), anchor="middle", colour=colour) if word else "")
     )

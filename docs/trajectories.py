@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from html import escape
 from typing import Any
 
 import torch
 
 import tracelens as tl
-from docs.drawing import BLUE, RED, opening, text, visible
+from tracelens.viz.drawing import BLUE, cell, opening, short, text
 
 FILM = "I watched the new film last night, and I thought that it was"
 LAYER = 14
@@ -35,7 +34,7 @@ def steered(model: tl.Model) -> str:
     assert tokenizer is not None
     prompt = tokenizer.encode(FILM)
     new: list[int] = t.tokens  # pyright: ignore[reportAssignmentType]  # of one prompt
-    words = [visible(str(tokenizer.decode([token]))) for token in [*prompt, *new[:-1]]]
+    words = [short(str(tokenizer.decode([token]))) for token in [*prompt, *new[:-1]]]
     return trajectory(norms.value[:, 0], cosines.value[:, 0], words, len(prompt), written=(5, 10))
 
 
@@ -111,9 +110,6 @@ def _cells(
         for column in range(len(words)):
             shade = float(shades[layer, column])
             said_here = f"layer {layer}, {words[column]} ({column}): {said(float(values[layer, column]))}"
-            parts.append(
-                f'<rect x="{_LEFT + column * _CELL[0]}" y="{y}" width="{_CELL[0] - 1}" height="{_CELL[1] - 1}"'
-                f' fill="{BLUE if shade >= 0 else RED}" fill-opacity="{max(abs(shade), 0.03):.2f}">'
-                f"<title>{escape(said_here)}</title></rect>"
-            )
+            x = _LEFT + column * _CELL[0]
+            parts.append(cell(x, y, _CELL[0] - 1, _CELL[1] - 1, shade, said_here))
     return parts

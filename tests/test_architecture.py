@@ -138,6 +138,8 @@ UPWARDS = {
     ("lens.result", "viz.lens_page"): "the page of a lens; imported when a notebook or a file asks for it",
     ("lens.results", "viz.lens_page"): "as above",
     ("lens.comparison", "viz.lens_page"): "as above",
+    ("lens.result", "viz.lens_picture"): "a picture of it; imported when one is asked for",
+    ("lens.comparison", "viz.lens_picture"): "as above",
 }
 
 

@@ -64,6 +64,11 @@ STAGED_TEXT = ("tests/parallel/test_staged_generation.py", "-k", "llama and not 
 IN_A_SCRIPT = ("tests/parallel/test_launched.py", "-k", "stages")
 EVERY_STAGE = ("tests/parallel/test_cases_of_peers.py", "-k", "stage")
 RANK_FAULTS = ("tests/test_rank_faults.py", "-k", "leaves_all or gradient_is or tokens_are or script")
+LENS_RESULT = ("tests/lens/test_result.py",)
+LENS_FILES = ("tests/lens/test_files.py",)
+LENS_PAGE = ("tests/lens/test_page.py",)
+LENS_PICTURE = ("tests/lens/test_picture.py",)
+TOKEN_TEXTS = ("tests/test_token_texts.py",)
 
 MUTANTS = (
     Mutant(
@@ -1863,5 +1868,89 @@ MUTANTS = (
         "course.save.to is not None and (missing is None or not course.once)",
         "course.save.to is not None and missing is None",
         (*STEPS_ON_DEVICES, "files"),
+    ),
+    Mutant(
+        "a window's negative end counts from 0",
+        "lens/windows.py",
+        "max(len(held) + number, 0) if number < 0",
+        "0 if number < 0",
+        LENS_RESULT,
+    ),
+    Mutant(
+        "a window of a lens keeps the next tokens of the whole",
+        "lens/result.py",
+        "next_ids=of_positions(self.next_ids),",
+        "next_ids=self.next_ids[: len(positions)],",
+        LENS_RESULT,
+    ),
+    Mutant(
+        "the rank of an unknown next token is a number in the table",
+        "lens/table.py",
+        '.astype("Int64").mask(frame[name] < 0)',
+        '.astype("Int64")',
+        LENS_FILES,
+    ),
+    Mutant(
+        "a table that lacks rows is taken for a lens",
+        "lens/table.py",
+        "for name in _AXES), strict=True)) != expected:",
+        "for name in _AXES), strict=True)) > expected:",
+        LENS_FILES,
+    ),
+    Mutant(
+        "what is said of different next tokens is compared",
+        "lens/comparison.py",
+        "change[..., apart] = torch.nan",
+        "pass",
+        ("tests/lens/test_comparison.py",),
+    ),
+    Mutant(
+        "runs of different tokens are compared",
+        "lens/comparison.py",
+        "        if apart:",
+        "        if len(apart) > 4:",
+        ("tests/lens/test_comparison.py",),
+    ),
+    Mutant(
+        "what never happens makes a nan of an entropy",
+        "lens/dense.py",
+        "return torch.where(log_probs > -torch.inf, log_probs.exp() * values, 0.0).sum(-1)",
+        "return (log_probs.exp() * values).sum(-1)",
+        LENS_RESULT,
+    ),
+    Mutant(
+        "a piece of a character is shown as a broken one",
+        "token_texts.py",
+        "text if text and BROKEN not in text else",
+        "text if text else",
+        TOKEN_TEXTS,
+    ),
+    Mutant(
+        "a token by itself loses its space",
+        "token_texts.py",
+        "text = text[len(before) :] if text.startswith(before) else decode([token])",
+        "text = decode([token])",
+        TOKEN_TEXTS,
+    ),
+    Mutant(
+        "markup in a token ends the data of a page",
+        "viz/lens_page.py",
+        '.replace("<", "\\\\u003c")',
+        '.replace("&", "\\\\u0026")',
+        LENS_PAGE,
+    ),
+    Mutant(
+        "likely ranks are pale",
+        "viz/scales.py",
+        "max(1 - math.log1p(value) / math.log1p(self.high), 0.0)",
+        "max(math.log1p(value) / math.log1p(self.high), 0.0)",
+        LENS_PAGE,
+    ),
+    Mutant(
+        "a picture's layers go downwards",
+        "viz/heat_map.py",
+        "for row in panel.values.flip(0).tolist()]",
+        "for row in panel.values.tolist()]",
+        LENS_PICTURE,
     ),
 )

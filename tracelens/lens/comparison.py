@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     import pandas
 
     from tracelens.lens.result import LensResult
+    from tracelens.viz.heat_map import Picture
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -108,6 +109,12 @@ class LensComparison:
 
     def __repr__(self) -> str:
         return self.table(rows=max(ROWS // len(self.first.components), ROWS // 4))
+
+    def plot(self, statistic: str = "top_prob", *tokens: str) -> Picture:
+        """A picture of how a statistic changes, as :meth:`LensResult.plot`: blue where it grows, red where it falls."""
+        from tracelens.viz.lens_picture import of_comparison
+
+        return of_comparison(self, statistic, *tokens)
 
     def _repr_html_(self) -> str:
         from tracelens.viz.lens_page import embedded, shown

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas
 
     from tracelens.lens.comparison import LensComparison
+    from tracelens.viz.heat_map import Picture
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -292,6 +293,16 @@ class LensResult:
 
     def __repr__(self) -> str:
         return self.table(rows=max(ROWS // len(self.components), ROWS // 4))
+
+    def plot(self, statistic: str = "top_prob", *tokens: str) -> Picture:
+        """A picture of one statistic, layers upwards and positions to the right: ``lens.plot("entropy")``.
+
+        Up to 40 positions have the likeliest tokens in their cells. Words as in :meth:`statistic`; several components
+        are drawn below one another. ``lens.plot("kl").save("kl.svg")`` writes it.
+        """
+        from tracelens.viz.lens_picture import of_result
+
+        return of_result(self, statistic, *tokens)
 
     def _repr_html_(self) -> str:
         from tracelens.viz.lens_page import embedded, shown
