@@ -116,6 +116,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("scopes", 5),
     ("tracing", 5),
     ("generation", 5),
+    ("telling", 5),
     ("streaming", 5),
     ("sweeping", 5),
     ("module_handle", 5),

@@ -134,6 +134,46 @@ def test_a_block_right_after_a_loop_that_was_left_waits_for_the_step_that_is_bei
     assert workers() == threads
 
 
+def test_leaving_the_loop_over_a_stream_with_a_name_ends_it() -> None:
+    """Whether by ``break`` or by an error, whose traceback has the stream; but not between two ``next(stream)``."""
+    stream = MODEL.stream(IDS, max_new_tokens=50)
+    assert next(stream).step == 0
+    for event in stream:
+        if event.step == 2:
+            break
+    with MODEL.trace(IDS):
+        logits = MODEL.logits.save()
+    assert logits.value.shape[1] == len(IDS)
+    assert next(stream, None) is None
+    with pytest.raises(errors.NestedTraceError, match="gone through once") as caught:
+        list(stream)
+    assert caught.value.also[0][1].text == "stream = MODEL.stream(IDS, max_new_tokens=50)"
+
+    def body() -> None:
+        held = MODEL.stream(IDS, max_new_tokens=50)
+        for event in held:
+            raise RuntimeError(event.step)
+
+    with pytest.raises(RuntimeError) as failed:
+        body()
+    assert any("held" in entry.frame.f_locals for entry in failed.traceback)
+    with MODEL.trace(IDS):
+        again = MODEL.logits.save()
+    assert torch.equal(again.value, logits.value)
+
+
+def test_a_stream_in_the_loop_over_another_one_is_refused() -> None:
+    """The second would wait for the first, and the first for the loop."""
+    with MODEL.stream(IDS, max_new_tokens=9) as stream:
+        next(stream)
+        other = MODEL.stream(IDS, max_new_tokens=2)
+        with pytest.raises(errors.NestedTraceError, match="loop over a stream") as caught:
+            next(other)
+        assert caught.value.at is not None
+        assert caught.value.at.text == "other = MODEL.stream(IDS, max_new_tokens=2)"
+        assert next(stream).step == 1
+
+
 @pytest.mark.parametrize("ending", ["del stream", "pass"], ids=["let go of", "still held"])
 def test_a_script_that_ends_with_an_open_stream_ends(ending: str) -> None:
     script = f"""

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from functools import partial
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, cast
@@ -40,6 +39,7 @@ from tracelens.leaving import elsewhere
 from tracelens.prompted import Prompt
 from tracelens.ranked import RankedCompiler
 from tracelens.report import RunReport
+from tracelens.telling import OneStep, StepTold, Telling
 
 if TYPE_CHECKING:
     from tracelens.model import Model
@@ -67,24 +67,13 @@ def generate(
         require_plain(config, options)
     _require_history(graph, compiled, cached=is_cached(config, options))
     if isinstance(compiler, RankedCompiler):
-        assert told is None, "ranks tell of all steps at the end"
+        if told is not None:
+            return compiler.stream(graph, compiled, prompt, options, told, seed=seed)
         return compiler.generate(graph, compiled, prompt, options, include_last=include_last, seed=seed)
     with _seeded(seed, running_device(compiler.anatomy)):
         return _Generation(
             model, compiler, graph, compiled, prompt, options, config, include_last, told
         ).run()
-
-
-@dataclass(frozen=True)
-class StepTold:
-    """Who hears of each step: what it saves goes to ``gathering``; ``tell`` is given its number and tokens.
-
-    ``tell`` says whether to end there. ``waiting``: the threads that wait for it; it may lose some on the way.
-    """
-
-    gathering: Gathering
-    tell: Callable[[int, Sequence[int | None]], bool]
-    waiting: set[int]
 
 
 class _Ending:
@@ -97,28 +86,6 @@ class _Ending:
         if self.run is not None:
             self.run.chosen(input_ids[:, -1])
         return torch.zeros(input_ids.shape[0], dtype=torch.bool, device=input_ids.device)
-
-
-class _Telling:
-    """Among the stopping criteria, the last: tells of a step when its tokens have been chosen."""
-
-    def __init__(self, told: StepTold, ends: frozenset[int], watched: Sequence[Watched]) -> None:
-        self._told, self._ends, self._watched = told, ends, watched
-        self._over: list[bool] = []
-        self._step = 0
-
-    def __call__(self, input_ids: torch.Tensor, scores: Any, **kwargs: Any) -> torch.Tensor:
-        newest: list[int] = input_ids[:, -1].tolist()
-        self._over = self._over or [False] * len(newest)
-        tokens = [None if over else token for over, token in zip(self._over, newest, strict=True)]
-        ended = [watched.newest() for watched in self._watched]
-        self._over = [
-            over or token in self._ends or any(rows[row] for rows in ended)
-            for row, (over, token) in enumerate(zip(self._over, newest, strict=True))
-        ]
-        over = self._told.tell(self._step, tokens)
-        self._step += 1
-        return torch.full((len(newest),), over, device=input_ids.device)
 
 
 class _Generation:
@@ -150,9 +117,6 @@ class _Generation:
         self.ending = _Ending()
         if "next_tokens" in compiled.inputs:
             self.options["stopping_criteria"] = [*self.options.get("stopping_criteria", ()), self.ending]
-        if told is not None:
-            criteria = self.options.setdefault("stopping_criteria", [])
-            criteria.append(_Telling(told, self.ends, self.watched))
 
     def run(self) -> Generated:
         anatomy, compiled, prompt, graph = self.anatomy, self.compiled, self.prompt, self.graph
@@ -163,11 +127,12 @@ class _Generation:
             require_agreement(mesh, compiled, graph, prompt, self.options, sampled=self.draws)
         cached = self.cached
         steps = max(1, self.count)
-        gathering = (
-            Gathering(compiled.courses, prompt.sizes, steps, include_last=self.include_last, cached=cached)
-            if self.told is None
-            else self.told.gathering
-        )
+        if self.told is None:
+            gathering = Gathering(
+                compiled.courses, prompt.sizes, steps, include_last=self.include_last, cached=cached
+            )
+        else:
+            gathering = OneStep(compiled.courses, prompt.sizes, cached=cached)
         run = SteppedRun(
             self.hf,
             compiled.segments,
@@ -181,8 +146,12 @@ class _Generation:
             inputs=bool(compiled.inputs),
         )
         self.ending.run = run
-        if self.told is not None:
+        if self.told is not None and isinstance(gathering, OneStep):
             run.waiting = self.told.waiting
+            # What waits for the tokens is done after the vote of its pass.
+            vote = run.vote if "next_tokens" in compiled.inputs else None
+            telling = Telling(self.told, gathering, prompt, self.ends, self.watched, vote)
+            self.options["stopping_criteria"] = [*self.options.get("stopping_criteria", ()), telling]
         inputs = self._inputs(prompt)
         if mesh is not None and mesh.pipeline is not None:
             newest = inputs.get("logits_to_keep") == 0

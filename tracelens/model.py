@@ -207,13 +207,16 @@ class Model(Methods, Shown):
         >>> for event in model.stream("The capital of France is", r, max_new_tokens=20):   # doctest: +SKIP
         ...     print(event.text, event["norm"])
 
-        Raises :class:`~tracelens.errors.OptionError` for a model on ranks, which tell of all steps at the end.
+        On ranks, ``timeout=`` of :func:`tracelens.load` is the time of each step; your own is not counted. Raises
+        :class:`~tracelens.errors.OptionError` under torchrun, where each rank has a loop of its own.
         """
-        if self._parts is not None or self.anatomy.mesh is not None:
+        if self.anatomy.mesh is not None:
             raise OptionError(
-                "the steps of a model on ranks are told at the end, so they cannot be streamed so far",
+                "under torchrun every rank runs the loop itself: one that leaves it earlier, or that communicates in "
+                "it, would have the others wait for it within a step",
                 at=here(),
-                instead="with model.generate(prompt, max_new_tokens=...) as t: ..., and t.text after it",
+                instead="model = tl.load(name, tp=2) in a script without torchrun, whose one loop leads all ranks; or "
+                "with model.generate(prompt, max_new_tokens=...) as t: ...",
             )
         if options.get("batch_size") is not None:
             raise OptionError(
@@ -223,7 +226,7 @@ class Model(Methods, Shown):
             )
         block = self.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **options)
         with Blaming(here()):
-            return Stream(block, owning(graph_of(graph)))
+            return Stream(block, owning(graph_of(graph)), here())
 
     logit_attribution = logit_attribution
 

@@ -35,6 +35,7 @@ from tracelens.program import Program
 from tracelens.prompted import Prompt
 from tracelens.remote import constants_data, prompt_header, prompt_tensors, results_from
 from tracelens.report import RunReport
+from tracelens.telling import StepMade, StepTold
 
 _ids = itertools.count(1)
 _KEPT = 256
@@ -117,6 +118,23 @@ class RankedCompiler(Compiler):
         write_files(files, found)
         return Generated(tokens, found, RunReport(perf_counter() - started, (), tuple, {}))
 
+    def stream(
+        self,
+        graph: Graph,
+        compiled: CompiledGeneration,
+        prompt: Prompt,
+        options: Mapping[str, Any],
+        told: StepTold,
+        *,
+        seed: int | None,
+    ) -> Generated:
+        """A generation of which each step is told when the ranks have made it; they wait to hear whether to go on."""
+        started = perf_counter()
+        seed = int(torch.randint(2**62, ()).item()) if seed is None else seed
+        more = {"options": dict(options), "seed": seed}
+        reply = self._asked("stream", graph, compiled, prompt, more, told)[0]
+        return Generated(reply.header["tokens"], {}, RunReport(perf_counter() - started, (), tuple, {}))
+
     def _asked(
         self,
         name: str,
@@ -124,6 +142,7 @@ class RankedCompiler(Compiler):
         compiled: Compiled | CompiledGeneration,
         prompt: Prompt,
         more: Mapping[str, Any],
+        told: StepTold | None = None,
     ) -> list[Reply]:
         self._parts.require_open()
         _refuse_python(graph)
@@ -141,18 +160,32 @@ class RankedCompiler(Compiler):
         if compiled.digest not in self._told:
             header["document"] = compiled.document
         tensors = {**prompt_tensors(prompt), **constants}
-        limit = self._parts.timeout
+        asking = partial(
+            self._ranks.ask,
+            model=self._model,
+            timeout=self._parts.timeout,
+            told=None if told is None else partial(_pass_on, told),
+            waiting=frozenset() if told is None else told.waiting,
+        )
         try:
-            replies = self._ranks.ask(name, header, tensors, model=self._model, timeout=limit)
+            replies = asking(name, header, tensors)
             if replies[0].header.get("unknown"):  # they were started anew since, or have forgotten it
                 header["document"] = compiled.document
-                replies = self._ranks.ask(name, header, tensors, model=self._model, timeout=limit)
+                replies = asking(name, header, tensors)
         except RankFailedError as failed:
             _blame(failed, graph)
         if len(self._told) >= _KEPT:
             self._told.clear()
         self._told.add(compiled.digest)
         return replies
+
+
+def _pass_on(told: StepTold, reply: Reply) -> bool:
+    """Tells of a step that the ranks have made; is another one wanted?"""
+    header = reply.header
+    return not told.tell(
+        StepMade(header["step"], tuple(header["tokens"]), results_from(header, reply.tensors))
+    )
 
 
 def _alike(replies: Sequence[Mapping[str, Any]]) -> list[bool]:

@@ -33,6 +33,7 @@ from tracelens.remote import (
     results_data,
     with_constants,
 )
+from tracelens.telling import StepMade, StepTold
 
 if TYPE_CHECKING:
     from tracelens.backends.ranks.served import Served
@@ -114,10 +115,7 @@ def generate(served: Served, request: Message) -> Message:
     if asked is None:
         return Message({"unknown": True})
     model, graph, compiled, prompt = asked
-    header = request.header
-    options = dict(header["options"])
-    if options.get("stop_strings") is not None:
-        options["tokenizer"] = tokenizer_of(served.models[header["model"]].source)
+    header, options = request.header, _options(served, request)
     torch.manual_seed(header["seed"])
     made = generated(
         model, model._compiler, graph, compiled, prompt, options, include_last=header["include_last"]
@@ -136,6 +134,39 @@ def generate(served: Served, request: Message) -> Message:
     except Exception as error:
         raise InStepError from error
     return Message({**found, "tokens": made.tokens}, tensors)
+
+
+def stream(served: Served, request: Message) -> Message:
+    """New tokens as they are made: the first rank says what each step has given, and all wait to hear of another."""
+    asked = _asked(served, request, Compiler.compile_generation)
+    if asked is None:
+        return Message({"unknown": True})
+    model, graph, compiled, prompt = asked
+    mesh, talk = model.anatomy.mesh, served.talk
+    assert talk is not None
+
+    def tell(made: StepMade) -> bool:
+        if mesh is None or mesh.has_results:
+            try:
+                found, tensors = results_data(made.saves)
+                talk.say(Message({**found, "step": made.step, "tokens": made.tokens}, tensors))
+            except Exception as error:
+                raise InStepError from error  # the others wait for a word, and are told of it
+        return not talk.hears_more()
+
+    torch.manual_seed(request.header["seed"])
+    told = StepTold(tell, set())
+    options = _options(served, request)
+    made = generated(model, model._compiler, graph, compiled, prompt, options, told=told)
+    return Message({"tokens": made.tokens})
+
+
+def _options(served: Served, request: Message) -> dict[str, Any]:
+    """What transformers' generation is given."""
+    options = dict(request.header["options"])
+    if options.get("stop_strings") is not None:
+        options["tokenizer"] = tokenizer_of(served.models[request.header["model"]].source)
+    return options
 
 
 def _asked(

@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
-from queue import Full, Queue
+from queue import Empty, Full, Queue
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tracelens.backends.devices import Devices
-from tracelens.backends.gathering import Course, Gathering, Target
-from tracelens.errors import OptionError, UnknownSaveError
-from tracelens.gathered import of_one_step
-from tracelens.generating import StepTold, generate
+from tracelens.errors import NestedTraceError, OptionError, TracelensError, UnknownSaveError
+from tracelens.generating import generate
 from tracelens.ir.graph import Graph
-from tracelens.location import here
-from tracelens.plan import Plan
+from tracelens.location import NOWHERE, Location, here
 from tracelens.prompted import Prompt
+from tracelens.telling import StepMade, StepTold
 from tracelens.tracing import Recording
 from tracelens.view import Line, Shown, View
 
@@ -73,43 +71,17 @@ class StepEvent(Shown):
         return Line(f"<step {self.step}: {said}{f'; {shapes}' if shapes else ''}>")
 
 
-class _OneStep(Gathering):
-    """Has the tensors of one step, and lets go of them with the next."""
-
-    def __init__(self, courses: Sequence[Course], sizes: Mapping[str, int], *, cached: bool) -> None:
-        super().__init__(courses, sizes, 1, include_last=False, cached=cached)
-        self._now: dict[str, list[torch.Tensor]] = {}
-
-    def open(self, plan: Plan, devices: Devices, step: int) -> Mapping[str, Sequence[Target]]:
-        self._now = {}
-        found: dict[str, Sequence[Target]] = {}
-        for save in plan.graph.saves:
-            course = self.courses[save.name]
-            targets: list[Target] = []
-            members = self._now[save.name] = list[torch.Tensor]()
-            for value in save.values:
-                target, tensor = course.for_one_step(
-                    self.sizes, step, devices.places[plan.home[value]], cached=self.cached
-                )
-                members.append(tensor)
-                targets.append(target)
-            found[save.name] = targets
-        return found
-
-    def given(self) -> dict[str, list[torch.Tensor]]:
-        """What the step has saved, by name: the members of each save."""
-        return self._now
-
-
 class Stream:
     """The events of a generation, made as they are asked for; made by :meth:`tracelens.Model.stream`.
 
-    The generation runs in a thread of its own, at most one step ahead. Leaving the loop ends it, as does
-    ``stream.close()`` or the end of a ``with`` block; while it runs, the model does nothing else for this thread.
+    The generation runs in a thread of its own, at most one step ahead. Leaving the loop ends it, by ``break`` or by an
+    error, as does ``stream.close()`` or the end of a ``with`` block; events that are taken with ``next(stream)`` leave
+    it open. While it is, the model does nothing else for this thread.
     """
 
-    def __init__(self, generation: Generation, graph: Graph) -> None:
+    def __init__(self, generation: Generation, graph: Graph, opened: Location) -> None:
         self._generation = generation
+        self._opened = opened
         self._graph = graph
         self._events: Queue[StepEvent | BaseException | None] = Queue(maxsize=1)
         self._thread: threading.Thread | None = None
@@ -120,7 +92,14 @@ class Stream:
         self._waiting: set[int] = set()
 
     def __iter__(self) -> Iterator[StepEvent]:
-        return self
+        if self._over:
+            raise NestedTraceError(
+                "this stream has ended, and its steps are gone through once",
+                at=here(),
+                also=(("it was made at", self._opened),),
+                instead="list(stream) to keep all events; model.stream(...) again to generate anew",
+            )
+        return _Loop(self)
 
     def __next__(self) -> StepEvent:
         if self._over:
@@ -131,6 +110,8 @@ class Stream:
         if isinstance(event, StepEvent):
             return event
         self._finish()
+        if isinstance(event, TracelensError) and event.at in (None, NOWHERE):
+            event.at = self._opened
         if event is not None:
             raise event
         raise StopIteration
@@ -153,9 +134,14 @@ class Stream:
         self.close()
 
     def __del__(self) -> None:
+        self._left()
+
+    def _left(self) -> None:
+        """Ends it without waiting for the step that is being made."""
         if not self._over:
+            self._over = True
             self._let_go()
-            if not self._events.empty():
+            with suppress(Empty):  # so that the thread need not find out by itself
                 self._events.get_nowait()
 
     def _finish(self) -> None:
@@ -175,14 +161,29 @@ class Stream:
         own = self._generation
         assert own._prompt is not None
         compiled = own._compiler.compile_generation(self._graph)
-        gathering = _OneStep(compiled.courses, own._prompt.sizes, cached=own.cached)
         self._pieces = _Pieces(own._model.tokenizer, own._prompt)
         # Nothing there leads back to the stream, so that one that is let go of ends its thread.
         self._waiting.add(threading.get_ident())
-        work = _Work(self._events, self._ended, gathering, self._pieces, own._prompt, self._waiting)
+        work = _Work(self._events, self._ended, self._pieces, own._prompt, self._waiting)
         # Python waits for it before it exits: a thread that it stops within torch would end the process with an abort.
         self._thread = threading.Thread(target=work.run, args=(own, self._graph, compiled), daemon=False)
         self._thread.start()
+
+
+class _Loop:
+    """One loop over a stream: nobody but the loop holds it, so that leaving the loop is its end, and the stream's."""
+
+    def __init__(self, stream: Stream) -> None:
+        self._stream = stream
+
+    def __iter__(self) -> _Loop:
+        return self
+
+    def __next__(self) -> StepEvent:
+        return next(self._stream)
+
+    def __del__(self) -> None:
+        self._stream._left()
 
 
 class _Work:
@@ -192,12 +193,11 @@ class _Work:
         self,
         events: Queue[StepEvent | BaseException | None],
         ended: threading.Event,
-        gathering: _OneStep,
         pieces: _Pieces,
         prompt: Prompt,
         waiting: set[int],
     ) -> None:
-        self.events, self.ended, self.gathering = events, ended, gathering
+        self.events, self.ended = events, ended
         self.pieces, self.prompt, self.waiting = pieces, prompt, waiting
 
     def run(self, own: Generation, graph: Graph, compiled: Any) -> None:
@@ -211,19 +211,16 @@ class _Work:
                 self.prompt,
                 own._options,
                 seed=own._seed,
-                told=StepTold(self.gathering, self._told, self.waiting),
+                told=StepTold(self._told, self.waiting),
             )
         except BaseException as error:
             last = error
         self._hand_over(last)
 
-    def _told(self, step: int, tokens: Sequence[int | None]) -> bool:
+    def _told(self, made: StepMade) -> bool:
         """Hands over a step; does nobody want more?"""
-        saves = {
-            name: of_one_step(self.gathering.courses[name], members, self.prompt, step)
-            for name, members in self.gathering.given().items()
-        }
-        return not self._hand_over(StepEvent(step, tuple(tokens), self.pieces.after(tokens), saves))
+        pieces = self.pieces.after(made.tokens)
+        return not self._hand_over(StepEvent(made.step, made.tokens, pieces, made.saves))
 
     def _hand_over(self, event: StepEvent | BaseException | None) -> bool:
         """Does somebody want more?  Waits until the event before this one has been taken."""
@@ -231,7 +228,7 @@ class _Work:
         while not self.ended.is_set() and main.is_alive():
             try:
                 self.events.put(event, timeout=0.1)
-                return True
+                return not self.ended.is_set()
             except Full:
                 continue
         return False

@@ -81,12 +81,21 @@ class Course:
             return (length, *type_.sizes({**sizes, "P": 1}))
         return type_.sizes({**sizes, "P": length})
 
+    def of_step(self, sizes: Mapping[str, int], step: int) -> Mapping[str, int]:
+        """The sizes of what one step has."""
+        return {**sizes, "P": sizes["P"] if step == 0 else 1, "S": sizes["P"] + step}
+
     def for_one_step(
-        self, sizes: Mapping[str, int], step: int, device: torch.device, *, cached: bool
+        self,
+        own: TensorType | OwnType,
+        sizes: Mapping[str, int],
+        step: int,
+        device: torch.device,
+        *,
+        cached: bool,
     ) -> tuple[Target, torch.Tensor]:
-        """A tensor for what one step has of a member, and where the step puts it."""
-        width = sizes["P"] if step == 0 else 1
-        shape = self.type.sizes({**sizes, "P": width, "S": sizes["P"] + step})
+        """A tensor for what one step has of a member, of the type ``own`` here, and where the step puts it."""
+        shape = own.sizes(self.of_step(sizes, step))
         tensor = torch.empty(shape, dtype=torch_dtype(self.dtype), device=device)
         if self.axis is not None and step > 0 and not cached:
             return _Newest(tensor, self.axis), tensor
@@ -113,7 +122,7 @@ class Target(Protocol):
     def copy_(self, value: torch.Tensor, /) -> object: ...
 
 
-class _Nowhere:
+class Nowhere:
     """Where a pass puts what it was not run for."""
 
     def copy_(self, value: torch.Tensor, /) -> None:
@@ -248,7 +257,7 @@ class Gathering:
         for save in plan.graph.saves:
             course = self.courses[save.name]
             if step >= self.steps and course.axis is None:
-                found[save.name] = [_Nowhere()] * len(save.values)
+                found[save.name] = [Nowhere()] * len(save.values)
                 continue
             if (save.name, 0) not in self.homes:
                 self._begin(course, save, plan, devices)
@@ -285,7 +294,7 @@ class Gathering:
         found: list[Target] = []
         for part in range(members):
             if (there := self._where.get((name, part))) is None:
-                found.append(_Nowhere())  # a member of another process
+                found.append(Nowhere())  # a member of another process
                 continue
             target = opened[there[0]][there[1]]
             found.append(target if axis is None else _Newest(target, axis))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, field
 from functools import partial
 from threading import get_ident
@@ -254,7 +254,7 @@ class Run:
         self.code = code
         self.state = state
         self.thread = get_ident()
-        self.waiting: Container[int] = ()
+        self.waiting: Set[int] = frozenset()
         """Threads that wait for the run, beside its own: none of them may run the model meanwhile."""
         # Among all forward passes of the model's runs; no pass has the number 0.
         self.forward_number = 0
@@ -272,7 +272,8 @@ class Run:
         """Calls ``forward`` with the hooks in place, holding the model's lock."""
         seat = self.code.seat
         sitting = seat.run
-        if sitting is not None and (self.thread == sitting.thread or self.thread in sitting.waiting):
+        own = (self.thread, *self.waiting)
+        if sitting is not None and (self.thread == sitting.thread or not sitting.waiting.isdisjoint(own)):
             raise NestedTraceError(
                 "this model was run from inside a run of it, by an applied function or in the loop over a stream",
                 at=here(),

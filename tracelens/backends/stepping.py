@@ -133,11 +133,7 @@ class SteppedRun(Run):
         if get_ident() != self.thread:
             return
         self.finish()
-        mesh = self.code.devices.mesh
-        if mesh is not None and mesh.first_failed(self.state.failure is not None) is not None:
-            # A rank that has failed would choose other tokens than the others, and end at another.
-            remember(self.state, None)
-            raise ForwardStopped
+        self.vote()
         if self.code.tail is not None:
             self._awaiting = self.code, self.state.values
         self.step += 1
@@ -150,6 +146,14 @@ class SteppedRun(Run):
         self.state.values = [None] * self.code.count
         seat.clear()
         self.put_on()
+
+    def vote(self) -> None:
+        """Ends the generation on all ranks where one has failed; every rank calls it."""
+        mesh = self.code.devices.mesh
+        if mesh is not None and mesh.first_failed(self.state.failure is not None) is not None:
+            # A rank that has failed would choose other tokens than the others, and end at another.
+            remember(self.state, None)
+            raise ForwardStopped
 
     def chosen(self, tokens: torch.Tensor | None) -> None:
         """The tokens [B] that the step has led to, ``None`` after a pass that none are chosen from."""

@@ -15,6 +15,7 @@ import json
 import math
 import socket
 import struct
+import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
@@ -61,15 +62,17 @@ class Message:
 
 
 class Channel:
-    """One end of a socket, for whole messages. One thread at a time may send, one may receive."""
+    """One end of a socket, for whole messages. One thread at a time may receive; those that send take turns."""
 
     def __init__(self, connection: socket.socket) -> None:
         self.connection = connection
+        self._sending = threading.Lock()
 
     def send(self, parts: Sequence[bytes | memoryview]) -> None:
         """Sends what :func:`encoded` made of a message; raises ``OSError`` where the peer is gone."""
-        for part in parts:
-            self.connection.sendall(part)
+        with self._sending:
+            for part in parts:
+                self.connection.sendall(part)
 
     def receive(self) -> Message:
         """The next message. ``EOFError``: the peer has closed. ``RankMessageError``: that was no message."""

@@ -15,8 +15,9 @@ import tempfile
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from concurrent.futures import Future
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -36,6 +37,8 @@ GRACE = 5.0
 
 _serials = itertools.count(1)
 _START = "the start"
+_ASKER = -1
+"""Who says something that is no rank."""
 
 
 @dataclass(frozen=True)
@@ -70,6 +73,10 @@ class Job:
     starts: bool = True
     """Is it worth a start of the ranks?"""
     future: Future[list[Reply]] = field(default_factory=Future[list[Reply]])
+    heard: queue.SimpleQueue[Reply | None] | None = None
+    """Where what ranks say before their answers is put, and ``None`` at the end; each waits for :meth:`Owner.tell`."""
+    waiting: Set[int] = frozenset()
+    """The threads that wait for whoever asked. It may lose some on the way."""
 
     def __post_init__(self) -> None:
         self.serial = next(_serials)
@@ -95,6 +102,8 @@ class Owner:
         self.restarting = False
         self.doing: str | None = None
         """What the ranks are at."""
+        self.job: Job | None = None
+        """For whom."""
         self.starts = 0
         self._jobs: deque[Job] = deque()
         self._bell: queue.SimpleQueue[None] = queue.SimpleQueue()
@@ -111,6 +120,10 @@ class Owner:
         self._bell.put(None)  # if an interrupt comes between the two, the next job's bell is for both
         if self.closed and job.future.cancel():  # the thread may have ended before it saw the job
             raise RanksClosedError("the ranks were closed before they were asked")
+
+    def tell(self, job: Job, *, more: bool) -> None:
+        """Lets ranks that have said something in the midst of a job go on, or has them end it."""
+        self._inbox.put((_ASKER, Message({"serial": job.serial, "more": more})))
 
     def kill(self) -> None:
         """Ends all processes; the thread learns of it by itself."""
@@ -138,11 +151,14 @@ class Owner:
                 job = self._jobs.popleft()
                 if not job.future.set_running_or_notify_cancel():
                     continue  # nobody waits any more, and no rank has heard of it
+                self.job = job
                 try:
                     replies = self._do(job)
                 except BaseException as error:
+                    self.job = None
                     job.future.set_exception(error)
                 else:
+                    self.job = None
                     job.future.set_result(replies)
                     del replies  # the waiting side has the tensors, and nobody else
                 del job
@@ -172,7 +188,7 @@ class Owner:
             return []
         doing, limit = repr(job.request.name), job.request.timeout
         if job.remember is None:
-            return self._exchange(job.serial, job.parts, doing, limit)
+            return self._exchange(job.serial, job.parts, doing, limit, heard=job.heard)
         with Ready(self.world, "loading weights") as line:
             replies = self._exchange(job.serial, job.parts, doing, limit, line.ready)
         self.remembered[job.remember] = job.request
@@ -238,23 +254,32 @@ class Owner:
         doing: str,
         timeout: float | None,
         arrived: Callable[[], None] = lambda: None,
+        heard: queue.SimpleQueue[Reply | None] | None = None,
     ) -> list[Reply]:
         self.doing = doing
         try:
             for outbox in self._outboxes:
                 outbox.put(parts)
-            return self._gather(serial, doing, math.inf if timeout is None else timeout, arrived)
+            return self._gather(serial, doing, math.inf if timeout is None else timeout, arrived, heard)
         finally:
             self.doing = None
 
     def _gather(
-        self, serial: int, doing: str, limit: float, arrived: Callable[[], None] = lambda: None
+        self,
+        serial: int,
+        doing: str,
+        limit: float,
+        arrived: Callable[[], None] = lambda: None,
+        heard: queue.SimpleQueue[Reply | None] | None = None,
     ) -> list[Reply]:
-        """The answers of all ranks to one request, in the order of the ranks; ``limit``: in so many seconds."""
-        deadline = time.monotonic() + limit
+        """The answers of all ranks to one request, in the order of the ranks.
+
+        ``limit``: seconds for it. Of a conversation that is the time from one word to the next: how long whoever
+        asked takes to go on is nothing that the ranks could be late with.
+        """
         replies: dict[int, Reply] = {}
         failed: dict[int, Mapping[str, Any]] = {}
-        grace = math.inf
+        deadline, grace = time.monotonic() + limit, math.inf
         while len(replies) + len(failed) < self.world:
             left = min(deadline, grace) - time.monotonic()
             try:
@@ -263,22 +288,39 @@ class Owner:
                 waiting = [rank for rank in self.ranks if rank.rank not in replies | failed]
                 if failed:
                     raise self._failed(doing, failed, waiting) from None
-                raise self._late(doing, waiting, limit) from None
+                raise self._late(doing, waiting, limit, talking=heard is not None) from None
+            if number == _ASKER:
+                if isinstance(message, Message) and message.header["serial"] == serial and not failed:
+                    deadline = time.monotonic() + limit
+                    self._tell(serial, more=message.header["more"])
+                continue
             if isinstance(message, Exception):
                 raise self._died(self.ranks[number], f"at {doing}", message)
             about = message.header
-            if about.get("serial") != serial:
+            if about.get("serial") != serial or ("part" in about and heard is None):
                 unasked = RankMessageError(f"it answered request {about.get('serial')!r}, not {serial}")
                 raise self._died(self.ranks[number], f"at {doing}", unasked)
-            if about["ok"]:
+            if "part" in about and heard is not None:
+                deadline = math.inf
+                heard.put(Reply(number, about["header"], message.tensors))
+            elif about["ok"]:
                 replies[number] = Reply(number, about["header"], message.tensors)
                 arrived()
             else:
+                if heard is not None and not failed:
+                    self._tell(serial, more=False)  # the others may wait for a word, and not for this rank
                 failed[number] = about
                 grace = min(grace, time.monotonic() + GRACE)
         if failed:
             raise self._failed(doing, failed, [])
         return [replies[number] for number in range(self.world)]
+
+    def _tell(self, serial: int, *, more: bool) -> None:
+        """Has all ranks hear the same; one that has answered by now does not listen to it."""
+        parts = encoded(Message({"serial": serial, "more": more}))
+        for rank in self.ranks:
+            with suppress(OSError):  # of one that is gone the conversation with it hears
+                rank.channel.send(parts)
 
     # --- what goes wrong ---
 
@@ -305,7 +347,7 @@ class Owner:
         error.alone = not same or len(errors) < self.world
         return error
 
-    def _late(self, doing: str, waiting: Sequence[RankProcess], limit: float) -> Exception:
+    def _late(self, doing: str, waiting: Sequence[RankProcess], limit: float, *, talking: bool) -> Exception:
         """Nothing more came within the time limit."""
         numbers = tuple(rank.rank for rank in waiting)
         where = stacks(waiting)
@@ -318,7 +360,8 @@ class Owner:
                     *(f"rank {number} was here:\n{_indented(text)}" for number, text in where.items()),
                 ]
             ),
-            instead="a larger timeout=, if this was only slow",
+            instead="a larger timeout=, if this was only slow"
+            + ("; each step has that time" if talking else ""),
         )
         error.waiting_for = numbers
         return error
@@ -355,7 +398,12 @@ def _converse(
         while (parts := outbox.get()) is not None:
             rank.channel.send(parts)
             del parts  # the tensors in it
-            inbox.put((rank.rank, rank.channel.receive()))
+            talking = True
+            while talking:
+                message = rank.channel.receive()
+                talking = "part" in message.header
+                inbox.put((rank.rank, message))
+                del message
     except Exception as error:  # the end of the stream, a broken message: the last thing that is heard of it
         inbox.put((rank.rank, error))
 

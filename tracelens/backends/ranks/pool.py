@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import math
 import os
+import queue
 import sys
+import threading
 import time
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Set
 from concurrent.futures import wait
 from contextlib import suppress
 from types import TracebackType
@@ -16,7 +18,8 @@ from typing import Any
 import torch
 
 from tracelens.backends.ranks.owner import Job, Owner, Reply, Request
-from tracelens.errors import OptionError, RanksClosedError, RankTimeoutError
+from tracelens.errors import NestedTraceError, OptionError, RanksClosedError, RankTimeoutError
+from tracelens.location import here
 
 __all__ = ["Ranks", "Reply", "Request"]
 
@@ -82,19 +85,28 @@ class Ranks:
         *,
         model: str | None = None,
         timeout: float | None = None,
+        told: Callable[[Reply], bool] | None = None,
+        waiting: Set[int] = frozenset(),
     ) -> list[Reply]:
         """Asks all ranks the same, and gives what they answer, in the order of the ranks.
 
         ``name``: one of the table in ``requests.py``. ``header``: what JSON can hold. ``tensors``: on the CPU; until
         the ranks have answered they are not to be changed. ``model``: the id of a model that the request needs, which
-        is loaded first if the ranks were started anew since. ``timeout``: seconds for this request.
+        is loaded first if the ranks were started anew since. ``timeout``: seconds for this request. ``told``: is given
+        what a rank says in the midst of it, and says whether the ranks are to go on, which they wait for; ``timeout``
+        is then that from one such word to the next. ``waiting``: the threads that wait for what is told: none of them
+        may ask the ranks meanwhile, because it would wait for itself.
 
         Raises ``RankFailedError`` (a rank raised), ``RankDiedError`` (a process ended), ``RankTimeoutError``,
         ``RankMessageError`` (that cannot be sent) and ``RanksClosedError``. Ctrl-C stops the waiting, not the ranks:
         what they do they finish, before the next request and without an answer to this one.
         """
         limit = self.timeout if timeout is None else _seconds(timeout)
-        return self._wait(Job(Request(name, header or {}, tensors or {}, limit), model), limit)
+        job = Job(Request(name, header or {}, tensors or {}, limit), model, waiting=waiting)
+        if told is not None:
+            heard = job.heard = queue.SimpleQueue()
+            job.future.add_done_callback(lambda _: heard.put(None))
+        return self._wait(job, limit, told)
 
     def load(self, model: str, request: Request) -> list[Reply]:
         """Asks for a model to be loaded, under an id, and remembers the request: see :meth:`remember`."""
@@ -170,8 +182,12 @@ class Ranks:
         if self._owner.closed:
             raise RanksClosedError("these ranks were closed", instead=f"start others: Ranks({self.world})")
 
-    def _wait(self, job: Job, limit: float | None) -> list[Reply]:
+    def _wait(
+        self, job: Job, limit: float | None, told: Callable[[Reply], bool] | None = None
+    ) -> list[Reply]:
         self._check()
+        if job.request is not None:
+            self._refuse_own(job)
         self._owner.submit(job)
         future = job.future
         until = math.inf if limit is None else time.monotonic() + limit
@@ -186,11 +202,28 @@ class Ranks:
                         instead="a larger timeout=, or ranks.restart() to end that one",
                     )
                 # The time of a request that was begun is kept by the owner, from when it was sent.
-                wait([future], min(left, _STEP) if left > 0 else _STEP)
+                pause = min(left, _STEP) if left > 0 else _STEP
+                if job.heard is None or told is None:
+                    wait([future], pause)
+                    continue
+                with suppress(queue.Empty):
+                    if (said := job.heard.get(timeout=pause)) is not None:
+                        self._owner.tell(job, more=told(said))
         except BaseException:
-            future.cancel()  # if it was not begun, it need not be
+            if not future.cancel() and told is not None:  # if it was not begun, it need not be
+                self._owner.tell(job, more=False)
             raise
         return future.result()
+
+    def _refuse_own(self, job: Job) -> None:
+        """Raises where the ranks are at a conversation that would go on only after this."""
+        now = self._owner.job
+        if now is not None and not now.waiting.isdisjoint({threading.get_ident(), *job.waiting}):
+            raise NestedTraceError(
+                "the ranks were asked in the loop over a stream that they are in the midst of",
+                at=here(),
+                instead="the same after the loop, which stream.close() ends where it was left",
+            )
 
 
 def _chosen(device: str | None, world: int) -> str:

@@ -17,6 +17,7 @@ HANDLERS: Handlers = {
     "load": "tracelens.serving:load",
     "run": "tracelens.serving:run",
     "generate": "tracelens.serving:generate",
+    "stream": "tracelens.serving:stream",
     "drop": "tracelens.serving:drop",
 }
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 import torch.distributed as dist
@@ -12,11 +12,23 @@ import torch.distributed as dist
 from tracelens.backends.ranks.channel import Message
 
 
+class Conversation(Protocol):
+    """What a handler says before its answer, and hears."""
+
+    def say(self, message: Message) -> None:
+        """Tells the owner something, in the midst of a request."""
+        ...
+
+    def hears_more(self) -> bool:
+        """Waits for the owner, who tells all ranks alike whether to go on."""
+        ...
+
+
 @dataclass
 class Served:
     """The state of a rank, which every handler is given.
 
-    ``models`` holds what the handlers keep, by the id that the owner gave it.
+    ``models`` holds what the handlers keep, by the id that the owner gave it. ``talk``: of the request at hand.
     """
 
     rank: int
@@ -24,6 +36,7 @@ class Served:
     device: torch.device
     group: dist.ProcessGroup
     models: dict[str, Any] = field(default_factory=dict[str, Any])
+    talk: Conversation | None = None
 
     def communication(self) -> dict[str, int | None]:
         """How often each process group of this rank has communicated so far; ``None`` where it cannot be known."""

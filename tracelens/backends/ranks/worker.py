@@ -56,7 +56,31 @@ def _serve_one(channel: Channel, served: Served, handlers: Handlers) -> None:
         request = channel.receive()
     except (EOFError, OSError):
         _wait_for_the_end()
+    if "request" not in request.header:
+        return  # what a conversation was told after its end
+    served.talk = _Talk(channel, request.header["serial"])
     channel.send(_answer(served, request, handlers))
+
+
+class _Talk:
+    """A conversation with the owner in the midst of a request."""
+
+    def __init__(self, channel: Channel, serial: int) -> None:
+        self._channel = channel
+        self._serial = serial
+
+    def say(self, message: Message) -> None:
+        about = {"serial": self._serial, "ok": True, "part": True, "header": message.header}
+        self._channel.send(encoded(Message(about, message.tensors)))
+
+    def hears_more(self) -> bool:
+        while True:
+            try:
+                heard = self._channel.receive()
+            except (EOFError, OSError):
+                _wait_for_the_end()
+            if heard.header["serial"] == self._serial:
+                return bool(heard.header["more"])
 
 
 def _answer(served: Served, request: Message, handlers: Handlers) -> list[bytes | memoryview]:
