@@ -228,6 +228,46 @@ def test_steps_that_do_not_fit_are_refused_at_their_line() -> None:
         _ = t.decode.layers[0].resid_post
 
 
+def test_a_later_step_cannot_feed_an_earlier_one() -> None:
+    """However it is written: at the line of the write, with that of the value."""
+
+    def in_place(t: tl.Generation) -> None:
+        t.steps[1].layers[0].resid_post += t.steps[2].layers[0].resid_post
+
+    def newest(t: tl.Generation) -> None:
+        t.steps[1].layers[0].resid_post[:, -1] += t.steps[2].layers[0].resid_post[:, -1]
+
+    def several(t: tl.Generation) -> None:
+        t.steps[0:2].layers[0].resid_post[:, -1] += t.steps[2].layers[0].resid_post[:, -1]
+
+    def mapped(t: tl.Generation) -> None:
+        t.steps[1].layers[:].resid_post += t.steps[2].layers[:].resid_post
+
+    def whole(t: tl.Generation) -> None:
+        t.steps[1].layers[0].resid_post = t.steps[2].layers[0].resid_post
+
+    for block in (in_place, newest, several, mapped, whole):
+        with (
+            pytest.raises(errors.CausalityError, match="which is made later") as caught,
+            MODEL.generate(IDS, max_new_tokens=4) as t,
+        ):
+            block(t)
+        first = block.__code__.co_firstlineno
+        assert caught.value.at is not None
+        assert first < caught.value.at.line <= first + 3
+        assert "t.steps[2:].layers[" in str(caught.value.instead)
+        assert first < caught.value.also[0][1].line <= first + 3
+    with (
+        pytest.raises(errors.PositionAxisError, match="holds the positions of step 1"),
+        MODEL.generate(IDS, max_new_tokens=4) as t,
+    ):
+        _ = t.steps[1].layers[0].resid_post + t.steps[2].layers[0].resid_post  # which is no write
+    with MODEL.generate(IDS, max_new_tokens=4) as t:
+        both = t.steps[1].layers[0].resid_post[:, -1] + t.steps[2].layers[0].resid_post[:, -1]
+        both.save("both")
+    assert t["both"].shape == (1, D_MODEL)
+
+
 def test_modules_by_path_have_steps_too() -> None:
     with MODEL.generate(IDS, max_new_tokens=4) as t:
         t.decode.module("model.layers.1.mlp").output *= 3.0

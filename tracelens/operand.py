@@ -16,7 +16,10 @@ import torch
 
 from tracelens.advice import instead_of_branching, instead_of_len, instead_of_number
 from tracelens.errors import (
+    Blaming,
+    GenerationStepError,
     InPlaceError,
+    PositionAxisError,
     TracelensError,
     UnsupportedFunctionError,
     ValueAttributeError,
@@ -53,10 +56,22 @@ def _reflected(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, ob
 def _in_place(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, object], Any]:
     def method(self: Operand, other: object) -> Any:
         if self._is_recording():
-            return self._updated(self._apply(name, (self, other), None))
+            try:
+                return self._updated(self._apply(name, (self, other), None))
+            except (GenerationStepError, PositionAxisError):
+                _refuse_earlier(self, other)
+                raise
         return plain(self._tensor(), other)
 
     return method
+
+
+def _refuse_earlier(site: Any, new: object) -> None:
+    """Says of ``site += new`` that ``new`` comes later, where that is what is wrong with it."""
+    first, other = (getattr(one, "_members", (one,))[0] for one in (site, new))
+    if isinstance(other, Operand) and first._root()._site is not None:
+        with Blaming(here()):
+            first._recorder.refuse_earlier(first._id, cast(Any, other)._id)
 
 
 def _unary(name: str, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:

@@ -101,11 +101,27 @@ _SAME_STEPS = (
 )
 
 
-def refuse_other_steps(site: Site, type_: TensorType, origin: Origin) -> bool:
+def refuse_earlier_steps(
+    site: Site, window: StepWindow, origin: Origin, locations: Sequence[Location]
+) -> None:
+    """Raises :class:`CausalityError` for a write in steps that are over when the value is made."""
+    made = origin.steps
+    if made is None or not made.single or window.stop is None or window.stop > made.start:
+        return
+    raise CausalityError(
+        f"{site.always} of {window.words} would need a value of {made.words}, which is made later",
+        also=(("the value was read at", locations[origin.number]),),
+        instead=f"a write in these steps: t.steps[{made.start}:].{spelling(site.always).removeprefix('model.')}; or "
+        "two generations, of which the second uses what the first saved",
+    )
+
+
+def refuse_other_steps(site: Site, type_: TensorType, origin: Origin, locations: Sequence[Location]) -> bool:
     """Raises for a write in steps in which the value is not there; is it there before all that they do?"""
     window, made = steps_of(site), origin.steps
     if made is None:
         return False
+    refuse_earlier_steps(site, window, origin, locations)
     if not window.within(made) and not (made.single and made.start <= window.start):
         shown = "before it is there" if made.single else "which are not all of these"
         raise GenerationStepError(

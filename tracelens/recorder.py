@@ -52,6 +52,7 @@ from tracelens.origins import (
     latest_origin,
     origin_in_steps,
     refuse_backwards,
+    refuse_earlier_steps,
     refuse_other_steps,
 )
 from tracelens.saving import SavingDraft
@@ -187,12 +188,20 @@ class Recorder(SavingDraft):
             inferred = infer_index_put(
                 self.types[base], self._abstract_index(index), abstract, self._inferring
             )
+            if self.generating and isinstance(arg, Ref):
+                self.refuse_earlier(base, arg.id)
             origin = self._origin([Ref(base), arg, *_index_refs(index)], by_token=_selects(index))
             if not by_token:
                 self._check_positions("indexed assignment", inferred, (self.types[base],), origin)
         type_ = self.types[base]
         op = IndexPut(len(self.types), type_, base, index, arg)
         return self._take(self._step(op, (type_,), origin, inferred), location)
+
+    def refuse_earlier(self, base: int, value: int) -> None:
+        """Raises where what is read at a site would become a value of steps that come after all of its own."""
+        there, origin = self._origins[base], self._origins[value]
+        if there is not None and there.steps is not None and origin is not None:
+            refuse_earlier_steps(next(iter(there.sites)), there.steps, origin, self.locations)
 
     def apply(
         self, function: object, args: Sequence[object], types: tuple[TensorType, ...]
@@ -257,7 +266,7 @@ class Recorder(SavingDraft):
         if (
             origin is not None
             and isinstance(arg, Ref)
-            and not (self.generating and refuse_other_steps(site, self.types[arg.id], origin))
+            and not (self.generating and refuse_other_steps(site, self.types[arg.id], origin, self.locations))
         ):
             refuse_backwards(site, origin, self.locations, location)
         op = Write(site, self._versions.get(site.always, 0) + 1, arg)
@@ -287,7 +296,7 @@ class Recorder(SavingDraft):
             origin = self._origins[arg.id] if isinstance(arg, Ref) else None
             self._check_positions("a write", inferred, (), origin)
             if origin is not None and isinstance(arg, Ref) and self.generating:
-                refuse_other_steps(site, self.types[arg.id], origin)
+                refuse_other_steps(site, self.types[arg.id], origin, self.locations)
             if origin is not None:
                 refuse_unready(skipped, origin, self.locations)
             refuse_overlooked(skipped, self.ops, self.locations, self.anatomy)

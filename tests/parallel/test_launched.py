@@ -78,6 +78,8 @@ def check(tmp_path: Path, hf: Any) -> list[dict[str, Any]]:
             assert rank[what]["error"] == "PlansDifferError"
             assert words in rank[what]["problem"]
             assert rank[what]["file"] == str(SCRIPT)
+        assert rank["stream"]["error"] == "OptionError"
+        assert "under torchrun every rank runs the loop itself" in rank["stream"]["problem"]
     whole = sum(parameter.nbytes for parameter in hf.parameters())
     assert all(0.3 * whole < rank["bytes"] < 0.7 * whole for rank in seen)
     return seen

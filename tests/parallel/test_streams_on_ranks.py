@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ import tracelens as tl
 from tests.support.families import D_MODEL
 from tests.support.ranks import PoolOf, fragile
 from tests.support.spread_models import Both, both
-from tracelens import errors
+from tracelens import errors, ranked
 from tracelens.backends.ranks.pool import Ranks
 
 ROWS = [[5, 6, 7, 8, 9, 10, 4, 3], [11, 12], [3, 4, 5]]
@@ -29,6 +29,7 @@ SPREADS = {"llama tp2": ("llama", {"tp": 2}), "gemma3 pp2": ("gemma3", {"pp": 2}
 def models(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
 ) -> Iterator[Both]:
+    more: dict[str, Any]
     family, more = SPREADS[request.param]
     found = both(family, tmp_path_factory.mktemp("streaming"), ranks_of, settings=SHARP, **more)
     yield found
@@ -91,7 +92,10 @@ def test_events_are_those_of_one_process(models: Both, options: dict[str, Any]) 
     free(models)
 
 
-def test_leaving_the_loop_ends_it_on_all_ranks(models: Both) -> None:
+def test_leaving_the_loop_ends_it_on_all_ranks(models: Both, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[Any] = []
+    pass_on = ranked._pass_on
+    monkeypatch.setattr(ranked, "_pass_on", lambda *said: told.append(said[1]) or pass_on(*said))
     ranks = models.spread.ranks
     assert ranks is not None
     pids = ranks.pids
@@ -118,6 +122,7 @@ def test_leaving_the_loop_ends_it_on_all_ranks(models: Both) -> None:
     unused = models.spread.stream(ROWS, graph, max_new_tokens=40)
     unused.close()
     assert seen == [0, 1, 2]
+    assert len(told) <= 3 * 5  # at most some steps ahead of the loops, and not all 40
     assert ranks.pids == pids, "nothing had to be started anew"
 
 
@@ -151,11 +156,11 @@ def two() -> Iterator[Ranks]:
         yield ranks
 
 
-@pytest.mark.parametrize("more", [{"tp": 2}, {"pp": 2}], ids=str)
+@pytest.mark.parametrize("how", ["tp", "pp"])
 def test_a_rank_that_fails_in_a_step_ends_the_stream_with_its_line(
-    more: dict[str, int], two: Ranks, tiny_folder: Path
+    how: Literal["tp", "pp"], two: Ranks, tiny_folder: Path
 ) -> None:
-    model = tl.load(tiny_folder, ranks=two, **more)
+    model = tl.load(tiny_folder, ranks=two, tp=1 + (how == "tp"), pp=1 + (how == "pp"))
     with model.record(generation=True) as r:
         (model.layers[0].resid_post / 10).sinh().save("x")
     pids = two.pids
@@ -172,7 +177,7 @@ def test_a_rank_that_fails_in_a_step_ends_the_stream_with_its_line(
     for rank in (0, 1, "all"):
         two.ask("arm", {"rank": rank, "how": "third time"})
         seen, error = events()
-        if more == {"pp": 2} and rank == 1:  # which has no such step
+        if how == "pp" and rank == 1:  # which has no such step
             assert (seen, error) == ([0, 1, 2, 3, 4], None)
             continue
         assert seen == [0, 1]
@@ -189,14 +194,14 @@ def test_the_time_limit_is_that_of_a_step(two: Ranks, tiny_folder: Path) -> None
     """The steps before it, and what the loop does meanwhile, are not counted."""
     model = tl.load(tiny_folder, tp=2, ranks=two, timeout=30)
     with model.record(generation=True) as r:
-        r.decode.layers[0].resid_post.sinh().save("x")
+        r.steps[1].layers[0].resid_post.sinh().save("x")
     assert model._parts is not None
     model._parts.timeout = 3
     two.ask("arm", {"rank": 1, "how": "short sleep"})
-    events = model.stream([[5, 6, 7]], r, max_new_tokens=2, eos_token_id=None)
+    events = model.stream([[5, 6, 7]], r, max_new_tokens=4, eos_token_id=None)
     next(events)
-    time.sleep(3.2)
-    assert [event.step for event in events] == [1]  # of 2 seconds
+    time.sleep(5.4)  # step 1 takes 2 of these seconds, and then the ranks wait
+    assert [event.step for event in events] == [1, 2, 3]
     two.ask("arm", {"rank": 1, "how": "sleep"})
     with pytest.raises(errors.RankTimeoutError, match="each step has that time") as caught:
         list(model.stream([[5, 6, 7]], r, max_new_tokens=3, eos_token_id=None))

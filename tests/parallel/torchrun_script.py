@@ -91,6 +91,7 @@ def other_tensors() -> None:
         model.logits.save()
 
 
+seen["stream"] = refusal(lambda: model.stream([[5, 6, 7]], max_new_tokens=2))
 seen["prompts"] = refusal(other_prompts)
 seen["blocks"] = refusal(other_blocks)
 seen["tensors"] = refusal(other_tensors)
