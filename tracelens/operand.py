@@ -68,10 +68,10 @@ def _in_place(name: str, plain: Callable[[Any, Any], Any]) -> Callable[[Any, obj
 
 def _refuse_earlier(site: Any, new: object) -> None:
     """Says of ``site += new`` that ``new`` comes later, where that is what is wrong with it."""
-    first, other = (getattr(one, "_members", (one,))[0] for one in (site, new))
-    if isinstance(other, Operand) and first._root()._site is not None:
+    first, other = (cast(Any, getattr(one, "_members", (one,))[0]) for one in (site, new))
+    if isinstance(new, Operand) and first._root()._site is not None:
         with Blaming(here()):
-            first._recorder.refuse_earlier(first._id, cast(Any, other)._id)
+            first._recorder.refuse_earlier(first._id, other._id)
 
 
 def _unary(name: str, plain: Callable[[Any], Any]) -> Callable[[Any], Any]:
