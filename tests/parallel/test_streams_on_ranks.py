@@ -47,6 +47,7 @@ def recorded(model: tl.Model) -> tl.Graph:
             scope.layers[1].z[:, -1].save(f"{name} z")
             scope.layers[2].mlp_out.save(f"{name} out", dtype=torch.bfloat16)
         model.logits[:, -1].argmax(-1).save("pick")
+        (model.next_tokens[:, -1] * 1).save("next")  # known when the pass is over
     return r.graph
 
 
