@@ -27,6 +27,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("tracelens_error", 0),
     ("location", 0),
     ("view", 0),
+    ("readout_tiles", 0),
     ("readout_part", 0),
     ("readout", 0),
     ("ir.passes", 2),

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from tracelens.readout_part import (
     LOWEST,
-    WORKSPACE,
     Ask,
     Asked,
     Head,
@@ -34,6 +33,7 @@ from tracelens.readout_part import (
     target_logits,
     wide_dtype,
 )
+from tracelens.readout_tiles import WORKSPACE
 
 # --- the functions that a graph holds ----------------------------------------------------------------------------
 
@@ -60,7 +60,7 @@ def lens(
     if torch.is_grad_enabled() and any(part.requires_grad for part in known):
         return _dense(head, state, reference, targets, asks)
     need, aims = asked(asks, len(targets)), spread(targets, state)
-    own = target_logits(head, state, aims)
+    own = target_logits(head, state, aims, workspace=workspace)
     floats, integers = part(head, state, reference, need, aims, own, workspace=workspace)
     return joined(floats[None], integers[None], need, asks, (0,))
 
@@ -73,10 +73,12 @@ def lens_targets(
     starts: Sequence[int],
     *,
     rank: int,
+    workspace: int = WORKSPACE,
     **options: Any,
 ) -> Tensor:
     """The logits [t, ...] of the tokens asked for, where this rank's part of the vocabulary has them."""
-    return target_logits(Head(weight, bias, **options), state, spread(targets, state), starts[rank])
+    head = Head(weight, bias, **options)
+    return target_logits(head, state, spread(targets, state), starts[rank], workspace=workspace)
 
 
 def lens_part(

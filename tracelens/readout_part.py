@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-WORKSPACE = 64 * 2**20
-"""Bytes that the logits in hand may take, unless it is said otherwise."""
+from tracelens.readout_tiles import WORKSPACE, Costs, tiles_of
+
 LOWEST = -1e30
 """Below every logit, and yet no infinity, of which differences would be nan."""
 _BLOCK = 64
@@ -40,14 +40,21 @@ class Head:
 
     def of_tokens(self, rows: Tensor, tokens: Tensor) -> Tensor:
         """The logit of one token for each row: [n, D] and [n] to [n]."""
-        found = torch.linalg.vecdot(rows, self.weight[tokens])
-        return self._bent(found if self.bias is None else found + self.bias[tokens])
+        # As a product of matrices does it: summed up in the wide dtype, and rounded once.
+        wide = wide_dtype(rows.dtype)
+        found = self.weight[tokens].to(wide).mul_(rows).sum(-1)
+        if self.bias is not None:
+            found += self.bias[tokens]
+        return self._bent(found.to(rows.dtype))
 
     def _bent(self, logits: Tensor) -> Tensor:
+        if torch.is_grad_enabled() and logits.requires_grad:
+            logits = logits if self.scale is None else logits * self.scale
+            return logits if self.softcap is None else torch.tanh(logits / self.softcap) * self.softcap
         if self.scale is not None:
-            logits = logits * self.scale
+            logits.mul_(self.scale)
         if self.softcap is not None:
-            logits = torch.tanh(logits / self.softcap) * self.softcap
+            logits.div_(self.softcap).tanh_().mul_(self.softcap)
         return logits
 
 
@@ -87,16 +94,25 @@ def spread(targets: Sequence[Target], state: Tensor) -> list[Tensor]:
     ]
 
 
-def target_logits(head: Head, state: Tensor, targets: Sequence[Tensor], first: int = 0) -> Tensor:
+def target_logits(
+    head: Head, state: Tensor, targets: Sequence[Tensor], first: int = 0, *, workspace: int = WORKSPACE
+) -> Tensor:
     """The logits of the tokens asked for [t, ...]; the lowest number where another part has the token, or none has."""
     wide = wide_dtype(state.dtype)
     found = state.new_full((len(targets), *state.shape[:-1]), LOWEST, dtype=wide)
-    size = head.weight.shape[0]
-    for row, target in zip(found, targets, strict=True):
-        place = target - first
-        here = (place >= 0) & (place < size)
-        logits = head.of_tokens(state, place.clamp(0, max(size - 1, 0))) if size else row
-        row.copy_(torch.where(here, logits.to(wide), row))
+    size, width = head.weight.shape
+    if not size:
+        return found
+    rows = state.reshape(-1, width)
+    # Of each state there is the row of its token, and the same in the wide dtype.
+    some = max(1, workspace // (width * (wide.itemsize + state.dtype.itemsize) + 64))
+    for logits, target in zip(found.view(len(targets), len(rows)), targets, strict=True):
+        for start in range(0, len(rows), some):
+            part = slice(start, start + some)
+            place = target.reshape(-1)[part] - first
+            here = (place >= 0) & (place < size)
+            own = head.of_tokens(rows[part], place.clamp(0, size - 1)).to(wide)
+            logits[part] = own.masked_fill_(~here, LOWEST)
     return found
 
 
@@ -129,7 +145,9 @@ def part(
     aims = [target.reshape(layers, columns) - first for target in targets]
     known = None if own is None else own.reshape(len(targets), layers, columns)
     vocabulary = head.weight.shape[0]
-    tile, chunk, group = _portions(layers, columns, vocabulary, workspace, state.dtype, need)
+    tile, chunk, group = tiles_of(
+        layers, columns, vocabulary, workspace, costs(rows.shape[-1], state.dtype, need)
+    )
     for start in range(0, columns, tile):
         width = slice(start, start + tile)
         parts = [
@@ -154,32 +172,20 @@ def part(
     return floats.reshape(-1, *lead), integers.reshape(-1, *lead)
 
 
-def _portions(
-    layers: int, columns: int, vocabulary: int, workspace: int, dtype: torch.dtype, need: Asked
-) -> tuple[int, int, int]:
-    """How many positions, tokens of the vocabulary and layers are in hand at once.
+def costs(width: int, dtype: torch.dtype, need: Asked) -> Costs:
+    """What is in hand for a state of so many numbers and the logits made of it.
 
-    For each logit of the layers in hand there are its number, its power and, if need be, the product in the dtype of
-    the model and the truth of a comparison; the reference has one of each beside them.
+    For each logit its number and its power; the product in the dtype of the model is gone before there are powers, and
+    comparisons are made in their memory. To merge the largest takes what ``least`` says, before there are powers.
     """
     wide = wide_dtype(dtype).itemsize
-    each = 2 * wide + (dtype.itemsize if dtype.itemsize < wide else 0) + bool(need.targets)
-    room = max(1, workspace // each)
-    beside = int(need.divergence)
-    whole = max(1, vocabulary)
-    # All layers of as many positions as fit; else chunks of the vocabulary; fewer layers only if nothing else helps.
-    chunk = min(whole, max(_CHUNK, room // (layers + beside)))
-    group = max(1, min(layers, room // chunk - beside))
-    tile = max(1, min(columns, room // ((group + beside) * chunk)))
-    if tile == 1 and group == 1:
-        chunk = max(min(whole, _LEAST), min(chunk, room // (1 + beside)))
-    return tile, chunk, group
-
-
-_CHUNK = 4096
-"""A product with fewer tokens than this would be slow."""
-_LEAST = 256
-"""Fewer tokens at once would save next to nothing: what is kept of a row is of that size."""
+    return Costs(
+        row=width * dtype.itemsize + need.floats * wide + need.integers * 8,
+        token=2 * wide,
+        line=16 * wide,
+        least=need.k * (4 * wide + 5 * 8),
+        of_reference=2 * wide if need.divergence else 0,
+    )
 
 
 class _Reference:
@@ -194,6 +200,7 @@ class _Reference:
         self.below = self.powers = rows
 
     def take(self, head: Head, low: int, high: int, wide: torch.dtype) -> None:
+        self.below = self.powers = self.rows  # those of the chunk before are let go of
         logits = head.logits(self.rows, low, high).to(wide)
         most = torch.maximum(self.most, logits.amax(-1))
         self.shift = self.most - most
@@ -209,7 +216,8 @@ class _Rows:
     """What is kept of some layers at the positions in hand: [layers, positions]."""
 
     def __init__(self, rows: Tensor, need: Asked, aims: list[Tensor], own: Tensor | None) -> None:
-        self.rows, self.need, self.aims = rows, need, aims
+        # Next to each other, for one product; a copy where they are not.
+        self.rows, self.need, self.aims = rows.reshape(-1, rows.shape[-1]), need, aims
         shape, wide = rows.shape[:-1], wide_dtype(rows.dtype)
         self.most = rows.new_full(shape, LOWEST, dtype=wide)
         self.total = torch.zeros_like(self.most)
@@ -221,26 +229,25 @@ class _Rows:
         self.above = [torch.zeros(shape, dtype=torch.int64, device=rows.device) for _ in aims]
 
     def take(self, head: Head, low: int, high: int, wide: torch.dtype, reference: _Reference | None) -> None:
-        product = head.logits(self.rows.reshape(-1, self.rows.shape[-1]), low, high)
-        logits = product.to(wide).reshape(*self.rows.shape[:-1], high - low)
+        logits = head.logits(self.rows, low, high).to(wide).view(*self.most.shape, high - low)
         most = torch.maximum(self.most, logits.amax(-1))
         if self.need.k:
             self._largest(logits, low)
+        powers = torch.empty_like(logits)
         for number, aim in enumerate(self.aims):
-            self._count(number, aim, logits, low, high)
+            self._count(number, aim, logits, low, high, powers)
         shift = self.most - most
         scale = shift.exp()
         below = logits.sub_(most[..., None])
-        powers = below.exp()
-        if self.weighed is not None:
-            self.weighed = scale * (self.weighed + shift * self.total) + torch.linalg.vecdot(powers, below)
-        self.total = self.total * scale + powers.sum(-1)
+        torch.exp(below, out=powers)
+        before, self.total = self.total, self.total * scale + powers.sum(-1)
         self.most = most
+        # From here on in the memory of the powers, which are done with.
+        if self.weighed is not None:
+            self.weighed = scale * (self.weighed + shift * before) + powers.mul_(below).sum(-1)
         if self.crossed is not None and reference is not None:
             moved = reference.before * (reference.shift - shift)
-            # In the memory of the powers, which are done with.
-            apart = torch.sub(reference.below, below, out=powers)
-            crossed = torch.linalg.vecdot(reference.powers.expand_as(apart), apart)
+            crossed = torch.sub(reference.below, below, out=powers).mul_(reference.powers).sum(-1)
             self.crossed = reference.scale * (self.crossed + moved) + crossed
 
     def _largest(self, logits: Tensor, low: int) -> None:
@@ -252,13 +259,14 @@ class _Rows:
         self.at = torch.cat([self.at, places + low], -1).gather(-1, order)
         self.top = values
 
-    def _count(self, number: int, aim: Tensor, logits: Tensor, low: int, high: int) -> None:
+    def _count(self, number: int, aim: Tensor, logits: Tensor, low: int, high: int, room: Tensor) -> None:
         place = aim - low
         here = (place >= 0) & (place < high - low)
         found = logits.gather(-1, place.clamp(0, high - low - 1)[..., None])[..., 0]
         # The very number among those that it is compared with: a product of another shape may round otherwise.
         own = torch.where(here, found, self.own[number])
-        self.above[number] += (logits > own[..., None]).sum(-1)
+        # A sum of truths would first make a whole number of each. These are exact, up to 2^24 of them.
+        self.above[number] += torch.gt(logits, own[..., None], out=room).sum(-1).long()
         self.own[number] = own
 
     def store(self, floats: Tensor, integers: Tensor, reference: _Reference | None, first: int) -> None:
@@ -290,13 +298,12 @@ def _topk(logits: Tensor, k: int) -> tuple[Tensor, Tensor]:
     apart = logits[..., :even].unflatten(-1, (blocks, _BLOCK))
     chosen = apart.amax(-1).topk(k, -1).indices
     some = apart.gather(-2, chosen[..., None].expand(*chosen.shape, _BLOCK)).flatten(-2)
-    places = (chosen[..., None] * _BLOCK + torch.arange(_BLOCK, device=logits.device)).flatten(-2)
     if even < size:
         some = torch.cat([some, logits[..., even:]], -1)
-        rest = torch.arange(even, size, device=logits.device).expand(*places.shape[:-1], -1)
-        places = torch.cat([places, rest], -1)
     values, order = some.topk(k, -1)
-    return values, places.gather(-1, order)
+    block = chosen.gather(-1, (order // _BLOCK).clamp(max=k - 1))
+    behind = order - k * _BLOCK
+    return values, torch.where(behind < 0, block * _BLOCK + order % _BLOCK, even + behind)
 
 
 def wide_dtype(dtype: torch.dtype) -> torch.dtype:

@@ -16,7 +16,6 @@ from tracelens.ir.rules_lens import JOINED, PART, TARGETS, asks_of, wide_dtype, 
 from tracelens.ir.types import DType, TensorType
 from tracelens.sharding_rules import Choice
 
-_BENT = ("scale", "softcap")
 _NAMES = "state weight bias reference targets asks * scale softcap workspace"
 
 
@@ -41,7 +40,6 @@ def lens_in_steps(
     starts = tuple(owned(vocabulary, ranks, rank)[0] for rank in range(ranks))
     if owned(vocabulary, ranks, ranks - 1)[0] == vocabulary:
         return None  # a rank has nothing
-    bent = tuple((name, value) for name, value in op.kwargs if name in _BENT)
     lead, wide = types[state.id].shape[:-1], wide_dtype(types[state.id].dtype)
     steps: list[Call] = []
     own: Ref | None = None
@@ -49,7 +47,7 @@ def lens_in_steps(
         own = Ref(new())
         type_ = TensorType(wide, (len(targets), *lead))
         args: tuple[Arg, ...] = (state, weight, bound["bias"], targets, starts)
-        steps.append(Call((own.id,), (type_,), TARGETS, args, bent))
+        steps.append(Call((own.id,), (type_,), TARGETS, args, op.kwargs))
     asks = asks_of(bound["asks"], len(targets))
     numbers, integers = widths(asks, len(targets))
     outs = (new(), new())

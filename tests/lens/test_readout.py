@@ -1,0 +1,241 @@
+"""Statistics of streamed logits against whole logits in float64, however the vocabulary is cut and read."""
+
+from __future__ import annotations
+
+from itertools import accumulate
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from tracelens import readout, readout_tiles
+from tracelens.readout_part import Asked, costs
+from tracelens.readout_tiles import Tiles, tiles_of
+
+ASKS = (
+    ("topk", 3),
+    ("entropy",),
+    ("kl",),
+    ("log_prob", 0),
+    ("rank", 0),
+    ("logit", 1),
+    ("logsumexp",),
+    ("rank", 1),
+    ("topk", 1),
+)
+
+
+def whole(
+    state: Tensor, weight: Tensor, bias: Tensor | None, scale: float | None, softcap: float | None
+) -> Tensor:
+    """All logits, in float64."""
+    logits = state.double() @ weight.double().T
+    logits = logits if bias is None else logits + bias.double()
+    logits = logits if scale is None else logits * scale
+    return logits if softcap is None else torch.tanh(logits / softcap) * softcap
+
+
+def answers(logits: Tensor, reference: Tensor, targets: list[Tensor], k: int) -> list[Tensor]:
+    log_probs = logits.log_softmax(-1)
+    other = reference.log_softmax(-1)
+    size = logits.shape[-1]
+    found: list[Tensor] = [*log_probs.topk(k, -1)]
+    found.append(-(log_probs.exp() * log_probs).sum(-1))
+    found.append((other.exp() * (other - log_probs)).sum(-1))
+    own, ranks = [], []
+    for target in targets:
+        known = (target >= 0) & (target < size)
+        at = logits.gather(-1, target.clamp(0, size - 1)[..., None])
+        own.append(at[..., 0].masked_fill(~known, torch.nan))
+        ranks.append((logits > at).sum(-1).masked_fill(~known, -1))
+    found += [own[0] - logits.logsumexp(-1), ranks[0], own[1], logits.logsumexp(-1), ranks[1]]
+    return [*found, *log_probs.topk(1, -1)]
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> dict[str, Any]:
+    width = draw(st.integers(1, 12))
+    vocabulary = draw(st.integers(1, 400))
+    parts = draw(st.integers(1, min(5, vocabulary)))
+    cuts = sorted(
+        draw(st.lists(st.integers(0, vocabulary), min_size=parts - 1, max_size=parts - 1, unique=False))
+    )
+    return {
+        "lead": draw(st.sampled_from([(), (3,), (2, 3), (4, 2, 3), (1, 5, 1)])),
+        "of_reference": draw(st.integers(0, 2)),
+        "width": width,
+        "vocabulary": vocabulary,
+        "cuts": cuts,
+        "k": draw(st.sampled_from([1, 3, vocabulary])),
+        "workspace": draw(st.sampled_from([1, 500, 5000, 20000, 10**8])),
+        "least": draw(st.sampled_from([1, 7, 64, 256])),
+        "scale": draw(st.sampled_from([None, 0.3])),
+        "softcap": draw(st.sampled_from([None, 2.0])),
+        "bias": draw(st.booleans()),
+        "dtype": draw(st.sampled_from([torch.float32, torch.float64, torch.bfloat16])),
+        "offset": draw(st.sampled_from([0.0, 300.0, -300.0])),
+        "seed": draw(st.integers(0, 10**6)),
+    }
+
+
+def made(case: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor | None, Tensor, list[Tensor], list[Any]]:
+    generator = torch.Generator().manual_seed(case["seed"])
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).to(case["dtype"])
+
+    lead, width, vocabulary = case["lead"], case["width"], case["vocabulary"]
+    state, weight = normal(*lead, width), normal(vocabulary, width)
+    bias = normal(vocabulary) + case["offset"] if case["bias"] else None
+    reference = normal(*lead[min(case["of_reference"], len(lead)) :], width)
+    ids = torch.randint(-2, vocabulary, lead[1:] if len(lead) > 1 else lead, generator=generator)
+    one = int(torch.randint(0, vocabulary, (), generator=generator))
+    return state, weight, bias, reference, [ids.expand(lead), torch.full(lead, one)], [ids, one]
+
+
+def spoken(case: dict[str, Any], asks: tuple[Any, ...]) -> tuple[Tensor, ...]:
+    """As one process says it, or as ranks with a part each do, one after the other."""
+    state, weight, bias, reference, _, targets = made(case)
+    bent = {name: case[name] for name in ("scale", "softcap")}
+    room = case["workspace"]
+    starts = [0, *case["cuts"]]
+    if len(starts) == 1:
+        return readout.lens(state, weight, bias, reference, targets, asks, workspace=room, **bent)
+    heads = [
+        (weight[low:high], None if bias is None else bias[low:high])
+        for low, high in zip(starts, [*starts[1:], len(weight)], strict=True)
+    ]
+    own = torch.stack(
+        [
+            readout.lens_targets(state, *head, targets, starts, rank=rank, workspace=room, **bent)
+            for rank, head in enumerate(heads)
+        ]
+    ).amax(0)
+    said = [
+        readout.lens_part(
+            state, *head, reference, own, targets, asks, starts, rank=rank, workspace=room, **bent
+        )
+        for rank, head in enumerate(heads)
+    ]
+    floats, integers = (torch.cat(of) for of in zip(*said, strict=True))
+    return readout.lens_joined(floats, integers, len(targets), asks, starts)
+
+
+@given(cases())
+@settings(max_examples=300)
+def test_however_it_is_cut_the_numbers_are_those_of_whole_logits(case: dict[str, Any]) -> None:
+    asks = (("topk", case["k"]), *ASKS[1:])
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(readout_tiles, "CHUNK", 4 * case["least"])
+        patch.setattr(readout_tiles, "LEAST", case["least"])
+        found = spoken(case, asks)
+    state, weight, bias, reference, targets, _ = made(case)
+    bent = case["scale"], case["softcap"]
+    logits, others = whole(state, weight, bias, *bent), whole(reference, weight, bias, *bent)
+    wanted = answers(logits, others, targets, case["k"])
+    assert len(found) == len(wanted)
+    # What rounding to the dtype of the model, and 300 beside a logit, leave of the digits.
+    largest = max(1.0, logits.abs().max().item(), others.abs().max().item())
+    exact = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2.0**-7}[case["dtype"]]
+    bound = max(1e-12, 4 * largest * exact) if case["dtype"] is not torch.float32 else max(1e-5, 4 * largest * exact)
+    asked = [name for name, *_ in asks for _ in range(2 if name == "topk" else 1)]
+    for place, (name, one, other) in enumerate(zip(asked, found, wanted, strict=True)):
+        assert one.shape == other.shape
+        if name == "rank":
+            target = targets[0] if place == asked.index("rank") else targets[1]
+            at = logits.gather(-1, target.clamp(min=0)[..., None])
+            low = (logits > at + bound).sum(-1).where(target >= 0, -1)
+            high = (logits > at - bound).sum(-1).where(target >= 0, -1)
+            assert ((low <= one) & (one <= high)).all()
+            assert torch.equal(one.eq(-1), target < 0)
+        elif one.dtype is torch.int64:
+            assert ((one >= 0) & (one < case["vocabulary"])).all()
+            at = logits.log_softmax(-1).gather(-1, one)
+            assert_close(at, wanted[place - 1], atol=2 * bound, rtol=0)
+            assert all(len(set(row)) == one.shape[-1] for row in one.reshape(-1, one.shape[-1]).tolist())
+        else:
+            assert one.dtype is (torch.float64 if case["dtype"] is torch.float64 else torch.float32)
+            assert_close(one.double(), other, atol=10 * bound, rtol=1e-5, equal_nan=True)
+
+
+def test_where_logits_are_apart_the_tokens_and_ranks_are_the_very_same() -> None:
+    generator = torch.Generator().manual_seed(0)
+    state, weight = torch.randn(6, 40, 16, generator=generator), torch.randn(5000, 16, generator=generator)
+    ids = torch.randint(0, 5000, (40,), generator=generator)
+    logits = whole(state, weight, None, None, None)
+    values, indices = logits.topk(21, -1)
+    clear = values[..., :20] - values[..., 1:] > 1e-4
+    at = logits.gather(-1, ids.expand(6, 40)[..., None])
+    alone = ((logits - at).abs() < 1e-4).sum(-1) == 1
+    assert clear.float().mean() > 0.9 < alone.float().mean() + 0.2
+    for workspace in (1, 10**5, 10**6, 10**9):
+        _, tokens, ranks = readout.lens(
+            state, weight, None, None, [ids], (("topk", 20), ("rank", 0)), workspace=workspace
+        )
+        assert torch.equal(tokens[clear], indices[..., :20][clear])
+        assert torch.equal(ranks[alone], (logits > at).sum(-1)[alone])
+
+
+def test_equal_logits_are_no_better_ones() -> None:
+    weight = torch.ones(1000, 4)
+    weight[10] = 2
+    (rank,) = readout.lens(torch.ones(3, 4), weight, None, None, [700], (("rank", 0),), workspace=1)
+    assert rank.tolist() == [1, 1, 1]
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_derivatives_go_through_the_same_numbers(softcap: float | None) -> None:
+    case = {
+        "lead": (2, 3), "of_reference": 1, "width": 8, "vocabulary": 50, "cuts": [], "k": 3, "workspace": 900,
+        "scale": 0.7, "softcap": softcap, "bias": True, "dtype": torch.float64, "offset": 0.0, "seed": 3,
+    }  # fmt: skip
+    state, weight, bias, reference, _, targets = made(case)
+    bent = {"scale": 0.7, "softcap": softcap}
+    streamed = readout.lens(state, weight, bias, reference, targets, ASKS, **bent)
+    state = state.requires_grad_()
+    through = readout.lens(state, weight, bias, reference, targets, ASKS, **bent)
+    for one, other in zip(streamed, through, strict=True):
+        assert_close(one, other.detach(), atol=1e-12, rtol=1e-12, equal_nan=True)
+    assert torch.autograd.gradcheck(
+        lambda x: readout.lens(x, weight, bias, reference, [4], (("kl",), ("log_prob", 0)), **bent), (state,)
+    )
+
+
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+
+class Living(TorchDispatchMode):
+    """The most bytes that tensors made within it have at one moment."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.most = 0
+        self._sizes: dict[int, int] = {}
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        found = function(*args, **(kwargs or {}))
+        for one in found if isinstance(found, tuple | list) else (found,):
+            if isinstance(one, Tensor):
+                self._see(one.untyped_storage())
+        return found
+
+    def _see(self, storage: torch.UntypedStorage) -> None:
+        import weakref
+
+        key = storage._cdata
+        if key in self._sizes:
+            return
+        self._sizes[key] = storage.nbytes()
+        self.now += storage.nbytes()
+        self.most = max(self.most, self.now)
+        weakref.finalize(storage, self._gone, key)
+
+    def _gone(self, key: int) -> None:
+        self.now -= self._sizes.pop(key, 0)
+
+

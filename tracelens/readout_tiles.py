@@ -1,0 +1,78 @@
+"""How much of the logits is in hand at once, so that what is computed with them fits a workspace.
+
+What a tile of positions takes, in bytes, for ``layers`` states of each position::
+
+    positions * (layers * row + group * line + beside)
+
+``row`` is kept of every state while the vocabulary goes by: the state itself, where it has to be copied next to the
+others, and what it has been found to say. ``line`` is there for the layers whose logits are in hand: for each token of
+a chunk of the vocabulary some numbers. ``beside`` is the same for the reference that they are compared with.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+WORKSPACE = 64 * 2**20
+"""Bytes that may be in hand, unless it is said otherwise."""
+CHUNK = 4096
+"""A product with fewer tokens of the vocabulary than this would be slow."""
+LEAST = 256
+"""Fewer tokens at once would save next to nothing: what is kept of a row is of that size."""
+
+
+class Tiles(NamedTuple):
+    """How many positions, tokens of the vocabulary and layers are in hand at once."""
+
+    positions: int
+    tokens: int
+    layers: int
+
+
+@dataclass(frozen=True)
+class Costs:
+    """Bytes in hand: ``row`` for a state; and for a layer in hand and the reference so many for each token.
+
+    ``line``: for a layer in hand besides, whatever the chunk is; ``least``: as much at least in place of the second
+    half of what its tokens take.
+    """
+
+    row: int
+    token: int
+    line: int = 0
+    least: int = 0
+    of_reference: int = 0
+
+    def of_line(self, tokens: int) -> int:
+        """What a layer in hand takes, and so many tokens of it."""
+        return self.line + tokens * self.token + max(0, self.least - tokens * (self.token // 2))
+
+    def of_tiles(self, layers: int, tiles: Tiles) -> int:
+        """What is in hand at most."""
+        beside = tiles.tokens * self.of_reference
+        return tiles.positions * (layers * self.row + tiles.layers * self.of_line(tiles.tokens) + beside)
+
+
+def tiles_of(layers: int, columns: int, vocabulary: int, workspace: int, costs: Costs) -> Tiles:
+    """As many positions at once as fit with all their layers, since the head is read once for each tile of them.
+
+    Where not even one fits, a chunk of the vocabulary is gone through by some of the layers after the others; what is
+    in hand then is one state, and :data:`LEAST` tokens at least, however small the workspace is.
+    """
+    layers, columns, vocabulary = max(1, layers), max(1, columns), max(1, vocabulary)
+    tokens = min(vocabulary, CHUNK)
+    fitting = workspace // costs.of_tiles(layers, Tiles(1, tokens, layers))
+    if fitting:
+        # Tiles of one size: a last one that is nearly empty reads the whole head for next to nothing.
+        positions = -(-columns // -(-columns // min(columns, fitting)))
+        group = layers
+    else:
+        positions = 1
+        one = costs.of_tiles(layers, Tiles(1, tokens, 0))
+        group = min(layers, max(1, (workspace - one) // costs.of_line(tokens)))
+        while tokens > LEAST and costs.of_tiles(layers, Tiles(1, tokens, group)) > workspace:
+            tokens = max(LEAST, tokens // 2)
+    while tokens < vocabulary and costs.of_tiles(layers, Tiles(positions, 2 * tokens, group)) <= workspace:
+        tokens *= 2
+    return Tiles(positions, -(-vocabulary // -(-vocabulary // min(tokens, vocabulary))), group)
