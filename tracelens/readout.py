@@ -141,11 +141,14 @@ def joined(
         at += 3
     if need.k:
         values = floats[:, at : at + need.k].movedim(1, -1)
-        begin = torch.tensor(starts, device=integers.device).reshape(-1, *(1,) * (values.ndim - 1))
-        tokens = integers[:, : need.k].movedim(1, -1) + begin
-        values, order = torch.cat(values.unbind(0), -1).topk(need.k, -1)
-        found["values"] = values
-        found["tokens"] = torch.cat(tokens.unbind(0), -1).gather(-1, order)
+        tokens = integers[:, : need.k].movedim(1, -1)
+        if len(starts) == 1:
+            found["values"], found["tokens"] = values[0], tokens[0]
+        else:
+            begin = torch.tensor(starts, device=integers.device).reshape(-1, *(1,) * (values.ndim - 1))
+            values, order = torch.cat(values.unbind(0), -1).topk(need.k, -1)
+            found["values"] = values
+            found["tokens"] = torch.cat((tokens + begin).unbind(0), -1).gather(-1, order)
         at += need.k
     own = floats[:, at:].amax(0)
     above = integers[:, need.k :].sum(0)
@@ -154,7 +157,7 @@ def joined(
         match ask[0]:
             case "topk":
                 answers.append(found["values"][..., : ask[1]] - found["logsumexp"][..., None])
-                answers.append(found["tokens"][..., : ask[1]])
+                answers.append(found["tokens"][..., : ask[1]].contiguous())
             case "entropy" | "logsumexp" | "kl":
                 answers.append(found[ask[0]])
             case _:
