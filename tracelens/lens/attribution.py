@@ -209,7 +209,7 @@ class _Recording:
         misfit.save("final_norm misfit")
         if norm.bias is not None:
             (norm.bias * wanted).sum(-1).save("final_norm_bias")
-        bias = self.bias(anatomy.unembedding.removesuffix(".weight"))
+        bias = self.bias(anatomy.head.weight.removesuffix(".weight"))
         if bias is not None:
             self.wide(bias[ids]).save("unembed_bias")
         model.lm_head.tok[self.position][:, ids].save("raw")

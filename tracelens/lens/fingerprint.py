@@ -78,7 +78,7 @@ _known: weakref.WeakKeyDictionary[object, tuple[object, Fingerprint]] = weakref.
 def fingerprint_of(model: Model) -> Fingerprint:
     """The digests of a model's unembedding, made once: it is read, whole, from wherever it lies."""
     anatomy = model.anatomy
-    parameter = anatomy.parameter(anatomy.unembedding)
+    parameter = anatomy.parameter(anatomy.head.weight)
     # Of another tensor, or changed since: a user may train the model, or add tokens to it.
     state = (parameter.data_ptr(), parameter._version, tuple(parameter.shape))
     known = _known.get(anatomy)
