@@ -85,7 +85,8 @@ def logit_lens(
     if generate:
         with model.generate(prompt, max_new_tokens=generate, batch_size=batch_size, **options) as t:
             _look(model, t, asked, edit, generating=True)
-        new = t.tokens if not t.tokens or isinstance(t.tokens[0], list) else [t.tokens]
+        made: list[Any] = t.tokens
+        new: list[list[int]] = made if not made or isinstance(made[0], list) else [made]
     else:
         with model.trace(prompt, batch_size=batch_size) as t:
             _look(model, t, asked, edit, generating=False)
