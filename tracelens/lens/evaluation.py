@@ -89,7 +89,7 @@ def evaluate(
                 for kind, maps in enumerate(kinds):
                     with torch.no_grad():
                         logits = head.logits(head.norm(translated(state, maps[layer])))
-                    found[kind][layer].append(target.divergence(logits))
+                    found[kind][layer].append(target.compared(logits)[0])
     count = len(windows.ids)
     numbers: list[Any] = []
     for kind in found:

@@ -139,15 +139,10 @@ class Target:
         return cls(probabilities, logs.mul_(probabilities).sum(-1))
 
     @torch.no_grad()
-    def divergence(self, logits: Tensor) -> Tensor:
-        """KL(final || lens) [n] of the lens' logits [n, V], in nats."""
-        crossed = torch.linalg.vecdot(self.probabilities, logits)
-        return self.negative_entropy + logits.logsumexp(-1) - crossed
-
-    @torch.no_grad()
-    def gradient(self, logits: Tensor) -> Tensor:
-        """The derivative of the divergences' sum with respect to the logits: the lens' probabilities less these."""
-        return logits.softmax(-1).sub_(self.probabilities)
+    def compared(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        """KL(final || lens) [n] in nats of the lens' logits [n, V], and the logs of its probabilities [n, V]."""
+        logs = logits.log_softmax(-1)
+        return self.negative_entropy - torch.linalg.vecdot(self.probabilities, logs), logs
 
 
 def translated(state: Tensor, translator: Translator | None) -> Tensor:
@@ -163,9 +158,11 @@ def learn(head: Head, target: Target, state: Tensor, translator: Translator, sha
     with torch.enable_grad():
         normed = head.norm(translated(state, translator))
     logits = head.logits(normed)
-    lost = target.divergence(logits).sum().item()
-    torch.autograd.backward([normed], [head.pulled_back(target.gradient(logits), logits) * share])
-    return lost
+    divergences, logs = target.compared(logits)
+    # The derivative by the logits: the lens' probabilities less the model's.
+    gradient = logs.exp_().sub_(target.probabilities)
+    torch.autograd.backward([normed], [head.pulled_back(gradient, logits) * share])
+    return divergences.sum().item()
 
 
 @dataclass
