@@ -70,7 +70,9 @@ if __name__ == "__main__":
     parser.add_argument("--rate", type=float, default=1.0, help="the learning rate")
     parser.add_argument("--clip", type=float, default=1.0, help="the largest norm of a step's gradient")
     parser.add_argument("--dtype", default="float32", help="of the model")
-    parser.add_argument("--folder", type=Path, default=None, help="where the lens and its checkpoint are kept")
+    parser.add_argument(
+        "--folder", type=Path, default=None, help="where the lens and its checkpoint are kept"
+    )
     parser.add_argument("--results", type=Path, default=None, help="a JSON file for what was found")
     chosen = parser.parse_args()
     small = tl.load("smollm2-135m", dtype=getattr(torch, chosen.dtype))

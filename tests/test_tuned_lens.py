@@ -165,8 +165,14 @@ def test_a_lens_is_used_in_a_block(hf: PreTrainedModel, lens: tl.TunedLens) -> N
         for layer in range(LAYERS):
             h = lens.translate(fresh.layers[layer].resid_post, layer)
             (fresh.hf.model.norm(h) @ fresh.unembed.T).log_softmax(-1).save(str(layer))
+        # A value knows which site it is of, or a part of.
+        lens.translate(fresh.layers[2].resid_pre[:, -1], 2).save("pre")
+        lens.translate(fresh.layers[1].resid_post[:, -1], 1).save("post")
+        with pytest.raises(LensMismatchError, match="'mlp_out' is none of those"):
+            lens.translate(fresh.layers[1].mlp_out[:, 0], 1)
         with pytest.raises(OptionError, match="a map of its own"):
             lens.translate(fresh.layers[:].resid_post, 1)
+    assert torch.equal(t["pre"], t["post"])
     with torch.no_grad():
         out = hf(torch.tensor(ids), output_hidden_states=True)
         for layer in range(LAYERS - 1):

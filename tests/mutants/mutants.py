@@ -57,6 +57,7 @@ EXPERTS = ("tests/conformance/test_experts.py",)
 EXPERTS_ON_RANKS = ("tests/parallel/test_experts.py",)
 PROBING = ("tests/test_probing.py",)
 STEPS = ("tests/test_sharding_steps.py",)
+TUNED = ("tests/test_tuned_lens.py", "-k")
 OWN_PART = ("tests/test_own_part.py",)
 RANK_FAILURES = ("tests/test_rank_failures.py",)
 RANK_MESSAGES = ("tests/test_rank_messages.py",)
@@ -2001,5 +2002,103 @@ MUTANTS = (
         "for row in panel.values.flip(0).tolist()]",
         "for row in panel.values.tolist()]",
         LENS_PICTURE,
+    ),
+    Mutant(
+        "tuned lens: resid_post is the state after its layer",
+        "lens/translators.py",
+        '{"resid_pre": 0, "resid_post": 1}',
+        '{"resid_pre": 0, "resid_post": 0}',
+        (*TUNED, "belongs_to_a_state"),
+    ),
+    Mutant(
+        "tuned lens: a value is of the site that it was read from",
+        "lens/tuned.py",
+        'component or (site.name if site is not None else "resid_post")',
+        'component or "resid_post"',
+        (*TUNED, "used_in_a_block"),
+    ),
+    Mutant(
+        "tuned lens: the soft-cap bends gradients too",
+        "lens/head.py",
+        "        if self.cap is not None:\n            gradient *=",
+        "        if self.cap is not None and False:\n            gradient *=",
+        (*TUNED, "autograd and gemma3"),
+    ),
+    Mutant(
+        "tuned lens: the head is held against the model's own",
+        "lens/training.py",
+        '        head.require_models_own(t["state"], t["logits"])\n',
+        "        pass\n",
+        (*TUNED, "unknown_kind"),
+    ),
+    Mutant(
+        "tuned lens: a learning rate that falls from step to step",
+        "lens/training.py",
+        'group["initial_lr"] * plan.rate(number)',
+        'group["initial_lr"] * plan.rate(0)',
+        (*TUNED, "published_plan and sgd"),
+    ),
+    Mutant(
+        "tuned lens: gradients are clipped over all maps together",
+        "lens/training.py",
+        "        nn.utils.clip_grad_norm_(self.parameters, plan.clip)\n",
+        "        for part in self.parameters:\n            nn.utils.clip_grad_norm_(part, plan.clip)\n",
+        (*TUNED, "published_plan and sgd"),
+    ),
+    Mutant(
+        "tuned lens: an epoch has its own order",
+        "lens/text_windows.py",
+        "manual_seed(seed + epoch)",
+        "manual_seed(seed)",
+        (*TUNED, "every_epoch"),
+    ),
+    Mutant(
+        "tuned lens: momenta come back from a checkpoint",
+        "lens/checkpoints.py",
+        "    for number, parameter in enumerate(progress.parameters):\n        prefix =",
+        "    for number, parameter in enumerate(progress.parameters[:0]):\n        prefix =",
+        (*TUNED, "stopped and sgd"),
+    ),
+    Mutant(
+        "tuned lens: a checkpoint is of one training",
+        "lens/checkpoints.py",
+        "    if stored != wanted:\n",
+        "    if False:\n",
+        (*TUNED, "checkpoint_of_another"),
+    ),
+    Mutant(
+        "tuned lens: nothing is unpickled",
+        "lens/lens_files.py",
+        'map_location="cpu", weights_only=True',
+        'map_location="cpu", weights_only=False',
+        (*TUNED, "code_in_a_file"),
+    ),
+    Mutant(
+        "tuned lens: another unembedding is refused",
+        "lens/tuned.py",
+        "        if not agrees:\n",
+        "        if False:\n",
+        (*TUNED, "another_model_is_refused"),
+    ),
+    Mutant(
+        "tuned lens: the strict digest is of all numbers",
+        "lens/fingerprint.py",
+        "    for name, dtype in _ROUNDED.items():",
+        "    matrix = matrix[:32]\n    for name, dtype in _ROUNDED.items():",
+        (*TUNED, "another_model_is_refused"),
+    ),
+    Mutant(
+        "tuned lens: numpy's print options are its defaults",
+        "lens/fingerprint.py",
+        "    with np.printoptions(**_PRINTED):\n",
+        "    with np.printoptions():\n",
+        (*TUNED, "loose_digest"),
+    ),
+    Mutant(
+        "tuned lens: a window begins as a text does",
+        "lens/text_windows.py",
+        "    room = context - len(before)\n",
+        "    before = []\n    room = context - len(before)\n",
+        (*TUNED, "windows_of_texts"),
     ),
 )

@@ -24,6 +24,7 @@ from tracelens.location import here
 from tracelens.mapped import MappedValue
 from tracelens.progress import watched
 from tracelens.slices import require_rows
+from tracelens.values import Value
 from tracelens.view import Line, Shown, Stack, Table, View
 
 if TYPE_CHECKING:
@@ -255,11 +256,12 @@ class TunedLens(Shown):
         """How it was trained, with the losses of each step; ``None`` for a lens that was loaded."""
         return self._training
 
-    def translate(self, value: Any, layer: int, component: str = "resid_post") -> Any:
+    def translate(self, value: Any, layer: int, component: str | None = None) -> Any:
         """A layer's state [..., D] as its map has it, in the same dtype; the map computes in float32.
 
         ``value``: a value of a block, or a tensor. ``component``: which site of the layer it is, ``resid_post`` or
-        ``resid_pre``. The last layer's ``resid_post`` comes back as it is.
+        ``resid_pre``; by default the one that the value was read from, and ``resid_post`` for a tensor or a computed
+        value. The last layer's ``resid_post`` comes back as it is.
 
         Raises :class:`~tracelens.errors.LensMismatchError` for other sites and layers.
         """
@@ -269,7 +271,8 @@ class TunedLens(Shown):
                     "each layer has a map of its own, and this is a value of several layers",
                     instead="one layer after the other: for layer in range(...): lens.translate(value, layer)",
                 )
-            number = state_of(component, layer)
+            site = value._root()._site if isinstance(value, Value) else None
+            number = state_of(component or (site.name if site is not None else "resid_post"), layer)
             count = self.config.num_hidden_layers
             if not 0 <= layer < count:
                 raise LensMismatchError(
