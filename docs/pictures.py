@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import tracelens as tl
-from docs import token_grids, trajectories
+from docs import token_grids, trajectories, tuned_curve
 from tracelens.lens.statistics import STATISTICS
 from tracelens.token_texts import token_texts
 from tracelens.viz.heat_map import Panel, heat_map
@@ -23,6 +23,7 @@ def make() -> list[tuple[Path, str]]:
         (PICTURES / "steered_generation.svg", trajectories.steered(model)),
         (PICTURES / "tokens_in_a_trace.svg", token_grids.grids(model, generating=False)),
         (PICTURES / "tokens_in_a_generation.svg", token_grids.grids(model, generating=True)),
+        (PICTURES / "tuned_lens.svg", tuned_curve.curve()),
     ]
 
 

@@ -9,12 +9,14 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from docs import pages, parallel_table, pictures, site_tables
+from docs import pages, parallel_table, pictures, site_tables, tuned_curve
 
 GENERATED: dict[str, Callable[[], str]] = {
     "vocabulary": site_tables.vocabulary,
     "families": site_tables.families,
     "matrix": parallel_table.matrix,
+    "tuned_lens": tuned_curve.table,
+    "tuned_lens_run": tuned_curve.run,
 }
 _SECTION = re.compile(r"(<!-- generated: (\w+) -->\n).*?(<!-- end of \2 -->)", re.DOTALL)
 

@@ -54,6 +54,20 @@ def test_parallel_plan(ranks_of: PoolOf, model: tl.Model) -> None:
         torch.testing.assert_close(found[name], expected[name], rtol=1e-4, atol=1e-5)
 
 
+def test_tuned_lens(model: tl.Model, tmp_path: Path) -> None:
+    trained, found = example("tuned_lens").main(
+        model, steps=1, tokens=16, context=16, most=2, folder=tmp_path, learning_rate=0.1
+    )
+    assert found.tokens == 32
+    # After one step on few tokens it is another lens, and one that can be read.
+    assert not torch.equal(found.kl[:-1], found.identity_kl[:-1])
+    again = tl.TunedLens.load(tmp_path)
+    assert torch.equal(again.translators[29].weight, trained.translators[29].weight)
+    seen, held_out = example("tuned_lens").texts()
+    known = {paragraph for text in seen for paragraph in text.split("\n\n")}
+    assert not known & {paragraph for text in held_out for paragraph in text.split("\n\n")} - {""}
+
+
 def test_activation_patching(model: tl.Model) -> None:
     grid = example("activation_patching").main(model)
     assert grid.shape == (30, 5)
