@@ -1,7 +1,6 @@
 """Draws how far a tuned lens is from the model's last word, layer by layer, from what ``examples/tuned_lens.py`` found.
 
-The run takes minutes to hours, so its results are stored: ``python -m examples.tuned_lens --results docs/tuned_lens.json``
-with the options that the page names.
+The run takes minutes to hours, so its results are stored: the page names the command.
 """
 
 from __future__ import annotations
@@ -24,20 +23,26 @@ def stored() -> dict[str, Any]:
 
 
 def curve() -> str:
-    """KL(final || lens) of every state but the last, on a logarithmic axis, as SVG: the tuned lens and the logit lens."""
+    """KL(final || lens) of every state but the last, on a logarithmic axis, as SVG: tuned lens and logit lens."""
     found = stored()
     states = len(found["kl"]) - 1
     parts = [
         *opening(_LEFT + _WIDTH + 24, _TOP + _HEIGHT + 56),
-        text(12, 20, "KL(final || lens) in nats per token, on text that was not trained on", size=13, bold=True),
+        text(
+            12, 20, "KL(final || lens) in nats per token, on text that was not trained on", size=13, bold=True
+        ),
     ]
     for power in range(round(math.log2(_LOW)), round(math.log2(_HIGH)) + 1):
         y = _y(2.0**power)
         parts.append(f'<line x1="{_LEFT}" y1="{y}" x2="{_LEFT + _WIDTH}" y2="{y}" stroke="#ddd"/>')
         parts.append(text(_LEFT - 8, round(y) + 4, f"{2.0**power:g}", anchor="end", colour="#555"))
     for state in range(0, states, 5):
-        parts.append(text(round(_x(state, states)), _TOP + _HEIGHT + 18, str(state), anchor="middle", colour="#555"))
-    words = "state of the stream: 0 is the embedding, l is layers[l - 1].resid_post; bars: two standard errors"
+        parts.append(
+            text(round(_x(state, states)), _TOP + _HEIGHT + 18, str(state), anchor="middle", colour="#555")
+        )
+    words = (
+        "state of the stream: 0 is the embedding, l is layers[l - 1].resid_post; bars: two standard errors"
+    )
     parts.append(text(_LEFT, _TOP + _HEIGHT + 40, words, colour="#555"))
     for name, key, colour in (("logit lens", "identity_kl", RED), ("tuned lens", "kl", BLUE)):
         values, errors = found[key][:-1], found[f"{key}_error"][:-1]
@@ -52,7 +57,9 @@ def curve() -> str:
             )
         at = round(0.55 * states)
         above = -14 if key == "identity_kl" else 22
-        parts.append(text(round(_x(at, states)), round(_y(values[at])) + above, name, colour=colour, bold=True))
+        parts.append(
+            text(round(_x(at, states)), round(_y(values[at])) + above, name, colour=colour, bold=True)
+        )
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 

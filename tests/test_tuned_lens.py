@@ -161,27 +161,46 @@ def test_a_lens_is_used_in_a_block(hf: PreTrainedModel, lens: tl.TunedLens) -> N
     ids = [[5, 6, 7, 8, 9]]
     fresh = tl.wrap(hf)  # whose unembedding has not been looked at yet
     with fresh.trace(ids) as t:
-        lens.check(fresh)  # in the middle of a block
+        streams = fresh.layers[:].resid_post
+        fresh.lens(streams, lens=lens).log_prob(11).save("all")
+        fresh.lens(streams).log_prob(11).save("plain")
+        fresh.lens(streams, lens=tl.TunedLens.identity(fresh)).log_prob(11).save("identity")
         for layer in range(LAYERS):
-            h = lens.translate(fresh.layers[layer].resid_post, layer)
-            (fresh.hf.model.norm(h) @ fresh.unembed.T).log_softmax(-1).save(str(layer))
+            h = fresh.layers[layer].resid_post
+            fresh.lens(h, lens=lens).log_prob(11).save(f"one {layer}")
+            fresh.lens(h * 1.0, lens=lens, layer=layer).log_prob(11).save(f"computed {layer}")
         # A value knows which site it is of, or a part of.
-        lens.translate(fresh.layers[2].resid_pre[:, -1], 2).save("pre")
-        lens.translate(fresh.layers[1].resid_post[:, -1], 1).save("post")
-        with pytest.raises(LensMismatchError, match="'mlp_out' is none of those"):
-            lens.translate(fresh.layers[1].mlp_out[:, 0], 1)
-        with pytest.raises(OptionError, match="a map of its own"):
-            lens.translate(fresh.layers[:].resid_post, 1)
-    assert torch.equal(t["pre"], t["post"])
+        fresh.lens(fresh.layers[2].resid_pre[:, -1], lens=lens).log_prob(11).save("pre")
+        fresh.lens(fresh.layers[1:].resid_pre, lens=lens).log_prob(11).save("all pre")
     with torch.no_grad():
         out = hf(torch.tensor(ids), output_hidden_states=True)
-        for layer in range(LAYERS - 1):
-            weight, bias = lens.translators[layer + 1]
-            h = out.hidden_states[layer + 1]
-            wanted = hf.lm_head(hf.model.norm(h + h @ weight.T + bias)).log_softmax(-1)
-            torch.testing.assert_close(t[str(layer)], wanted, rtol=1e-4, atol=1e-4)
-        last = out.logits.log_softmax(-1)
-        torch.testing.assert_close(t[str(LAYERS - 1)], last, rtol=1e-4, atol=1e-4)
+        wanted = []
+        for h, (weight, bias) in zip(out.hidden_states[1:-1], lens.translators[1:], strict=True):
+            wanted.append(hf.lm_head(hf.model.norm(h + h @ weight.T + bias)).log_softmax(-1)[..., 11])
+        wanted.append(out.logits.log_softmax(-1)[..., 11])
+    wanted = torch.stack(wanted)
+    torch.testing.assert_close(t["all"], wanted, rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(t["plain"][:-1], wanted[:-1], atol=1e-2)
+    assert torch.equal(t["identity"], t["plain"])
+    for layer in range(LAYERS):
+        for name in ("one", "computed"):
+            torch.testing.assert_close(t[f"{name} {layer}"], wanted[layer], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(t["pre"], wanted[1, :, -1], rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(t["all pre"], wanted[:-1], rtol=1e-4, atol=1e-4)
+
+
+def test_what_is_no_state_is_refused_in_a_block(model: tl.Model, lens: tl.TunedLens) -> None:
+    with model.trace([[5, 6, 7]]):
+        for value in (model.layers[1].mlp_out[:, 0], model.layers[:].attn_out):
+            with pytest.raises(LensMismatchError, match="_out' is none of those"):
+                model.lens(value, lens=lens)
+        with pytest.raises(LensMismatchError, match="_out' is none of those"):
+            model.lens(model.layers[1].mlp_out, lens=lens, layer=1)
+        with pytest.raises(LensMismatchError, match="which state of the stream"):
+            model.lens(model.layers[:].resid_pre * 1.0, lens=lens)
+        with pytest.raises(OptionError, match="a map of its own"):
+            lens.translate(model.layers[:].resid_post, 1)
+        model.logits.save()
 
 
 def test_it_shows_itself(model: tl.Model, lens: tl.TunedLens) -> None:
@@ -476,13 +495,12 @@ def test_on_ranks(tiny_folder: Path, ranks_of: PoolOf, spread: dict[str, Any]) -
         found = tl.TunedLens.train(model, TEXTS, **QUICK)
         torch.testing.assert_close(flat(found), flat(wanted), rtol=1e-3, atol=1e-5)
         with model.trace([[5, 6, 7]]):
-            wanted.check(model)
-            lens = wanted.translate(model.layers[1].resid_post, 1).save()
+            lens = model.lens(model.layers[:].resid_post, lens=wanted).entropy().save()
         with pytest.raises(LensMismatchError, match="whose unembedding is another one"):
             tl.TunedLens.train(tl.wrap(FAMILIES["llama"].build(seed=4)), TEXTS, **QUICK).check(model)
     one = tl.load(tiny_folder)
     with one.trace([[5, 6, 7]]):
-        same = wanted.translate(one.layers[1].resid_post, 1).save()
+        same = one.lens(one.layers[:].resid_post, lens=wanted).entropy().save()
     torch.testing.assert_close(lens.value, same.value, rtol=1e-4, atol=1e-5)
 
 

@@ -27,8 +27,11 @@ Token = int | str | torch.Tensor | Operand
 class Translator(Protocol):
     """A lens that is more than the model's own head, such as a tuned lens."""
 
-    def translate(self, value: Any, layer: int) -> Any:
-        """What the head is to read in place of ``value`` [..., D], which is of layer ``layer``."""
+    def translate(self, value: Any, layer: int, component: str | None = None) -> Any:
+        """What the head is to read in place of ``value`` [..., D], which is of layer ``layer``.
+
+        ``component``: the name of its site; ``None`` for a value that knows its site itself.
+        """
         ...
 
     def check(self, model: Any) -> None:
@@ -180,7 +183,7 @@ def lens_of(
     *,
     recorder: Recorder,
     head: HeadOf,
-    translate: Callable[[Any, int], Any] | None = None,
+    translate: Callable[..., Any] | None = None,
     layer: int | None = None,
     norm: bool | None = None,
     workspace: int | None = None,
@@ -213,7 +216,7 @@ def lens_of(
     return Lens(value, state, head, tokenizer, {"workspace": workspace})
 
 
-def _translated(value: Any, translate: Callable[[Any, int], Any], layer: int | None) -> Any:
+def _translated(value: Any, translate: Callable[..., Any], layer: int | None) -> Any:
     if isinstance(value, MappedValue):
         members = [translate(one, at) for at, one in zip(value.layers, value._members, strict=True)]
         return MappedValue(value.layers, tuple(members))
@@ -226,7 +229,8 @@ def _translated(value: Any, translate: Callable[[Any, int], Any], layer: int | N
                 instead="model.lens(value, lens=tuned, layer=20)",
             )
         return translate(value, site.layer)
-    return translate(value, layer)
+    # What was computed stands for the state after the layer that the user names.
+    return translate(value, layer, None if value._root()._site is not None else "resid_post")
 
 
 def _is_normed(value: Any) -> bool:

@@ -29,7 +29,7 @@ class Methods:
         """The logit lens on a value [..., D] in a block: what the model's own head would make of it.
 
         ``lens``: a tuned lens, whose translator of the value's ``layer`` is applied first (the layer is known for a
-        site and for what is indexed from one). ``norm``: apply the model's last norm; the default is to, except to
+        site and for what is indexed from one; a computed value stands for the state after the ``layer`` given). ``norm``: apply the model's last norm; the default is to, except to
         ``model.final_norm``, which has been through it. ``workspace``: bytes that logits in hand may take, 64 MiB.
         The result has ``topk``, ``log_prob``, ``rank``, ``entropy``, ``kl`` and more: :class:`tracelens.Lens`.
 

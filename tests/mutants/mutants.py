@@ -2013,9 +2013,16 @@ MUTANTS = (
     Mutant(
         "tuned lens: a value is of the site that it was read from",
         "lens/tuned.py",
-        'component or (site.name if site is not None else "resid_post")',
-        'component or "resid_post"',
-        (*TUNED, "used_in_a_block"),
+        "    return site.name\n",
+        '    return "resid_post"\n',
+        (*TUNED, "in_a_block"),
+    ),
+    Mutant(
+        "tuned lens: what was computed is of no site",
+        "lens_value.py",
+        'None if value._root()._site is not None else "resid_post"',
+        '"resid_post"',
+        (*TUNED, "in_a_block"),
     ),
     Mutant(
         "tuned lens: the soft-cap bends gradients too",

@@ -22,25 +22,22 @@ class Head:
     """
 
     def __init__(self, model: Model, device: torch.device | None = None) -> None:
-        anatomy = model.anatomy
-        taps = anatomy.family.taps
-        norm_path, head_path = taps["final_norm"].module, taps["lm_head"].module
-        norm = cast(nn.Module, model.hf.get_submodule(norm_path))
+        head = model.anatomy.head
+        norm = cast(nn.Module, model.hf.get_submodule(head.norm))
         names = [name for name, _ in norm.named_parameters()]
-        biased = getattr(model.hf.get_submodule(head_path), "bias", None) is not None
         kept = "keep" if model.ranks is None else "cpu"
         with model.trace([[0]]) as t:
             for name in names:
-                model.param(f"{norm_path}.{name}").save(f"norm {name}", device=kept)
+                model.param(f"{head.norm}.{name}").save(f"norm {name}", device=kept)
             model.unembed.save("unembedding", device=kept)
-            if biased:
-                model.param(f"{head_path}.bias").save("bias", device=kept)
+            if head.bias is not None:
+                model.param(head.bias).save("bias", device=kept)
         self.unembedding: Tensor = t["unembedding"]
         self.device = self.unembedding.device if device is None else device
         self.unembedding = on(self.unembedding, self.device)
-        self.bias: Tensor | None = on(t["bias"], self.device) if biased else None
+        self.bias: Tensor | None = None if head.bias is None else on(t["bias"], self.device)
         self._norm = bare(norm, {name: on(t[f"norm {name}"], self.device) for name in names})
-        self.cap: float | None = getattr(model.config, "final_logit_softcapping", None)
+        self.cap = head.softcap
 
     def norm(self, state: Tensor) -> Tensor:
         """The model's last norm, [n, D] to [n, D]; autograd goes through it."""

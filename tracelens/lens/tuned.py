@@ -260,10 +260,11 @@ class TunedLens(Shown):
         """A layer's state [..., D] as its map has it, in the same dtype; the map computes in float32.
 
         ``value``: a value of a block, or a tensor. ``component``: which site of the layer it is, ``resid_post`` or
-        ``resid_pre``; by default the one that the value was read from, and ``resid_post`` for a tensor or a computed
-        value. The last layer's ``resid_post`` comes back as it is.
+        ``resid_pre``; by default the one that a value was read from, and ``resid_post`` for a tensor. The last layer's
+        ``resid_post`` comes back as it is.
 
-        Raises :class:`~tracelens.errors.LensMismatchError` for other sites and layers.
+        Raises :class:`~tracelens.errors.LensMismatchError` for other sites and layers, and for computed values of which
+        it is not said which site they stand for.
         """
         with Blaming(here()):
             if isinstance(value, MappedValue):
@@ -271,8 +272,9 @@ class TunedLens(Shown):
                     "each layer has a map of its own, and this is a value of several layers",
                     instead="one layer after the other: for layer in range(...): lens.translate(value, layer)",
                 )
-            site = value._root()._site if isinstance(value, Value) else None
-            number = state_of(component or (site.name if site is not None else "resid_post"), layer)
+            if component is None:
+                component = site_of(value)
+            number = state_of(component, layer)
             count = self.config.num_hidden_layers
             if not 0 <= layer < count:
                 raise LensMismatchError(
@@ -345,6 +347,19 @@ class TunedLens(Shown):
     def _view(self) -> View:
         config = self.config
         return Line(f"<{self.name}: {len(self)} maps, d_model {config.d_model}>")
+
+
+def site_of(value: Any) -> str:
+    """The name of the site that a value of a block was read from, or a part of."""
+    if not isinstance(value, Value):
+        return "resid_post"
+    site = value._root()._site
+    if site is None:
+        raise LensMismatchError(
+            "this value was computed, so that nobody knows which state of the stream it stands for",
+            instead='lens.translate(value, layer, "resid_post"), or model.lens(value, lens=lens, layer=layer)',
+        )
+    return site.name
 
 
 def trainable() -> AbstractContextManager[Any]:
