@@ -189,6 +189,21 @@ def test_a_lens_is_used_in_a_block(hf: PreTrainedModel, lens: tl.TunedLens) -> N
     torch.testing.assert_close(t["all pre"], wanted[:-1], rtol=1e-4, atol=1e-4)
 
 
+def test_logit_lens_takes_a_tuned_one(model: tl.Model, lens: tl.TunedLens) -> None:
+    prompt = HELD_OUT[0][:9]
+    plain = model.logit_lens(prompt, generate=3)
+    same = model.logit_lens(prompt, generate=3, lens=tl.TunedLens.identity(model))
+    tuned = model.logit_lens(prompt, generate=3, lens=lens)
+    assert torch.equal(same.top_log_probs, plain.top_log_probs)
+    assert torch.equal(tuned.top_ids[:, -1], plain.top_ids[:, -1])  # the last layer is the model itself
+    assert not torch.allclose(tuned.top_log_probs[:, :-1], plain.top_log_probs[:, :-1], atol=1e-2)
+    assert (tuned.lens, same.lens) == ("tuned lens of LlamaForCausalLM", "logit lens of LlamaForCausalLM")
+    streams = model.logit_lens(prompt, components=("resid_pre", "resid_post"), lens=lens)
+    torch.testing.assert_close(streams.top_log_probs[0, 1:], streams.top_log_probs[1, :-1])
+    with pytest.raises(LensMismatchError, match="'attn_out' is none of those"):
+        model.logit_lens(prompt, components=("attn_out",), lens=lens)
+
+
 def test_what_is_no_state_is_refused_in_a_block(model: tl.Model, lens: tl.TunedLens) -> None:
     with model.trace([[5, 6, 7]]):
         for value in (model.layers[1].mlp_out[:, 0], model.layers[:].attn_out):

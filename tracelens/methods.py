@@ -29,8 +29,9 @@ class Methods:
         """The logit lens on a value [..., D] in a block: what the model's own head would make of it.
 
         ``lens``: a tuned lens, whose translator of the value's ``layer`` is applied first (the layer is known for a
-        site and for what is indexed from one; a computed value stands for the state after the ``layer`` given). ``norm``: apply the model's last norm; the default is to, except to
-        ``model.final_norm``, which has been through it. ``workspace``: bytes that logits in hand may take, 64 MiB.
+        site and for what is indexed from one; a computed value stands for the state after the ``layer`` given).
+        ``norm``: apply the model's last norm; the default is to, except to ``model.final_norm``, which has been through
+        it. ``workspace``: bytes that logits in hand may take, 64 MiB.
         The result has ``topk``, ``log_prob``, ``rank``, ``entropy``, ``kl`` and more: :class:`tracelens.Lens`.
 
         Several layers at once, ``model.lens(model.layers[:].resid_post)``, read the unembedding once for all of them.

@@ -91,7 +91,7 @@ def logit_lens(
         with model.trace(prompt, batch_size=batch_size) as t:
             _look(model, t, asked, edit, generating=False)
         new = [[] for _ in prepared]
-    names = str(lens).strip("<>") if lens is not None else "logit lens"
+    names = "logit lens" if lens is None else str(getattr(lens, "name", lens))
     found = tuple(
         _of_row(model, t, asked, row, [token.id for token in tokens], list(new[row]), names)
         for row, tokens in enumerate(prepared)
