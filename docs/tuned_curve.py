@@ -10,7 +10,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from docs.drawing import BLUE, RED, opening, text
+from tracelens.viz.drawing import opening, text
+from tracelens.viz.scales import BLUE, RED
 
 MEASURED = Path(__file__).parent / "tuned_lens.json"
 _LEFT, _TOP, _WIDTH, _HEIGHT = 56, 44, 620, 260
@@ -43,7 +44,7 @@ def curve() -> str:
     words = (
         "state of the stream: 0 is the embedding, l is layers[l - 1].resid_post; bars: two standard errors"
     )
-    parts.append(text(_LEFT, _TOP + _HEIGHT + 40, words, colour="#555"))
+    parts.append(text(12, _TOP + _HEIGHT + 40, words, colour="#555"))
     for name, key, colour in (("logit lens", "identity_kl", RED), ("tuned lens", "kl", BLUE)):
         values, errors = found[key][:-1], found[f"{key}_error"][:-1]
         points = " ".join(f"{_x(state, states):.1f},{_y(value):.1f}" for state, value in enumerate(values))
