@@ -29,6 +29,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("view", 0),
     ("readout_tiles", 0),
     ("readout_part", 0),
+    ("readout_distance", 0),
     ("readout", 0),
     ("ir.passes", 2),
     ("ir", 1),

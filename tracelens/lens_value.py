@@ -11,7 +11,7 @@ from torch import nn
 
 from tracelens.errors import LensError, TokenMatchError
 from tracelens.ir.ops import IndexItem, Ref
-from tracelens.ir.rules_lens import LENS
+from tracelens.ir.rules_lens import DISTANCE, LENS
 from tracelens.ir.sites import Site
 from tracelens.location import here
 from tracelens.mapped import MappedValue
@@ -124,10 +124,24 @@ class Lens:
         """KL(other || this) in nats: what is lost by taking this distribution for the other one.
 
         ``other``: a lens on a value with the same last axes; default the model's own output, ``model.final_norm``, at
-        the same tokens.
+        the same tokens, for a site, what is indexed from one, and what has the axes of one.
         """
         reference = self._final() if other is None else other._state
         return self._ask(("kl",), reference=reference)
+
+    def js(self, other: Lens | None = None) -> Any:
+        """The Jensen-Shannon divergence in nats: 0 for the same distribution, at most log 2, either way round the same.
+
+        Half of KL(this || m) and KL(other || m), where m is the mean of both. ``other``: as for :meth:`kl`.
+        """
+        return self._distance("js", other)
+
+    def tv(self, other: Lens | None = None) -> Any:
+        """The total variation: half the sum of the absolute differences of all probabilities, from 0 to 1.
+
+        ``other``: as for :meth:`kl`.
+        """
+        return self._distance("tv", other)
 
     def logits(self) -> Any:
         """All logits [..., V] in the dtype of the model. They are kept whole: V is large."""
@@ -139,14 +153,24 @@ class Lens:
 
     # --- how -----------------------------------------------------------------------------------------------------
 
-    def _ask(self, ask: tuple[Any, ...], *targets: Token, reference: Any = None) -> Any:
-        first, head = _member(self._state), self._head
+    def _ask(self, ask: tuple[Any, ...], *targets: Token, reference: Any = None, state: Any = None) -> Any:
+        first, head, given = self._head_and_options()
         aims = tuple(self._token(target) for target in targets)
+        state = self._state if state is None else state
+        return first._apply(LENS, (state, *head, reference, aims, (ask,)), given)
+
+    def _distance(self, kind: str, other: Lens | None) -> Any:
+        first, head, given = self._head_and_options()
+        reference = self._final() if other is None else other._state
+        totals = self.logsumexp(), self._ask(("logsumexp",), state=reference)
+        return first._apply(DISTANCE, (self._state, *head, reference, *totals, kind), given)
+
+    def _head_and_options(self) -> tuple[Value, tuple[Any, Any], dict[str, Any]]:
+        first, head = _member(self._state), self._head
         weight = _parameter(first, head.weight)
         bias = None if head.bias is None else _parameter(first, head.bias)
         options = {"softcap": head.softcap, **self._options}
-        given = {key: value for key, value in options.items() if value is not None}
-        return first._apply(LENS, (self._state, weight, bias, reference, aims, (ask,)), given)
+        return first, (weight, bias), {key: value for key, value in options.items() if value is not None}
 
     def _token(self, token: Token) -> Any:
         if isinstance(token, str):
@@ -173,6 +197,15 @@ class Lens:
         found = Value.of_site(recorder, site)
         for index in _narrowing(value):
             found = found._indexed(index, by_token=True)
+        shape, own = found._type.shape, value._type.shape
+        # Not by their numbers: as many prompts as tokens, or as layers, would pass for each other.
+        if own[len(own) - len(shape) :] != shape:
+            raise LensError(
+                f"what this lens is on, {value._type}, was computed with, so that nobody knows at which tokens it is "
+                f"to be compared with the model's output, {found._type}",
+                at=here(),
+                instead="the same on both: model.lens(h[:, -1] * 2).kl(model.lens(model.final_norm[:, -1]))",
+            )
         return found
 
 
@@ -218,6 +251,12 @@ def lens_of(
 
 def _translated(value: Any, translate: Callable[..., Any], layer: int | None) -> Any:
     if isinstance(value, MappedValue):
+        if layer is not None:
+            raise LensError(
+                f"layer={layer} for values of several layers, each of which has its own translator",
+                at=here(),
+                instead="model.lens(model.layers[:].resid_post, lens=tuned)",
+            )
         members = [translate(one, at) for at, one in zip(value.layers, value._members, strict=True)]
         return MappedValue(value.layers, tuple(members))
     if layer is None:

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping
 from tracelens.ir.abstract import Defer, bind
 from tracelens.ir.layout import WHOLE_EVERYWHERE, Joined, Layout, Partial, Shard, owned
 from tracelens.ir.ops import Arg, Call, Ref, operands
-from tracelens.ir.rules_lens import JOINED, PART, TARGETS, asks_of, wide_dtype, widths
+from tracelens.ir.rules_lens import DISTANCE, JOINED, PART, TARGETS, asks_of, wide_dtype, widths
 from tracelens.ir.types import DType, TensorType
 from tracelens.sharding_rules import Choice
 
@@ -64,13 +64,21 @@ def lens_in_steps(
 
 def of_a_part(op: Call, layouts: Mapping[int, Layout]) -> Choice | None:
     """How the steps lie: the head in parts of the vocabulary, all else whole."""
-    if op.function not in (TARGETS, PART):
+    if op.function not in (TARGETS, PART, DISTANCE):
         return None
     _, weight, bias, *_ = op.args
     assert isinstance(weight, Ref)
+    if op.function == DISTANCE and layouts[weight.id] != Shard(0):
+        return None
     if layouts[weight.id] != Shard(0):
         raise AssertionError("of a whole vocabulary there are no parts")
     needs: dict[int, Layout] = {**dict.fromkeys(operands(op), WHOLE_EVERYWHERE), weight.id: Shard(0)}
     if isinstance(bias, Ref):
         needs[bias.id] = Shard(0)
-    return Choice(needs, (Partial(Joined.MAX),) if op.function == TARGETS else (Shard(0), Shard(0)))
+    match op.function:
+        case "tracelens.lens_targets":
+            return Choice(needs, (Partial(Joined.MAX),))
+        case "tracelens.lens_distance":
+            return Choice(needs, (Partial(Joined.SUM),))  # every token adds something on its own
+        case _:
+            return Choice(needs, (Shard(0), Shard(0)))

@@ -55,6 +55,10 @@ def test_every_statistic_equals_that_of_whole_logits(pair: tuple[tl.Model, torch
         lens.log_prob_difference(3, 50).save("difference")
         lens.logsumexp().save("total")
         lens.max_prob().save("most")
+        lens.js().save("js")
+        lens.tv().save("tv")
+        lens.js(model.lens(model.layers[0].attn_out)).save("js of two")
+        model.layers[0].attn_out.save("a")
         lens.logits().save("logits")
         model.logits.save("own")
     whole = dense(model, h.value)
@@ -71,6 +75,13 @@ def test_every_statistic_equals_that_of_whole_logits(pair: tuple[tl.Model, torch
     divergence = (log_probs[-1].exp() * (log_probs[-1] - log_probs)).sum(-1)
     assert divergence[0].min() > 0.05
     assert_close(t["kl"].double(), divergence, atol=1e-5, rtol=1e-5)
+    p, q, a = log_probs.exp(), log_probs[-1].exp(), dense(model, t["a"]).softmax(-1)
+    assert_close(t["tv"].double(), (p - q).abs().sum(-1) / 2, atol=1e-5, rtol=1e-5)
+    for name, other in (("js", q), ("js of two", a)):
+        mean = (p + other) / 2
+        distance = ((p * (p / mean).log()).sum(-1) + (other * (other / mean).log()).sum(-1)) / 2
+        assert distance[0].min() > 0.01
+        assert_close(t[name].double(), distance, atol=1e-5, rtol=1e-5)
     assert_close(t["total"].double(), whole.logsumexp(-1), atol=1e-5, rtol=1e-5)
     assert_close(t["difference"].double(), whole[..., 3] - whole[..., 50], atol=1e-5, rtol=1e-5)
     known = following >= 0
@@ -156,6 +167,16 @@ def test_half_precision_reads_the_head_as_the_model_does() -> None:
     assert_close(t["top.values"][..., 0], logits.log_softmax(-1).amax(-1), atol=1e-4, rtol=1e-4)
 
 
+class Unchanged:
+    """A lens that is the model's own head, whatever the layer."""
+
+    def translate(self, value: object, layer: int) -> object:
+        return value
+
+    def check(self, model: object) -> None:
+        pass
+
+
 @pytest.mark.parametrize(
     ("ask", "error", "words"),
     [
@@ -168,8 +189,25 @@ def test_half_precision_reads_the_head_as_the_model_does() -> None:
         (lambda m: m.lens(m.layers[0].mlp_act).entropy(), LensError, "48 wide"),
         (
             lambda m: m.lens(m.layers[0].resid_post[:, -1] * 2).kl(),
+            LensError,
+            "was computed with",
+        ),
+        (
+            lambda m: m.lens(m.layers[0].resid_post[:, -1]).js(m.lens(m.final_norm)),
             ShapeError,
             "cannot be compared",
+        ),
+        # As many layers as prompts, and as many prompts as tokens: the numbers alone would fit.
+        (lambda m: m.lens(m.layers[:2].resid_post.stack()[:, 0]).kl(), LensError, "was computed with"),
+        (
+            lambda m: m.lens(m.layers[0].resid_post[:, :2].transpose(0, 1)).tv(),
+            LensError,
+            "was computed with",
+        ),
+        (
+            lambda m: m.lens(m.layers[:].resid_post, Unchanged(), layer=1),
+            LensError,
+            "each of which has its own translator",
         ),
     ],
 )

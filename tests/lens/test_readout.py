@@ -13,7 +13,8 @@ from torch import Tensor
 from torch.testing import assert_close
 
 from tests.support.pretend import Pretend, pretend, watched
-from tracelens import readout, readout_tiles
+from tracelens import readout, readout_distance, readout_tiles
+from tracelens.readout_distance import lens_distance
 from tracelens.readout_part import asked, costs
 from tracelens.readout_tiles import tiles_of
 
@@ -169,6 +170,36 @@ def test_however_it_is_cut_the_numbers_are_those_of_whole_logits(case: dict[str,
             assert_close(one.double(), other, atol=10 * bound, rtol=1e-5, equal_nan=True)
 
 
+@given(cases())
+@settings(max_examples=40)
+def test_distances_add_up_over_parts_and_are_those_of_whole_distributions(case: dict[str, Any]) -> None:
+    state, weight, bias, reference, _, _ = made(case)
+    bent = {name: case[name] for name in ("scale", "softcap")}
+    logits, others = whole(state, weight, bias, **bent), whole(reference, weight, bias, **bent)
+    wide = torch.float64 if case["dtype"] is torch.float64 else torch.float32
+    totals = logits.logsumexp(-1).to(wide), others.logsumexp(-1).to(wide)
+    starts = [0, *case["cuts"], len(weight)]
+    p, q = logits.softmax(-1), others.softmax(-1)
+    mean = (p + q) / 2
+    wanted = {
+        "tv": (p - q).abs().sum(-1) / 2,
+        "js": (torch.special.xlogy(p, p / mean) + torch.special.xlogy(q, q / mean)).sum(-1) / 2,
+    }
+    largest = max(1.0, logits.abs().max().item(), others.abs().max().item())
+    exact = {torch.float64: 1e-12, torch.float32: 4e-7, torch.bfloat16: 2.0**-7}[case["dtype"]]
+    for kind, right in wanted.items():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(readout_tiles, "CHUNK", 4 * case["least"])
+            patch.setattr(readout_tiles, "LEAST", case["least"])
+            found = torch.zeros(case["lead"], dtype=wide)
+            for low, high in pairwise(starts):
+                part = None if bias is None else bias[low:high]
+                given = (state, weight[low:high], part, reference, *totals, kind)
+                found += lens_distance(*given, workspace=case["workspace"], **bent)
+        assert found.shape == right.shape
+        assert_close(found.double(), right, atol=1e-6 + 8 * largest * exact, rtol=1e-5)
+
+
 def test_where_logits_are_apart_the_tokens_and_ranks_are_the_very_same() -> None:
     generator = torch.Generator().manual_seed(0)
     state, weight = torch.randn(6, 40, 16, generator=generator), torch.randn(5000, 16, generator=generator)
@@ -210,6 +241,20 @@ def test_derivatives_go_through_the_same_numbers(softcap: float | None) -> None:
     assert torch.autograd.gradcheck(
         lambda x: readout.lens(x, weight, bias, reference, [4], (("kl",), ("log_prob", 0)), **bent), (state,)
     )
+
+
+@pytest.mark.parametrize("kind", ["js", "tv"])
+def test_derivatives_of_a_distance(kind: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    state, reference = torch.randn(2, 2, 3, 8, generator=generator, dtype=torch.float64)
+    weight = torch.randn(50, 8, generator=generator, dtype=torch.float64)
+
+    def distance(state: Tensor) -> Tensor:
+        totals = [(rows @ weight.T).logsumexp(-1) for rows in (state, reference)]
+        return lens_distance(state, weight, None, reference, *totals, kind)
+
+    assert_close(distance(state), distance(state.clone().requires_grad_()).detach(), atol=1e-12, rtol=1e-12)
+    assert torch.autograd.gradcheck(distance, (state.requires_grad_(),))
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------
@@ -255,4 +300,26 @@ def test_beside_what_it_says_it_holds_its_workspace(
         assert 0.9 * said <= found[-1] <= 1.05 * said + 2 * results
         assert found[-1] <= 1.05 * workspace + 2 * results
     assert all(more > 1.3 * less for more, less in pairwise(found[:2]))
+    assert all(more > less for more, less in pairwise(found))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["js", "tv"])
+def test_a_distance_holds_its_workspace(
+    pretend: Pretend, monkeypatch: pytest.MonkeyPatch, kind: str, dtype: torch.dtype
+) -> None:
+    monkeypatch.setattr(readout_tiles, "CHUNK", 512)
+    width, vocabulary, layers, columns = 16, 4000, 6, 30
+    state = torch.randn(layers, columns, width).to("pretend:0", dtype)
+    weight = torch.randn(vocabulary, width).to("pretend:0", dtype)
+    totals = torch.zeros(layers, columns).to("pretend:0"), torch.zeros(columns).to("pretend:0")
+    form = readout_distance.costs(width, dtype, kind)
+    found: list[int] = []
+    for workspace in (10**6, 5 * 10**5, 10**5):
+        said = form.of_tiles(layers, tiles_of(layers, columns, vocabulary, workspace, form))
+        with watched() as seen:
+            lens_distance(state, weight, None, state[-1].clone(), *totals, kind, workspace=workspace)
+        found.append(seen.extra("pretend:0"))
+        assert 0.9 * said <= found[-1] <= 1.05 * said + 2 * layers * columns * 4 + 4000
+        assert said <= workspace
     assert all(more > less for more, less in pairwise(found))

@@ -50,6 +50,8 @@ def looked_at(model: tl.Model) -> tl.Trace:
         lens.topk(4).save("top")
         lens.entropy().save("entropy")
         lens.kl().save("kl")
+        lens.js().save("js")
+        lens.tv().save("tv")
         lens.log_prob(following).save("log_prob")
         lens.rank(following).save("rank")
         model.lens(model.layers[1].attn_out[:, -1]).logit(3).save("logit")
@@ -62,7 +64,7 @@ def test_ranks_say_what_one_process_says(models: Both) -> None:
     one, spread = looked_at(models.one), looked_at(models.spread)
     for name in ("top.indices", "rank"):
         assert torch.equal(one[name], spread[name])
-    for name in ("top.values", "entropy", "kl", "log_prob", "logit", "after"):
+    for name in ("top.values", "entropy", "kl", "js", "tv", "log_prob", "logit", "after"):
         assert_close(one[name], spread[name], atol=2e-5, rtol=2e-5, equal_nan=True)
 
 

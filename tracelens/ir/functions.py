@@ -130,7 +130,7 @@ _TABLES: dict[Kind, dict[str, str]] = {
             mse_loss multi_margin_loss multilabel_margin_loss multilabel_soft_margin_loss nll_loss pdist
             pixel_shuffle pixel_unshuffle poisson_nll_loss prelu smooth_l1_loss soft_margin_loss
             triplet_margin_loss unfold""",
-        "tracelens": "leaf lens lens_joined lens_part lens_targets masked_mean",
+        "tracelens": "leaf lens lens_distance lens_joined lens_part lens_targets masked_mean",
     },
 }
 

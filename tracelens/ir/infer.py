@@ -19,7 +19,7 @@ from typing import Any, cast
 
 import torch
 
-from tracelens import readout
+from tracelens import readout, readout_distance
 from tracelens.errors import DtypeError, ForbiddenFunctionError, UnsupportedFunctionError
 from tracelens.ir import calls, dims
 from tracelens.ir.abstract import AbstractArg, AbstractKwargs, Inferred
@@ -94,7 +94,13 @@ _OURS_BY_NAME: Mapping[str, Callable[..., Any]] = {
     "tracelens.masked_mean": masked_mean,
     **{
         f"tracelens.{one.__name__}": one
-        for one in (readout.lens, readout.lens_targets, readout.lens_part, readout.lens_joined)
+        for one in (
+            readout.lens,
+            readout.lens_targets,
+            readout.lens_part,
+            readout.lens_joined,
+            readout_distance.lens_distance,
+        )
     },
 }
 

@@ -13,10 +13,14 @@ from tracelens.ir.types import DType, TensorType
 LENS, TARGETS, PART, JOINED = (
     f"tracelens.{name}" for name in ("lens", "lens_targets", "lens_part", "lens_joined")
 )
+DISTANCE = "tracelens.lens_distance"
+LENSES = frozenset((LENS, DISTANCE))
+"""The functions that read the whole head."""
 KNOWS_RANK = frozenset((TARGETS, PART))
 """Functions that are told which rank they run on."""
 OF_TARGETS = ("log_prob", "rank", "logit")
 NUMBERS = ("entropy", "logsumexp", "kl")
+DISTANCES = ("js", "tv")
 
 Args = tuple[AbstractArg, ...]
 Asks = tuple[tuple[str, int], ...]
@@ -74,6 +78,24 @@ def lens(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Infer
     mixes = _aimed(sizing, state, several) or mixes
     types = answer_types(asks, state.shape[:-1], wide_dtype(state.dtype))
     return sizing.done(types, mixes, None if len(types) == 1 else ())
+
+
+def distance(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Inferred:
+    """``tracelens.lens_distance(state, weight, bias, reference, total, other_total, kind)``: [..., D] to [...]."""
+    if len(args) != 7 or args[6] not in DISTANCES or args[3] is None:
+        raise UnsupportedFunctionError(
+            "a distance takes a state, a head, a reference, the logsumexp of both and which distance"
+        )
+    reference, total, other_total = args[3:6]
+    state, mixes = _on_a_head(sizing, *args[:3])
+    mixes = _compared(sizing, state, reference, True) or mixes
+    assert isinstance(reference, TensorType)
+    wide = wide_dtype(state.dtype)
+    for one, lead in ((total, state.shape[:-1]), (other_total, reference.shape[:-1])):
+        fits = isinstance(one, TensorType) and one.dtype is wide and one.ndim == len(lead)
+        if not fits or not all(map(sizing.equal, cast("TensorType", one).shape, lead)):
+            raise ShapeError(f"the logsumexp must be {TensorType(wide, lead)}, and this is {one}")
+    return sizing.done(TensorType(wide, state.shape[:-1]), mixes)
 
 
 def _on_a_head(sizing: Sizing, state: object, weight: object, bias: object) -> tuple[TensorType, bool]:
@@ -160,4 +182,4 @@ def joined(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Inf
     return sizing.done(types, False, None if len(types) == 1 else ())
 
 
-RULES: dict[str, Rule] = {LENS: lens, TARGETS: targets, PART: part, JOINED: joined}
+RULES: dict[str, Rule] = {LENS: lens, DISTANCE: distance, TARGETS: targets, PART: part, JOINED: joined}

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Arg, Call, Grad, Hold, Index, Op, Ref, Save, operands, results
 from tracelens.ir.passes.rebuild import rebuild
-from tracelens.ir.rules_lens import LENS, OF_TARGETS
+from tracelens.ir.rules_lens import DISTANCE, LENS, LENSES, OF_TARGETS
 from tracelens.ir.text import op_text
 from tracelens.ir.types import TensorType
 
@@ -55,6 +55,12 @@ class _Lens:
         return targets
 
     @property
+    def of_rows(self) -> dict[int, Ref]:
+        """The arguments that have a row for each of the state's, by their number."""
+        numbers = (0, 4) if self.op.function == DISTANCE else (0,)
+        return {number: arg for number in numbers if isinstance(arg := self.op.args[number], Ref)}
+
+    @property
     def asks(self) -> tuple[tuple[Arg, ...], ...]:
         asks = self.op.args[5]
         assert isinstance(asks, tuple)
@@ -62,7 +68,7 @@ class _Lens:
 
 
 def _is_lens(op: Op) -> bool:
-    return isinstance(op, Call) and op.function == LENS and isinstance(op.args[0], Ref)
+    return isinstance(op, Call) and op.function in LENSES and isinstance(op.args[0], Ref)
 
 
 def _text(*args: Arg) -> str:
@@ -71,15 +77,18 @@ def _text(*args: Arg) -> str:
 
 
 def _head(lens: _Lens) -> str:
-    return f"{_text(*lens.op.args[1:3])} {lens.op.kwargs!r} {lens.level}"
+    return f"{lens.op.function} {_text(*lens.op.args[1:3])} {lens.op.kwargs!r} {lens.level}"
 
 
 def _of_one_state(lens: _Lens, types: Types) -> str:
-    return f"{_head(lens)} {lens.state}"
+    # A distance is asked for alone.
+    own = lens.op.outs if lens.op.function == DISTANCE else ()
+    return f"{_head(lens)} {lens.state} {own}"
 
 
 def _of_one_kind(lens: _Lens, types: Types) -> str:
-    return f"{_head(lens)} {types[lens.state.id]} {_text(*lens.op.args[3:])}"
+    rest = [arg for number, arg in enumerate(lens.op.args) if number not in lens.of_rows]
+    return f"{_head(lens)} {types[lens.state.id]} {_text(*rest)}"
 
 
 class _Joining:
@@ -170,14 +179,17 @@ class _Joining:
     def stacked(self, group: Sequence[_Lens]) -> None:
         """One call for states of one type, of which the same is asked."""
         first, count = group[0].op, len(group)
-        stack, whole = self.new(), self.types[group[0].state.id]
         outs = tuple(self.new() for _ in first.outs)
         types = tuple(TensorType(type_.dtype, (count, *type_.shape)) for type_ in first.types)
-        states = tuple(lens.state for lens in group)
-        new: list[Op] = [
-            Call((stack,), (TensorType(whole.dtype, (count, *whole.shape)),), "torch.stack", (states,)),
-            replace(first, outs=outs, types=types, args=(Ref(stack), *first.args[1:])),
-        ]
+        new: list[Op] = []
+        args = list(first.args)
+        for number, one in group[0].of_rows.items():
+            stack, whole = self.new(), self.types[one.id]
+            type_ = TensorType(whole.dtype, (count, *whole.shape))
+            members = tuple(lens.of_rows[number] for lens in group)
+            new.append(Call((stack,), (type_,), "torch.stack", (members,)))
+            args[number] = Ref(stack)
+        new.append(replace(first, outs=outs, types=types, args=tuple(args)))
         for row, lens in enumerate(group):
             new += [
                 Index(out, type_, base, (row,))
