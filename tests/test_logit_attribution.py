@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 import tracelens as tl
 from tests.support.families import D_MODEL, EVERY, HEADS, LAYERS, NEURONS, WITH_NEURONS
+from tests.support.offloading import WAYS
 from tests.support.pretend import pretend_throughout as pretend_throughout
 from tests.support.ranks import PoolOf
 from tests.support.spread_models import Both, both, over_devices
@@ -108,17 +109,16 @@ class ByHand:
 
 
 @pytest.mark.parametrize("family", EVERY)
-@pytest.mark.parametrize("position", [-1, 1])
-def test_parts_are_those_by_hand_and_sum_to_the_models_own_logit(family: str, position: int) -> None:
+def test_parts_are_those_by_hand_and_sum_to_the_models_own_logit(family: str) -> None:
     hf = EVERY[family].build()
     model = tl.wrap(hf)
     neurons = list(range(LAYERS)) if family in DENSE else [2]
-    plain = model.logit_attribution(ROWS, TOKEN, position=position)
-    difference = model.logit_attribution(ROWS, TOKEN, against=OTHERS, position=position, neurons=neurons)
+    plain = model.logit_attribution(ROWS, TOKEN, position=1)
+    difference = model.logit_attribution(ROWS, TOKEN, against=OTHERS, neurons=neurons)
     for row, ids in enumerate(ROWS):
-        hand = ByHand(hf, ids, position)
-        raw = hand.seen["lm_head out"]
-        for found, against in ((plain[row], ()), (difference[row], OTHERS)):
+        for found, against, position in ((plain[row], (), 1), (difference[row], OTHERS, -1)):
+            hand = ByHand(hf, ids, position)
+            raw = hand.seen["lm_head out"]
             direction = hand.direction(TOKEN, against)
             logit = raw[TOKEN] - (raw[list(against)].mean() if against else 0.0)
             returned = hand.logits[TOKEN] - (hand.logits[list(against)].mean() if against else 0.0)
@@ -138,10 +138,21 @@ def test_parts_are_those_by_hand_and_sum_to_the_models_own_logit(family: str, po
             assert found.contributions[0].contribution == pytest.approx(
                 hand.logit(embed, direction).item(), rel=1e-5, abs=1e-6
             )
+            if hand.gpt2:
+                values = {(part.kind, part.layer): part.values.sum().item() for part in found.parts}
+                layer = hf.transformer.h[1]
+                for key, added in (
+                    (("pos_embed", None), hand.seen["transformer.wpe out"]),
+                    (("attn_bias", 1), layer.attn.c_proj.bias.double()),
+                    (("mlp_bias", 1), layer.mlp.c_proj.bias.double()),
+                ):
+                    if key in values:
+                        assert values[key] == pytest.approx(hand.logit(added, direction).item(), abs=1e-6)
+                bias = hf.transformer.ln_f.bias.double() @ direction
+                assert values["final_norm_bias", None] == pytest.approx(bias.item(), abs=1e-6)
             assert found.position == position % len(ids)
             assert found.at == f"<{ids[position]}>"
-        direction = hand.direction(TOKEN, OTHERS)
-        for layer in neurons:
+        for layer in neurons:  # of the last one: the difference
             torch.testing.assert_close(
                 difference[row].neurons(layer), hand.neurons(layer, direction), rtol=1e-5, atol=1e-6
             )
@@ -194,8 +205,8 @@ def test_soft_capped_logits_are_attributed_before_the_cap() -> None:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64])
 @pytest.mark.parametrize("family", ["llama", "gemma3", "gpt2"])
 def test_other_dtypes_are_computed_in_float32_or_wider(family: str, dtype: torch.dtype) -> None:
-    expected = tl.wrap(EVERY[family].build()).logit_attribution(ROWS, TOKEN, neurons="all")
-    found = tl.wrap(EVERY[family].build(dtype=dtype)).logit_attribution(ROWS, TOKEN, neurons="all")
+    expected = tl.wrap(EVERY[family].build()).logit_attribution(ROWS, TOKEN, neurons=[1])
+    found = tl.wrap(EVERY[family].build(dtype=dtype)).logit_attribution(ROWS, TOKEN, neurons=[1])
     allowed = 0.05 if dtype is torch.bfloat16 else 0.01 if dtype is torch.float16 else 1e-5
     torch.testing.assert_close(found.heads, expected.heads, rtol=0, atol=allowed)
     torch.testing.assert_close(found.mlps, expected.mlps, rtol=0, atol=allowed)
@@ -465,6 +476,33 @@ def test_spread_models_give_the_same(spread: Both) -> None:
         expected = spread.one.logit_attribution(ROWS, [TOKEN, 5], **options)
         for left, right in zip(found, expected, strict=True):
             alike(left, right)
+
+
+def test_directions_go_to_the_layers_and_no_weights_come_back(
+    tmp_path: Path, pretend_throughout: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = over_devices("llama", tmp_path).spread
+    opened: list[tl.Trace] = []
+    real = tl.Model.trace
+    monkeypatch.setattr(
+        tl.Model, "trace", lambda self, *a, **k: opened.append(real(self, *a, **k)) or opened[-1]
+    )
+    model.logit_attribution(ROWS, [TOKEN, 5], neurons="all")
+    moved = opened[-1].report.moved
+    transfers = [one for one in moved if one.what == "transfers"]
+    # The norm is on one device and layers on three.
+    assert sum(one.bytes for one in transfers) == 2 * len(ROWS) * D_MODEL * 4
+    assert not [one for one in moved if one.what == "weights"]
+    results = LAYERS * (HEADS + NEURONS + 4) + 8 + 2 * 2
+    assert sum(one.bytes for one in moved if one.what == "results") <= len(ROWS) * results * 4
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_offloaded_weights(family: str, tmp_path: Path) -> None:
+    expected = tl.wrap(EVERY[family].build()).logit_attribution(ROWS, TOKEN, neurons=[1])
+    model = tl.wrap(WAYS["disk"](EVERY[family].build(), tmp_path))
+    for left, right in zip(model.logit_attribution(ROWS, TOKEN, neurons=[1]), expected, strict=True):
+        alike(left, right)
 
 
 # --- how it shows itself ---------------------------------------------------------------------------------------------

@@ -32,6 +32,7 @@ MODULES = ("tests/test_modules.py", "-k", "not family and not every")
 SKIPPING = ("tests/test_skipping.py", "-k", "own or several")
 
 PROMPTS = ("tests/test_prompts.py", "-k")
+ATTRIBUTION = ("tests/test_logit_attribution.py", "-k", "not spread")
 MATCHING = ("tests/test_matching.py",)
 CHAT = ("tests/test_chat.py",)
 OFFLOAD = ("tests/test_offload.py",)
@@ -2002,6 +2003,117 @@ MUTANTS = (
         "for row in panel.values.flip(0).tolist()]",
         "for row in panel.values.tolist()]",
         LENS_PICTURE,
+    Mutant(
+        "attribution: a LayerNorm centres",
+        "lens/frozen_norm.py",
+        "        return value - self.centring * value.mean(-1, keepdim=True) if self.centring else value\n",
+        "        return value\n",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: what a weight of zeros gives",
+        "lens/frozen_norm.py",
+        "gain = own + slope * model",
+        "gain = slope * model",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: signs of an odd width sum to zero",
+        "lens/frozen_norm.py",
+        "    if width % 2:\n",
+        "    if width < 0:\n",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: nothing in, nothing out",
+        "lens/frozen_norm.py",
+        "where(squares > 0, squares, 1.0)",
+        "squares",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: heads go through the scale of the norm behind them",
+        "lens/attribution.py",
+        'found["heads"] = parts if inner.scale is None else parts * inner.scale[:, None]',
+        'found["heads"] = parts',
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: GPT-2's matrices are the other way round",
+        "lens/attribution.py",
+        "(weight if model.anatomy.family.out_by_in else weight.T)",
+        "weight",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: the bias of the unembedding",
+        "lens/attribution.py",
+        '            self.wide(bias[ids]).save("unembed_bias")\n',
+        "            pass\n",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: neurons of a layer are found under its own number",
+        "lens/attribution.py",
+        "place = neurons.index(layer)",
+        "place = 0",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: each prompt has numbers of its own",
+        "lens/attribution.py",
+        "self.row if tensor.shape[axis] > 1 else 0",
+        "0",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: the mean of several tokens",
+        "lens/directions.py",
+        "own[ids.index(other)] -= 1 / len(others[row])",
+        "own[ids.index(other)] -= 1",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: tokens of each prompt",
+        "lens/directions.py",
+        "1 if alike else prompts",
+        "1",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: a norm of another kind is refused",
+        "lens/summing.py",
+        "    if not misfit <= allowed:\n",
+        "    if not misfit <= 1.0:\n",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: what does not sum is refused",
+        "lens/summing.py",
+        "    if not error <= allowed:\n",
+        '    if error == float("inf"):\n',
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: numbers that are none are refused",
+        "lens/summing.py",
+        "    if not error <= allowed:\n",
+        "    if error > allowed:\n",
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: neurons of a mean sum to the MLP",
+        "lens/contributions.py",
+        'own = ("mlp", "neuron", "mlp_bias")',
+        'own = ("mlp", "neuron")',
+        ATTRIBUTION,
+    ),
+    Mutant(
+        "attribution: bars against are on the left",
+        "lens/bars.py",
+        'x="{min(zero, end):.1f}"',
+        'x="{zero:.1f}"',
+        ATTRIBUTION,
     ),
     Mutant(
         "tuned lens: resid_post is the state after its layer",

@@ -23,11 +23,11 @@ class Found(Protocol):
 
 
 def tolerance(dtype: torch.dtype) -> float:
-    """How much rounding may leave, relative to the numbers that are summed: 1e-4, in bfloat16 and float16 8 roundings.
+    """How much rounding may leave, relative to the numbers that are summed: 1e-4, in bfloat16 and float16 4 roundings.
 
     Streams are summed in the model's dtype, and contributions are not.
     """
-    return max(1e-4, 8 * torch.finfo(dtype).eps)
+    return max(1e-4, 4 * torch.finfo(dtype).eps)
 
 
 def require_sums(
