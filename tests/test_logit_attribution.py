@@ -425,10 +425,11 @@ def test_sums_that_are_not_the_models_are_refused(
     assert caught.value.at.filename == __file__
 
 
-def test_numbers_that_are_none_are_refused() -> None:
+@pytest.mark.parametrize("path", ["model.layers.1.mlp.down_proj.weight", "lm_head.weight"])
+def test_numbers_that_are_none_are_refused(path: str) -> None:
     hf = EVERY["llama"].build()
     with torch.no_grad():
-        hf.model.layers[1].mlp.down_proj.weight[0] = float("nan")
+        hf.get_parameter(path)[TOKEN] = float("nan")
     with pytest.raises(DecompositionError):
         tl.wrap(hf).logit_attribution(ROWS, TOKEN)
 

@@ -2055,8 +2055,8 @@ MUTANTS = (
     Mutant(
         "attribution: neurons of a layer are found under its own number",
         "lens/attribution.py",
-        "place = neurons.index(layer)",
-        "place = 0",
+        "self(name)[self.layers(name).index(layer)]",
+        "self(name)[0]",
         ATTRIBUTION,
     ),
     Mutant(

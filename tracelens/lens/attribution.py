@@ -118,16 +118,16 @@ def logit_attribution(
         directions = directions_of(self, token, against, rows)
         work = torch.float64 if self.anatomy.dtype is torch.float64 else torch.float32
         with self.trace(prepared, **options) as t:
-            _Recording(self, directions, position, work).record(listed)
+            where = _Recording(self, directions, position, work).record(listed)
         found = {name: tensor.double() for name, tensor in t.results.items()}
         lengths, tokens = prepared.lengths, self.tokens(prepared)
         attributions: list[LogitAttribution] = []
         for row in range(rows):
             weights = directions.coefficients[row if len(directions.coefficients) > 1 else 0]
-            own = _Row(found, row)
-            parts = own.parts(self.n_layers, listed, weights)
+            own = _Row(found, where, row)
+            parts = own.parts(self.n_layers, weights)
             logit = (weights * own("raw")).sum().item()
-            require_sums(self, own, parts, weights, logit, listed)
+            require_sums(self, own, parts, weights, logit)
             total = sum(part.values.sum().item() for part in parts)
             at = position % lengths[row]
             one, others = directions.of(row)
@@ -185,7 +185,8 @@ class _Recording:
     position: int
     work: torch.dtype
 
-    def record(self, neurons: tuple[int, ...]) -> None:
+    def record(self, neurons: tuple[int, ...]) -> Mapping[str, tuple[int, ...]]:
+        """Returns the layers of what is saved layer by layer, by name."""
         model, ids = self.model, self.directions.ids
         anatomy = model.anatomy
         unembedding = self.wide(model.unembed[ids])
@@ -195,13 +196,12 @@ class _Recording:
         self.part("embed", self.here(model.embed), direction)
         if anatomy.has(Site("pos_embed")):
             self.part("pos_embed", self.here(model.pos_embed), direction)
-        saved: dict[str, list[Any]] = {}
+        saved: dict[str, dict[int, Any]] = {}
         for layer in range(model.n_layers):
             for name, value in self.layer(layer, direction, neurons=layer in neurons).items():
-                saved.setdefault(name, []).append(value)
-        every = tuple(range(model.n_layers))
+                saved.setdefault(name, {})[layer] = value
         for name, values in saved.items():
-            MappedValue(neurons if len(values) != len(every) else every, tuple(values)).save(name)
+            MappedValue(tuple(values), tuple(values.values())).save(name)
         end, normed = self.here(model.layers[-1].resid_post), self.here(model.final_norm)
         self.part("end", end, direction)
         scale, misfit = norm.scale(end, normed)
@@ -214,6 +214,7 @@ class _Recording:
             self.wide(bias[ids]).save("unembed_bias")
         model.lm_head.tok[self.position][:, ids].save("raw")
         model.logits.tok[self.position][:, ids].save("returned")
+        return {name: tuple(values) for name, values in saved.items()}
 
     def layer(self, number: int, direction: Any, *, neurons: bool) -> dict[str, Any]:
         """The parts of one layer: of each head [B, H], of both sublayers, and on request of each neuron [B, M]."""
@@ -307,19 +308,24 @@ class _Row:
     """What one prompt of a batch has of what was saved."""
 
     found: Mapping[str, Tensor]
+    where: Mapping[str, tuple[int, ...]]
     row: int
 
     def __call__(self, name: str) -> Tensor:
-        """One number, or as many as tokens; for what is saved of layers with them as the first axis."""
+        """One number, or as many as tokens; for what is saved layer by layer with them as the first axis."""
         tensor = self.found[name]
-        axis = 1 if name in _OF_LAYERS else 0
+        axis = 1 if name in self.where else 0
         # What no prompt has a part in was computed once for all.
         return tensor.select(axis, self.row if tensor.shape[axis] > 1 else 0)
+
+    def layers(self, name: str) -> tuple[int, ...]:
+        """The layers that have something, in the order of its first axis."""
+        return self.where.get(name, ())
 
     def has(self, name: str) -> bool:
         return name in self.found
 
-    def parts(self, layers: int, neurons: tuple[int, ...], weights: Tensor) -> list[Part]:
+    def parts(self, layers: int, weights: Tensor) -> list[Part]:
         """The contributions in the order of the forward pass, with the scale of the final norm."""
         scale = self("scale")
         found: list[Part] = []
@@ -327,38 +333,23 @@ class _Row:
         def add(kind: Kind, layer: int | None, values: Tensor) -> None:
             found.append(Part(kind, layer, values.reshape(-1)))
 
+        def add_of(kind: Kind, layer: int, name: str) -> None:
+            if layer in self.layers(name):
+                add(kind, layer, self(name)[self.layers(name).index(layer)] * scale)
+
         add("embed", None, self("embed") * scale)
         if self.has("pos_embed"):
             add("pos_embed", None, self("pos_embed") * scale)
         for layer in range(layers):
-            add("head", layer, self("heads")[layer] * scale)
-            if self.has("attn_bias"):
-                add("attn_bias", layer, self("attn_bias")[layer] * scale)
-            if layer not in neurons:
-                add("mlp", layer, self("mlp")[layer] * scale)
-                continue
-            place = neurons.index(layer)
-            add("neuron", layer, self("neurons")[place] * scale)
-            if self.has("mlp_bias"):
-                add("mlp_bias", layer, self("mlp_bias")[place] * scale)
+            add_of("head", layer, "heads")
+            add_of("attn_bias", layer, "attn_bias")
+            if layer in self.layers("neurons"):
+                add_of("neuron", layer, "neurons")
+                add_of("mlp_bias", layer, "mlp_bias")
+            else:
+                add_of("mlp", layer, "mlp")
         if self.has("final_norm_bias"):
             add("final_norm_bias", None, self("final_norm_bias"))
         if self.has("unembed_bias"):
             add("unembed_bias", None, (weights * self.found["unembed_bias"]).sum())
         return found
-
-
-_OF_LAYERS = frozenset(
-    {
-        "attention",
-        "attention size",
-        "heads",
-        "attn_bias",
-        "mlp",
-        "mlp size",
-        "neurons",
-        "mlp_bias",
-        "attn_post_norm misfit",
-        "mlp_post_norm misfit",
-    }
-)

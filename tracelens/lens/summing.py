@@ -20,6 +20,7 @@ class Found(Protocol):
 
     def __call__(self, name: str) -> Tensor: ...
     def has(self, name: str) -> bool: ...
+    def layers(self, name: str) -> tuple[int, ...]: ...
 
 
 def tolerance(dtype: torch.dtype) -> float:
@@ -30,26 +31,19 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(1e-4, 4 * torch.finfo(dtype).eps)
 
 
-def require_sums(
-    model: Model, own: Found, parts: list[Part], weights: Tensor, logit: float, neurons: tuple[int, ...]
-) -> None:
+def require_sums(model: Model, own: Found, parts: list[Part], weights: Tensor, logit: float) -> None:
     """Raises :class:`DecompositionError` that says which sum of the model is another than that of its parts."""
-    layers, allowed = model.n_layers, tolerance(model.anatomy.dtype)
-    scale = own("scale")
-    for site, numbers in (
-        ("attn_post_norm", range(layers)),
-        ("mlp_post_norm", neurons),
-        ("final_norm", (None,)),
-    ):
-        if own.has(f"{site} misfit"):
-            misfits = own(f"{site} misfit").reshape(-1).tolist()
-            for layer, misfit in zip(numbers, misfits, strict=True):
-                _require_fit(str(Site(site, layer)), misfit, allowed)
+    allowed, scale = tolerance(model.anatomy.dtype), own("scale")
+    for site in ("attn_post_norm", "mlp_post_norm"):
+        name = f"{site} misfit"
+        for layer, misfit in zip(own.layers(name), own(name) if own.has(name) else (), strict=True):
+            _require_fit(str(Site(site, layer)), misfit.item(), allowed)
+    _require_fit("final_norm", own("final_norm misfit").item(), allowed)
     before = ["embed", "pos_embed"] if own.has("pos_embed") else ["embed"]
     size = sum(own(f"{name} size") for name in before) + own("attention size").sum() + own("mlp size").sum()
     size = (size * scale).abs() + (weights.abs() * own("raw").abs()).sum()
     allowed = (allowed * size).item()
-    in_layer = [[part for part in parts if part.layer == layer] for layer in range(layers)]
+    in_layer = [[part for part in parts if part.layer == layer] for layer in range(model.n_layers)]
     for layer, there in enumerate(in_layer):
         of_attention = _sum([part for part in there if part.kind in ("head", "attn_bias")])
         _require_sum(
