@@ -2048,7 +2048,7 @@ MUTANTS = (
     Mutant(
         "attribution: the bias of the unembedding",
         "lens/attribution.py",
-        '            self.wide(bias[ids]).save("unembed_bias")\n',
+        '            self.wide(model.param(anatomy.head.bias)[ids]).save("unembed_bias")\n',
         "            pass\n",
         ATTRIBUTION,
     ),

@@ -191,7 +191,7 @@ class _Recording:
         anatomy = model.anatomy
         unembedding = self.wide(model.unembed[ids])
         wanted = self.directions.coefficients.to(self.work) @ unembedding  # [rows or 1, D]
-        norm = FrozenNorm.of(model, self.path("final_norm"), self.work)
+        norm = FrozenNorm.of(model, anatomy.head.norm, self.work)
         direction = norm.pulled_back(wanted)
         self.part("embed", self.here(model.embed), direction)
         if anatomy.has(Site("pos_embed")):
@@ -209,9 +209,8 @@ class _Recording:
         misfit.save("final_norm misfit")
         if norm.bias is not None:
             (norm.bias * wanted).sum(-1).save("final_norm_bias")
-        bias = self.bias(anatomy.head.weight.removesuffix(".weight"))
-        if bias is not None:
-            self.wide(bias[ids]).save("unembed_bias")
+        if anatomy.head.bias is not None:
+            self.wide(model.param(anatomy.head.bias)[ids]).save("unembed_bias")
         model.lm_head.tok[self.position][:, ids].save("raw")
         model.logits.tok[self.position][:, ids].save("returned")
         return {name: tuple(values) for name, values in saved.items()}
