@@ -2003,6 +2003,7 @@ MUTANTS = (
         "for row in panel.values.flip(0).tolist()]",
         "for row in panel.values.tolist()]",
         LENS_PICTURE,
+    ),
     Mutant(
         "attribution: a LayerNorm centres",
         "lens/frozen_norm.py",
