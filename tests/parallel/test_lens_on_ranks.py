@@ -82,3 +82,25 @@ def test_no_logits_and_no_states_travel_between_ranks(models: Both) -> None:
     # Of each row: the logit of the token, seven numbers and five whole ones, from either rank to the other.
     rows, ways = 16, 2
     assert moved == ways * rows * (4 + (2 + 4 + 1) * 4 + (4 + 1) * 8)
+
+
+def test_generations_on_ranks_say_what_one_process_says(models: Both) -> None:
+    rows = [[5, 6, 7, 8, 9, 10], [11, 12, 4]]
+    found: list[tl.Generation] = []
+    for model in (models.one, models.spread):
+        with model.generate(rows, max_new_tokens=4, eos_token_id=None) as t:
+            following = model.next_tokens.save("next")
+            lens = model.lens(model.layers[:].resid_post)
+            for name in ("rank", "log_prob"):
+                getattr(lens, name)(following).save(name)
+            for name in ("kl", "js", "tv"):
+                getattr(lens, name)().save(name)
+            lens.topk(2).save("top")
+        found.append(t)
+    one, spread = found
+    assert one.tokens == spread.tokens
+    for name in ("next", "rank", "log_prob", "kl", "js", "tv", "top.values", "top.indices"):
+        for row, (x, y) in enumerate(zip(one[name], spread[name], strict=True)):
+            assert_close(x, y, atol=2e-5, rtol=2e-5, equal_nan=True)
+            if name == "next":
+                assert x.flatten().tolist() == [*rows[row][1:], *one.tokens[row]]
