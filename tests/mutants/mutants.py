@@ -60,6 +60,9 @@ PROBING = ("tests/test_probing.py",)
 STEPS = ("tests/test_sharding_steps.py",)
 TUNED = ("tests/test_tuned_lens.py", "-k")
 OWN_PART = ("tests/test_own_part.py",)
+JOINED_LENSES = ("tests/lens/test_join_lenses.py", "-k")
+READOUT = ("tests/lens/test_readout.py", "-k")
+STEPS_OF_LENSES = ("tests/lens/test_lens_in_generation.py",)
 RANK_FAILURES = ("tests/test_rank_failures.py",)
 RANK_MESSAGES = ("tests/test_rank_messages.py",)
 STAGED_TEXT = ("tests/parallel/test_staged_generation.py", "-k", "llama and not tied or gemma3 or staged")
@@ -2220,5 +2223,103 @@ MUTANTS = (
         "    room = context - len(before)\n",
         "    before = []\n    room = context - len(before)\n",
         (*TUNED, "windows_of_texts"),
+    ),
+    Mutant(
+        "lens: what is asked together forgets the reference",
+        "ir/passes/join_lenses.py",
+        "reference = next(iter(references.values()), None)",
+        "reference = first.args[3]",
+        (*JOINED_LENSES, "one_call"),
+    ),
+    Mutant(
+        "lens: what is asked together takes all targets for the first",
+        "ir/passes/join_lenses.py",
+        "known = next((n for n, one in enumerate(targets) if _text(one) == _text(target)), None)",
+        "known = 0 if targets else None",
+        (*JOINED_LENSES, "one_call"),
+    ),
+    Mutant(
+        "lens: joined distances share one logsumexp",
+        "ir/passes/join_lenses.py",
+        "numbers = (0, 4) if self.op.function == DISTANCE else (0,)",
+        "numbers = (0,)",
+        (*JOINED_LENSES, "distances"),
+    ),
+    Mutant(
+        "lens: a lens that a write waits for is joined too",
+        "ir/passes/join_lenses.py",
+        "if not any(value in waited for value in made):",
+        "if True:",
+        (*JOINED_LENSES, "not_delayed"),
+    ),
+    Mutant(
+        "lens: a rank counts ties",
+        "readout_part.py",
+        "torch.gt(logits, own[..., None], out=room)",
+        "torch.ge(logits, own[..., None], out=room)",
+        (*READOUT, "equal or apart"),
+    ),
+    Mutant(
+        "lens: the entropy forgets that the largest logit has changed",
+        "readout_part.py",
+        "scale * (self.weighed + shift * before)",
+        "scale * self.weighed",
+        (*READOUT, "whole_logits"),
+    ),
+    Mutant(
+        "lens: the divergence forgets that the largest logits have changed",
+        "readout_part.py",
+        "reference.scale * (self.crossed + moved)",
+        "reference.scale * self.crossed",
+        (*READOUT, "whole_logits"),
+    ),
+    Mutant(
+        "lens: the logits of the reference's last chunk are not let go of",
+        "readout_part.py",
+        "        self.below = self.powers = self.rows  # those of the chunk before are let go of\n",
+        "",
+        (*READOUT, "workspace"),
+    ),
+    Mutant(
+        "lens: parts of the vocabulary forget with which token they begin",
+        "readout.py",
+        "need, aims, own, first=starts[rank], workspace=workspace)",
+        "need, aims, own, first=0, workspace=workspace)",
+        (*READOUT, "whole_logits"),
+    ),
+    Mutant(
+        "lens: a distance counts half of what differs",
+        "readout_distance.py",
+        "torch.sub(others, mean, out=log_probs).mul_(powers)",
+        "torch.sub(others, mean, out=log_probs).mul_(0)",
+        (*READOUT, "distances"),
+    ),
+    Mutant(
+        "lens: of a distance one part of the vocabulary counts",
+        "sharding_lens.py",
+        "(Partial(Joined.SUM),))  # every token",
+        "(Partial(Joined.MAX),))  # every token",
+        ("tests/parallel/test_lens_on_ranks.py", "-k", "llama and what_one_process_says"),
+    ),
+    Mutant(
+        "lens: a computed value is compared where the numbers fit",
+        "lens_value.py",
+        "if own[len(own) - len(shape) :] != shape:",
+        "if False:",
+        ("tests/lens/test_lens_value.py", "-k", "refuses"),
+    ),
+    Mutant(
+        "steps: what follows is the token of the step before",
+        "backends/stepping.py",
+        "new = None if tokens is None else moved(tokens, self.mask.device)",
+        'new = None if tokens is None else inputs["token_ids"][:, -1]',
+        STEPS_OF_LENSES,
+    ),
+    Mutant(
+        "steps: what follows is told to the program of the next step",
+        "backends/stepping.py",
+        "        code, values = self._awaiting\n",
+        "        code, values = self.code, self.state.values\n",
+        STEPS_OF_LENSES,
     ),
 )
