@@ -80,8 +80,8 @@ nnsight and TransformerLens. It is made by `python -m benchmarks.generation` (se
   text of 1,500 tokens, nnsight's took 1.07 of plain generation's where they were sampled, and 1.12 where all were made.
 * Everything is on the CPU, and nothing here says what a GPU would. Where the load average shows other work beside it,
   tokens per second are low for all, and the ratios are what is left to compare. Texts of 1,500 tokens were measured
-  beside so much other work that the machine's memory was exhausted for some minutes: where "of all" is far from the
-  ratio of a step, single steps stood still in them, which is in the sum and not in the median.
+  beside each other and other work, which exhausted the machine's memory for some minutes: where "of all" is far from
+  the ratio of a step, single steps stood still, which is in the sum and not in the median.
 """
 
 
@@ -255,7 +255,7 @@ def aims(measurement: dict[str, Any]) -> Iterator[str]:
             continue
         clock, work = row["step_ratio"], row["work_ratio"]
         yield (
-            f"aim, {GENERATING[row['case']]}: a step takes at most {most:.3g} of plain generation's; "
+            f"aim, {GENERATING[row['case']]}: a {'sampled ' if 'sampled' in row else ''}step takes at most {most:.3g} of plain generation's; "
             f"{ratio_text(clock)}, of work {ratio_text(work)}: {verdict(most, clock, work)}"
         )
 
