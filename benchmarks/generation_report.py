@@ -255,7 +255,8 @@ def aims(measurement: dict[str, Any]) -> Iterator[str]:
             continue
         clock, work = row["step_ratio"], row["work_ratio"]
         yield (
-            f"aim, {GENERATING[row['case']]}: a {'sampled ' if 'sampled' in row else ''}step takes at most {most:.3g} of plain generation's; "
+            f"aim, {GENERATING[row['case']]}: a {'sampled ' if 'sampled' in row else ''}step takes at most "
+            f"{most:.3g} of plain generation's; "
             f"{ratio_text(clock)}, of work {ratio_text(work)}: {verdict(most, clock, work)}"
         )
 
