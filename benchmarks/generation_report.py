@@ -76,8 +76,8 @@ nnsight and TransformerLens. It is made by `python -m benchmarks.generation` (se
   beginning, in the middle and at the end of the text. What stands before them are random tokens. Where steps were
   sampled, it says so above the table, with the lengths; their ratios are over the sampled steps, and figures with an ≈
   are of the whole text as it is estimated from them: the time of a step is interpolated between the lengths, in a
-  straight line, and summed. What grows with the steps made before is not in sampled steps: with every layer read in a
-  text of 1,500 tokens, nnsight's took 1.07 of plain generation's where they were sampled, and 1.12 where all were made.
+  straight line, and summed. What grows with the steps made before (what was read so far, for one) is not in
+  sampled steps: all steps of a whole text can cost more than they say.
 * Everything is on the CPU, and nothing here says what a GPU would. Where the load average shows other work beside it,
   tokens per second are low for all, and the ratios are what is left to compare. Texts of 1,500 tokens were measured
   beside each other and other work, which exhausted the machine's memory for some minutes: where "of all" is far from
