@@ -118,6 +118,35 @@ def test_padding_is_nobodys_token() -> None:
         assert torch.equal(part, again)
 
 
+def test_in_the_step_over_the_prompts() -> None:
+    """As each prompt for itself, bit for bit; and as in a trace."""
+    h = saved()
+    found: list[list[torch.Tensor]] = []
+    for way in ("nothing", "list", "prompts"):
+        with model.generate(RAGGED, max_new_tokens=3) as t:
+            if way == "list":
+                t.prefill.layers[2].resid_post += h
+            elif way == "prompts":
+                for p, part in zip(t.prompts, h.value, strict=True):
+                    p.layers[2].resid_post += part
+            t.prefill.layers[:].resid_post.save("prompt")
+            model.layers[2].resid_post.save("all")
+        found.append([*t["prompt"], *t["all"]])
+        if way == "list":
+            graph = t.graph
+            prompt = t["prompt"]
+    for nothing, one, other in zip(*found, strict=True):
+        assert torch.equal(one, other)
+        assert not torch.equal(one, nothing)
+    with model.trace(RAGGED) as traced:
+        model.layers[2].resid_post += h
+        model.layers[:].resid_post.save("prompt")
+    for one, other in zip(prompt, traced["prompt"], strict=True):
+        torch.testing.assert_close(one, other)
+    with pytest.raises(SpecialisedGraphError):
+        list(model.stream([[1, 2, 3, 4], [5, 6, 7]], graph, max_new_tokens=2))
+
+
 def test_a_graph_with_a_list_is_for_these_lengths() -> None:
     h = saved()
     with model.record(RAGGED) as r:
@@ -140,10 +169,16 @@ def test_other_prompts_than_those_that_it_was_saved_for() -> None:
     with refused(PerPromptError, says, "this block has no prompt", instead="h.value[i]"), model.record():
         model.layers[2].resid_post += h  # <-
     with (
-        refused(PerPromptError, says, "model.generate", instead="h.value[i]"),
-        model.generate(RAGGED, max_new_tokens=1),
+        refused(PerPromptError, says, "tokens, not 4, 2", instead="h.value[i]"),
+        model.generate(RAGGED[::-1], max_new_tokens=1) as t,
     ):
-        model.layers[2].resid_post += h  # <-
+        t.prefill.layers[2].resid_post += h  # <-
+    for scope in ("all", "decode"):
+        with (
+            refused(PositionAxisError, "the positions of step 0", instead="t.prefill"),
+            model.generate(RAGGED, max_new_tokens=3) as t,
+        ):
+            (t.decode if scope == "decode" else model).layers[2].resid_post += h  # <-
     with (
         refused(PerPromptError, says, r"only values with axes \[B, P, ...\]", instead="h.value[i]"),
         model.trace(RAGGED),

@@ -305,7 +305,7 @@ def test_a_program_finds_the_text_anew() -> None:
         r.prompts[1].embed.tok[" France"].save("h")
     turned = [*ids[len(ids) // 2 :], *ids[: len(ids) // 2]]
     (first, second) = (
-        [token.position for token in model.tokens(row)[0] if token.spelt == '" France"']
+        [token.position for token in model.tokens(row)[0] if token.spelt == " France"]
         for row in (ids, turned)
     )
     assert first != second

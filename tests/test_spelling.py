@@ -202,6 +202,22 @@ def test_pieces_are_readable():
     assert spelling.shown(1, 2).strip() == '[1] "Paris"'
 
 
+@pytest.mark.parametrize("text", ["Paris\n日\u200b 🎉 é", SENTENCES[0]])
+def test_the_texts_of_all_tokens_are_the_whole(text):
+    spelling = spelt(byte_level_bpe(bos=True), text)
+    assert any(cut % 2 for cut in spelling.cuts) == ("日" in text)
+    assert "".join(spelling.text(token) for token in range(len(spelling))) == spelling.surface
+    assert spelling.surface.endswith(text)
+    for token in range(len(spelling)):
+        if (
+            not spelling.cuts[token] % 2
+            and not spelling.cuts[token + 1] % 2
+            and token not in spelling.special
+        ):
+            assert spelling.piece(token).startswith('"')
+            assert spelling.text(token) in text
+
+
 def test_long_rows_are_shown_in_part():
     spelling = spelt(byte_level_bpe(), SENTENCES[0] * 10)
     shown = spelling.shown(most=8)

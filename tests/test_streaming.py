@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -232,3 +233,21 @@ def test_a_graph_with_steps_is_no_graph_for_a_trace() -> None:
     assert again == r.graph
     event = list(MODEL.stream(IDS, again, max_new_tokens=2))[1]
     assert event["h"].shape == (1, 1, D_MODEL)
+
+
+def test_a_file_is_refused_and_not_left_unwritten(tmp_path: Path) -> None:
+    file = tmp_path / "h.safetensors"
+    with MODEL.record(generation=True) as r:
+        MODEL.layers[1].resid_post.save("other")
+        MODEL.layers[0].resid_post.save("h", to=file)  # <-
+    for given in (r, r.graph):
+        with pytest.raises(errors.OptionError, match="writes no file") as caught:
+            MODEL.stream(IDS, given, max_new_tokens=2)
+        assert caught.value.at is not None
+        assert caught.value.at.text.endswith("# <-")
+        assert "model.generate" in str(caught.value.instead)
+        assert 'event["h"]' in str(caught.value.instead)
+    assert not file.exists()
+    with MODEL.generate(IDS, max_new_tokens=2):
+        MODEL.layers[0].resid_post.save("h", to=file)
+    assert file.exists()

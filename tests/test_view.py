@@ -22,8 +22,8 @@ from tracelens.view import Code, Fold, Line, Stack, Table, Token, TokenRows, Vie
 model = LLAMA.model
 ROWS = TokenRows(
     (
-        (Token(0, '"The"', 504), Token(1, '" end"', 7)),
-        (Token(0, '"<b>"', 3),),
+        (Token(0, "The", 504, '"The"'), Token(1, " end", 7, '" end"')),
+        (Token(0, "<b>", 3, '"<b>"'),),
     )
 )
 VIEWS: dict[str, View] = {
@@ -72,10 +72,12 @@ def test_tokens_to_the_letter() -> None:
 
 
 def test_long_rows_are_broken_at_the_width_of_a_terminal() -> None:
-    tokens = tuple(Token(position, f'"word{position}"', 100 + position) for position in range(40))
+    tokens = tuple(
+        Token(position, f"word{position}", 100 + position, f'"word{position}"') for position in range(40)
+    )
     lines = text(TokenRows((tokens,))).splitlines()
     assert max(map(len, lines)) <= 100
-    assert re.findall(r'"word\d+"', "\n".join(lines)) == [token.spelt for token in tokens]
+    assert re.findall(r'"word\d+"', "\n".join(lines)) == [token.shown for token in tokens]
 
 
 def test_the_tokens_of_a_prompt_are_what_tok_addresses(capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,8 +91,10 @@ def test_the_tokens_of_a_prompt_are_what_tok_addresses(capsys: pytest.CaptureFix
             assert torch.equal(padded[0, token.position], weight[token.id])
     tokenizer = LLAMA.tokenizer
     assert [token.id for token in tokens[0]] == tokenizer(prompts[0])["input_ids"]
-    spelt = "".join(token.spelt.strip('"') for token in tokens[0] if token.spelt.startswith('"'))
-    assert spelt.endswith("The capital of France is")
+    for row, prompt in zip(tokens, prompts, strict=True):
+        assert "".join(token.spelt for token in row).endswith(prompt)
+        assert row[-1].spelt in prompt
+        assert row[-1].shown == f'"{row[-1].spelt}"'
     model.show(prompts)
     assert capsys.readouterr().out == repr(tokens) + "\n"
     assert f"after {len(tokens[0]) - len(tokens[1])} of padding" in repr(tokens)

@@ -188,13 +188,22 @@ def in_generation(error: TracelensError) -> None:
             told = re.sub(rf",? {name} = {size}", "", error.problem)
             error.problem = re.sub(rf"\b{size}\b", name, told)
         error.problem = error.problem.replace(" where:", ":").replace(" where,", " where")
-        error.problem += "; every step has other positions"
-        error.instead = _ONE_EACH
+        error.problem += (
+            "; every step has other positions, and a tensor has those of the padded prompts at most"
+        )
+        error.instead = _A_MASK if "bool[" in error.problem else _POSITIONS
 
 
 _ONE_EACH = (
     "a tensor without positions, such as [D], or [B, 1, D] for one in each row; for rows of a number, "
     "one model.generate per prompt"
+)
+_PROMPTS = "for p in t.prompts: p.layers[i].resid_post += part, with [1, P_i, D] for each prompt"
+_POSITIONS = f"{_ONE_EACH}; for the prompts' own positions, {_PROMPTS}"
+_A_MASK = (
+    "a mask that each step makes: site = tl.where(((model.positions >= 5) & (model.token_ids != 2))[..., None], new, "
+    "site); for the prompts' own tokens t.prefill.layers[i].resid_post.tok[mask] = new; or one model.generate per "
+    "prompt, or p in t.prompts, with a mask [1, P_i] of its own"
 )
 _ANY = {ANY_SIZES[name]: name for name in ("P", "S")}
 _OF_ANY_SIZE = {

@@ -8,8 +8,10 @@ from pathlib import Path
 from tracelens.errors import OptionError
 
 
-def require_writable(file: str) -> None:
-    """Raises :class:`OptionError` where no file of that name can be written."""
+def require_writable(file: str | os.PathLike[str]) -> str:
+    """The file's name; raises :class:`OptionError` where no file of that name can be written."""
+    if not isinstance(file, str | os.PathLike):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
+        raise OptionError(f"to={file!r} is no name of a file", instead='to="h.safetensors"')
     path = Path(file)
     folder = path.absolute().parent
     if path.is_dir():
@@ -27,3 +29,4 @@ def require_writable(file: str) -> None:
             f"to={str(file)!r} cannot be written: permission is denied",
             instead="a file in a folder of your own",
         )
+    return str(file)

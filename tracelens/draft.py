@@ -318,7 +318,8 @@ class Draft:
         if self.generating and symbol in (POSITION, KEY):
             raise SymbolicSizeError(
                 "this is right for one number of positions, and the steps of a generation have different ones",
-                instead="a tensor without positions, such as [D] or [B, 1, D]; t.prefill and a trace of the prompt",
+                instead="a tensor without positions, such as [D] or [B, 1, D]; or p.layers[i]... for p in t.prompts, "
+                "whose positions are those of each prompt",
             )
         size = self.prompt.lengths_digest if symbol == PADS else self.prompt.sizes[symbol]
         return Pin(symbol, size, len(self.ops))

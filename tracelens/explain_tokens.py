@@ -34,7 +34,7 @@ def _row(row: Sequence[Token]) -> str:
 
 
 def _cell(token: Token) -> str:
-    return f"{token.position} {token.spelt}" if token.spelt else f"{token.position} <{token.id}>"
+    return f"{token.position} {token.shown}" if token.shown else f"{token.position} <{token.id}>"
 
 
 def _lines(graph: Graph, prompt: Prompt, rows: Sequence[Sequence[Token]]) -> Iterator[str]:

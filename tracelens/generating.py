@@ -16,6 +16,7 @@ from tracelens.backends.generation_options import (
     Watched,
     is_cached,
     keeps_logits,
+    refusing,
     require_plain,
     resolved,
     watched_criteria,
@@ -106,7 +107,7 @@ class _Generation:
         self.compiler, self.graph, self.compiled, self.prompt = compiler, graph, compiled, prompt
         self.anatomy = compiler.anatomy
         self.hf: Any = self.anatomy.model
-        self.options = dict(options)
+        self.given, self.options = options, dict(options)
         self.include_last = include_last
         self.told = told
         self.count: int = self.options["max_new_tokens"]
@@ -189,7 +190,8 @@ class _Generation:
             self.hf(**inputs, use_cache=False)
             run.chosen(None)
             return inputs["input_ids"]
-        found = self.hf.generate(**inputs, **self.options, return_dict_in_generate=True)
+        with refusing(self.given, lambda: run.begun):
+            found = self.hf.generate(**inputs, **self.options, return_dict_in_generate=True)
         if self.include_last:
             self._last_pass(inputs, found)
             run.chosen(None)

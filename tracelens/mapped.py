@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NoReturn, cast
 
@@ -110,7 +111,7 @@ class MappedValue(PerLayerOperand):
         *,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
-        to: str | None = None,
+        to: str | os.PathLike[str] | None = None,
     ) -> MappedValue:
         """Lets the values leave the run, stacked on a new first axis in the order of the layers.
 

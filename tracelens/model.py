@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from tracelens.backends.anatomy import ModelAnatomy
-from tracelens.backends.generation_options import require_own
+from tracelens.backends.generation_options import require_count, require_own
 from tracelens.batch import prepare
 from tracelens.compiling import Compiler, owning
 from tracelens.errors import Blaming, OptionError, PromptError, TracelensError
@@ -163,7 +163,7 @@ class Model(Methods, Shown):
         single = isinstance(prompt, str) or prepared.sizes["B"] == 1
         if isinstance(prompt, list) and prompt and isinstance(prompt[0], str | list):
             single = False
-        each = options.pop("num_return_sequences", None) or 1
+        each = require_count(options.pop("num_return_sequences", None))
         if each != 1:
             # Several texts of one prompt are rows of their own.
             batch = prepared.batch.each(each)

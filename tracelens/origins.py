@@ -91,7 +91,8 @@ def require_positions(type_: TensorType, made: StepWindow | None, window: StepWi
         raise PositionAxisError(
             f"{type_} holds the positions of {made.words}, and would be used in {window.words}, which have others",
             instead="one of them, which has no position axis: value[:, -1], value.tok[3], value.mean(1); "
-            "for a mask, that of the same steps: t.prefill.positions >= 5",
+            "for all of them, a write in the same steps: t.prefill.layers[i].resid_post += value; for a mask, that of "
+            "the same steps: t.prefill.positions >= 5",
         )
 
 

@@ -11,6 +11,7 @@ from tracelens.errors import PerPromptError
 from tracelens.ir import dims
 from tracelens.ir.ops import Ref
 from tracelens.ir.sites import Site
+from tracelens.ir.windows import PREFILL
 from tracelens.location import here
 from tracelens.subject import PADS
 
@@ -37,9 +38,11 @@ def padded_again(recorder: Recorder, value: Any, parts: Parts) -> int:
     for a token. Right for prompts of these lengths only, to which the graph is pinned.
     """
     prompt, shape = recorder.prompt, value._type.shape
-    if prompt is None or recorder.generating:
-        block = "model.generate, where a step may hold one position" if recorder.generating else "no prompt"
-        raise _refused(parts, f"this block has {block}")
+    if prompt is None:
+        raise _refused(parts, "this block has no prompt")
+    mask_site = Site("token_mask")
+    if recorder.generating:  # a value of the step that is over the prompts, as one that is read there
+        mask_site = mask_site.during(PREFILL)
     if shape[:2] != (dims.B, dims.P) or not all(isinstance(dim, int) for dim in shape[2:]):
         raise _refused(
             parts, f"it is {value._type}, and only values with axes [B, P, ...] can be put together again"
@@ -53,7 +56,7 @@ def padded_again(recorder: Recorder, value: Any, parts: Parts) -> int:
     mask = torch.tensor([[False] * (positions - length) + [True] * length for length in lengths])
     rows, columns = prompt.mask_indices(mask)
     zeros = recorder.constant(torch.zeros(rest, dtype=parts[0].dtype))
-    base = recorder.read(Site("token_mask"))
+    base = recorder.read(mask_site)
     for _ in rest:
         base = _one(recorder, "torch.unsqueeze", _ref(recorder, base), -1)
     base = _one(recorder, "torch.mul", _ref(recorder, base), _ref(recorder, zeros))

@@ -11,15 +11,18 @@ from tracelens.view import Shown, Token, TokenRows, View
 class PromptTokens(Sequence[tuple[Token, ...]], Shown):
     """The real tokens of a prompt, row by row; shows itself as a grid.
 
-    ``tokens[row][k]`` has the ``position`` k, which ``.tok[k]`` addresses, what it spells (``spelt``), and its ``id``.
+    ``tokens[row][k]`` has the ``position`` k, which ``.tok[k]`` addresses, the text that it spells (``spelt``), and its
+    ``id``.
     """
 
     def __init__(self, prompt: Prompt) -> None:
         batch, tokenizer = prompt.batch, prompt.tokenizer
-        spelt = None if tokenizer is None else batch.spellings(tokenizer)
+        spellings = None if tokenizer is None else batch.spellings(tokenizer)
         self.rows = tuple(
             tuple(
-                Token(position, "" if spelt is None else spelt[row].piece(position), token)
+                Token(position, "", token, "")
+                if spellings is None
+                else Token(position, spellings[row].text(position), token, spellings[row].piece(position))
                 for position, token in enumerate(batch.tokens(row))
             )
             for row in range(len(batch.lengths))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -43,7 +44,7 @@ class SavingDraft(Draft):
         stacked: bool,
         keep: Keep,
         dtype: DType | None,
-        to: str | None,
+        to: str | os.PathLike[str] | None,
     ) -> Delivery:
         """Lets values leave the run; returns where their tensor will be found."""
         self.require_open()
@@ -75,7 +76,7 @@ class SavingDraft(Draft):
                     instead=f'value.save(to={str(to)!r}), or value.save(device="keep"); or both, as two saves',
                 )
             with Blaming(location):
-                require_writable(to)
+                to = require_writable(to)
         self.saves[name] = location
         key = (name, values, stacked, keep is Keep.CPU, dtype, to)
         step = self._at.next.get(key) or self._add(key, Save(name, values, stacked, keep, dtype, to))

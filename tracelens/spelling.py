@@ -87,6 +87,10 @@ class Spelling:
         ]
         return (tokens[0], tokens[-1] + 1) if tokens else (0, 0)
 
+    def text(self, token: int) -> str:
+        """What one token spells, so that those of all tokens make up the surface: a cut character is the last one's."""
+        return self.surface[self.cuts[token] // 2 : self.cuts[token + 1] // 2]
+
     def piece(self, token: int) -> str:
         """One token for people to read: quoted, special tokens as they are, ``…`` where it cuts a character."""
         begin, end = self.cuts[token], self.cuts[token + 1]

@@ -15,6 +15,7 @@ import torch
 from tracelens.errors import NestedTraceError, OptionError, TracelensError, UnknownSaveError
 from tracelens.generating import generate
 from tracelens.ir.graph import Graph
+from tracelens.ir.ops import Save
 from tracelens.location import NOWHERE, Location, here
 from tracelens.prompted import Prompt
 from tracelens.telling import StepMade, StepTold
@@ -258,7 +259,7 @@ class _Pieces:
 
 
 def graph_of(recorded: Recording | Graph | None) -> Graph:
-    """The graph of a recording, the graph itself, or one that does nothing."""
+    """The graph of a recording, the graph itself, or one that does nothing; refuses what no stream can do."""
     if recorded is None:
         return Graph(())
     if not isinstance(recorded, Recording | Graph):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
@@ -266,4 +267,17 @@ def graph_of(recorded: Recording | Graph | None) -> Graph:
             f"{recorded!r} is no graph to generate with",
             instead="with model.record(generation=True) as r: ..., and model.stream(prompt, r, max_new_tokens=20)",
         )
-    return recorded.graph if isinstance(recorded, Recording) else recorded
+    graph = recorded.graph if isinstance(recorded, Recording) else recorded
+    for number, op in enumerate(graph.ops):
+        if isinstance(op, Save) and op.to is not None:
+            name = "h" if op.name.startswith("#") else op.name
+            raise graph.blame(
+                OptionError(
+                    f"to={str(op.to)!r} writes a file, and a stream hands over what each step has saved and writes no "
+                    "file",
+                    instead=f'.save("{name}") and event["{name}"]; or with model.generate(prompt, max_new_tokens=...) '
+                    "as t: ..., which writes it",
+                ),
+                number,
+            )
+    return graph

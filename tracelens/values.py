@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections import namedtuple
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
@@ -293,7 +294,7 @@ class Value(Operand):
         *,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
-        to: str | None = None,
+        to: str | os.PathLike[str] | None = None,
     ) -> Saved:
         """Lets this value leave the run: its numbers are there after the block.
 

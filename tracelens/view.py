@@ -44,11 +44,17 @@ class Fold:
 
 @dataclass(frozen=True, slots=True)
 class Token:
-    """One token of a prompt: its place among the row's real tokens, what it spells, and its id."""
+    """One token of a prompt: its place among the row's real tokens, what it spells, and its id.
+
+    ``spelt``: the text itself, of which those of a row make up the whole; a character of several tokens is the last
+    one's, and without a tokenizer there is none. ``shown``: the same for people to read, in quotes, because its space
+    matters; a special token as it is, and with ``…`` where a token begins or ends inside a character.
+    """
 
     position: int
     spelt: str
     id: int
+    shown: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +186,7 @@ def _token_lines(row: tuple[Token, ...], pads: int, title: str) -> str:
 
 
 def _cell(token: Token) -> tuple[str, str, str]:
-    return (str(token.position), token.spelt, str(token.id))
+    return (str(token.position), token.shown, str(token.id))
 
 
 # --- for a notebook --------------------------------------------------------------------------------------------------
@@ -220,7 +226,7 @@ def _token_grid(view: TokenRows) -> str:
         head = f"<th>row {number}</th>" if several else ""
         cells = "".join(
             f'<td style="text-align:left" title="position {token.position}, id {token.id}">'
-            f'<small style="opacity:0.6">{token.position}</small><br><code>{escape(token.spelt)}</code><br>'
+            f'<small style="opacity:0.6">{token.position}</small><br><code>{escape(token.shown)}</code><br>'
             f'<small style="opacity:0.6">{token.id}</small></td>'
             for token in row
         )

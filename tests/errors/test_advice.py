@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tracelens as tl
-from tests.errors import GPT2, IDS, LLAMA, D, refused
+from tests.errors import GPT2, IDS, LLAMA, RAGGED, D, refused
 from tests.support.families import FAMILIES
 from tracelens.errors import (
     DtypeError,
@@ -184,6 +184,40 @@ def test_a_constant_for_each_prompt_of_a_generation() -> None:
         model.layers[1].resid_post += torch.ones(D)
         model.layers[2].resid_post += torch.ones(2, 1, D)
     assert len(t.tokens) == 2
+
+
+def test_a_mask_over_padded_prompts_in_a_generation() -> None:
+    mask = torch.tensor([[False, True, False, False], [False, False, True, True]])
+    for scope in ("all", "prefill"):
+        with (
+            refused(ShapeError, "lengths P and 4", instead="model.positions >= 5") as caught,
+            model.generate(RAGGED, max_new_tokens=2) as t,
+        ):
+            (t.prefill if scope == "prefill" else model).token_mask & ~mask  # <-
+        assert ".tok[mask]" in str(caught.error.instead)
+        assert "[B, 1, D]" not in str(caught.error.instead)
+
+
+def test_what_to_write_for_a_mask_in_a_generation() -> None:
+    """Each of the ways that the error names, and all of them alike."""
+    mask = torch.tensor([[False, True, False, False], [False, False, True, True]])
+    found: list[list[torch.Tensor]] = []
+    for way in ("nothing", "tok", "prompts", "run"):
+        with model.generate(RAGGED, max_new_tokens=2) as t:
+            if way == "tok":
+                t.prefill.layers[1].resid_post.tok[mask] = 0.0
+            elif way == "prompts":
+                for p, own in zip(t.prompts, (mask[:1], mask[1:, -2:]), strict=True):
+                    p.layers[1].resid_post = tl.where(own[..., None], 0.0, p.layers[1].resid_post)
+            elif way == "run":
+                site, ids = t.prefill.layers[1].resid_post, t.prefill.token_ids
+                chosen = (ids == RAGGED[0][1]) | (ids == RAGGED[1][0]) | (ids == RAGGED[1][1])
+                t.prefill.layers[1].resid_post = tl.where(chosen[..., None], 0.0, site)
+            h = model.layers[2].resid_post.save()
+        found.append(list(h.value))
+    assert not any(torch.equal(*pair) for pair in zip(found[0], found[1], strict=True))
+    for other in found[2:]:
+        assert all(torch.equal(*pair) for pair in zip(found[1], other, strict=True))
 
 
 def test_a_dict_from_generation() -> None:

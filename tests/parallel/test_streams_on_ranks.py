@@ -220,6 +220,38 @@ def test_a_rank_that_dies_ends_the_stream(two: Ranks, tiny_folder: Path) -> None
         list(stream)
 
 
+def test_what_a_stream_or_a_generation_refuses(models: Both, tmp_path: Path) -> None:
+    """The same words as in one process, and ranks that go on."""
+    ranks = models.spread.ranks
+    assert ranks is not None
+    pids = ranks.pids
+    for options in (
+        {"bad_words_ids": [1]},
+        {"unknown_option": 1},
+        {"top_p": 7},
+        {"temperature": 0.0, "do_sample": True},
+    ):
+        said: list[str] = []
+        for model in (models.spread, models.one):
+            with pytest.raises(errors.OptionError) as caught:  # noqa: SIM117  # the guilty line is the inner one
+                with model.generate(ROWS, max_new_tokens=2, **options):
+                    model.layers[0].resid_post.save()
+            assert caught.value.at is not None
+            assert "model.generate(ROWS" in caught.value.at.text
+            said.append(f"{caught.value.problem} {caught.value.instead}")
+            with pytest.raises(errors.OptionError) as caught:
+                list(model.stream(ROWS, max_new_tokens=2, **options))
+            said.append(f"{caught.value.problem} {caught.value.instead}")
+        assert len(set(said)) == 1
+    file = tmp_path / "h.safetensors"
+    with models.spread.record(generation=True) as r:
+        models.spread.layers[0].resid_post.save("h", to=file)
+    with pytest.raises(errors.OptionError, match="writes no file"):
+        models.spread.stream(ROWS, r, max_new_tokens=2)
+    free(models)
+    assert ranks.pids == pids
+
+
 def test_what_cannot_be_sent_is_told_by_name(models: Both) -> None:
     """The first rank finds out by itself, while the others wait for a word."""
     model = models.spread

@@ -39,6 +39,7 @@ class SteppedRun(Run):
     __slots__ = (
         "_awaiting",
         "any_passes",
+        "begun",
         "cached",
         "gathering",
         "inputs",
@@ -75,6 +76,8 @@ class SteppedRun(Run):
         self.inputs = inputs
         self.any_passes = any_passes
         self.mask = mask
+        self.begun = False
+        """Has a pass begun?"""
         self.step = 0
         """Of the pass that comes next, or that runs."""
         self._awaiting: tuple[LocalCode, list[Any]] | None = None
@@ -95,6 +98,7 @@ class SteppedRun(Run):
     def _starting(self, _: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if get_ident() != self.thread:
             return None
+        self.begun = True
         given = kwargs
         found = kwargs.get("input_ids")
         if isinstance(found, torch.Tensor) and found.device != self.mask.device:

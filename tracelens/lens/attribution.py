@@ -135,7 +135,7 @@ def logit_attribution(
                 LogitAttribution(
                     model=self.describe(),
                     position=at,
-                    at=tokens[row][at].spelt or f"<{tokens[row][at].id}>",
+                    at=tokens[row][at].shown or f"<{tokens[row][at].id}>",
                     token=one,
                     against=others,
                     spelt={id_: directions.spelt[id_] for id_ in (one, *others)},
