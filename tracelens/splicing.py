@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -68,7 +69,7 @@ class Features(Value):
         *,
         device: str = "cpu",
         dtype: torch.dtype | None = None,
-        to: str | None = None,
+        to: str | os.PathLike[str] | None = None,
     ) -> Saved:
         """Lets the features leave the run; as :meth:`tracelens.Value.save`."""
         plain = super().save(name, device=device, dtype=dtype, to=to)
