@@ -76,10 +76,11 @@ def plain(text: Text, *, cached: bool = True) -> WRITTEN:
 
 
 def difference(found: Mapping[str, torch.Tensor], expected: Mapping[str, torch.Tensor]) -> float:
-    """How far an answer is from the right one; infinite where a token is another."""
+    """How far an answer is from the right one; infinite where a token, or any other whole number, is another."""
     if found.keys() != expected.keys():
         raise ValueError(f"results are {sorted(found)}, expected {sorted(expected)}")
-    if not torch.equal(found["tokens"], expected["tokens"]):
+    whole = [name for name in expected if not expected[name].is_floating_point()]
+    if not all(torch.equal(found[name], expected[name]) for name in whole):
         return float("inf")
-    floats = [{name: each[name] for name in each if name != "tokens"} for each in (found, expected)]
+    floats = [{name: each[name] for name in each if name not in whole} for each in (found, expected)]
     return largest_error(*floats)

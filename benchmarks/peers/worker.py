@@ -21,6 +21,8 @@ PEERS = {
     "hooks_text": "benchmarks.peers.hooks_text",
     "nnsight_text": "benchmarks.peers.nnsight_text",
     "transformer_lens_text": "benchmarks.peers.transformer_lens_text",
+    "nnsight_lens": "benchmarks.peers.nnsight_lens",
+    "transformer_lens_lens": "benchmarks.peers.transformer_lens_lens",
 }
 
 
@@ -94,7 +96,7 @@ def serve(requests: TextIO, replies: TextIO, peer_name: str, threads: int) -> No
     }
     reply({"version": peer.version(), "versions": versions, "notes": getattr(peer, "NOTES", {})})
     worker: Any = Worker(peer)
-    if peer_name.endswith("_text"):
+    if peer_name.endswith(("_text", "_lens")) and peer_name != "transformer_lens":
         from benchmarks.peers.text_worker import TextWorker
 
         worker = TextWorker(peer)

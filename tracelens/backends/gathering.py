@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import zlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import chain
 from typing import Protocol
 
@@ -33,7 +33,7 @@ class Course:
     their own, in front.
     """
 
-    save: Save
+    save: Save = field()  # no default, also where nnsight has given every object a method of that name
     type: TensorType
     window: StepWindow | None
 
