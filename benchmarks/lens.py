@@ -1,6 +1,6 @@
-"""What a logit lens of every layer costs while text is generated: tracelens, by hand in four ways, nnsight, TransformerLens.
+"""What a logit lens of every layer costs while text is generated: ours, by hand in four ways, and that of peers.
 
-    python -m benchmarks.lens --peer-python nnsight=PYTHON --peer-python transformer_lens=PYTHON --out FOLDER --page FILE
+    python -m benchmarks.lens --peer-python nnsight=PYTHON --peer-python transformer_lens=PYTHON --out FOLDER
 
 All of this process take turns step by step (see peers/laps.py), and first all have to agree on the likeliest tokens and
 their log-probabilities. Measurements are added to those that the folder has: ``--new 64 128``, then ``--new 256 --only
@@ -76,7 +76,7 @@ def open_text(model: Tiny | SmolLM2, folder: Path, tokens: int | None = None) ->
 
 
 def disagreement(found: Mapping[str, torch.Tensor], right: Mapping[str, torch.Tensor]) -> float:
-    """How far log-probabilities are apart, in nats; raises where a token is another. Who reads less is compared there."""
+    """How far log-probabilities are apart, in nats, at the last positions that both read; raises for another token."""
     columns = found["top_1"].shape[1]
     if not torch.equal(found["tokens"], right["tokens"]):
         raise AssertionError("another text was written")

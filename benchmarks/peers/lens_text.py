@@ -48,6 +48,7 @@ class Reading:
             best = logits.topk(TOP, -1)
             values.append(best.values - logits.logsumexp(-1, keepdim=True))
             ids.append(best.indices)
+            del logits  # before the next are made
         shape = (*states.shape[:-1], TOP)
         return torch.cat(values).reshape(shape), torch.cat(ids).reshape(shape)
 
