@@ -208,7 +208,8 @@ class Model(Methods, Shown):
         ...     print(event.text, event["norm"])
 
         On ranks, ``timeout=`` of :func:`tracelens.load` is the time of each step; your own is not counted. Raises
-        :class:`~tracelens.errors.OptionError` under torchrun, where each rank has a loop of its own.
+        :class:`~tracelens.errors.OptionError` under torchrun, where each rank has a loop of its own, and for a save
+        with ``to=``, whose file a stream would not write.
         """
         if self.anatomy.mesh is not None:
             raise OptionError(

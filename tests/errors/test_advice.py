@@ -240,6 +240,16 @@ def test_a_file_that_cannot_be_written(tmp_path: Path) -> None:
         model.layers[0].resid_post.save(to=str(tmp_path / "nodir" / "x"))  # <-
     with refused(OptionError, "is a folder", instead="h.safetensors"), model.trace(IDS):
         model.layers[0].resid_post.save(to=str(tmp_path))  # <-
+    with refused(OptionError, "no name of a file", instead='to="h.safetensors"'), model.trace(IDS):
+        model.layers[0].resid_post.save(to=3)  # <-
+    with model.trace(IDS):
+        paths = [
+            one.resid_post.save(to=tmp_path / name)
+            for one, name in ((model.layers[0], "a"), (model.layers[:], "b"))
+        ]
+    assert torch.equal(paths[0].value, paths[1].value[0])
+    assert (tmp_path / "a").is_file()
+    assert (tmp_path / "b").is_file()
     os.makedirs(tmp_path / "nodir")
     with model.trace(IDS):
         h = model.layers[0].resid_post.save(to=str(tmp_path / "nodir" / "x"))
