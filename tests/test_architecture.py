@@ -86,6 +86,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("sharding_steps", 3),
     ("checking", 3),
     ("simulate", 3),
+    ("lens_memory", 3),
     ("memory", 3),
     ("reach", 3),
     ("plan", 3),

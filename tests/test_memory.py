@@ -103,6 +103,25 @@ def a_weight_that_comes_to_the_layers(model: Any) -> None:
     (model.layers[:].resid_post[:, -1] @ weight).save()  # until then it is held
 
 
+def a_lens_on_every_layer(model: Any) -> None:
+    lens = model.lens(model.layers[:].resid_post, workspace=100_000)
+    lens.topk(3).save()
+    lens.kl().save()
+    lens.rank(7).save()
+
+
+def a_lens_in_a_layer(model: Any) -> None:
+    model.layers[1].resid_post *= model.lens(model.layers[0].resid_post, workspace=200_000).max_prob()[
+        ..., None
+    ]
+
+
+def distances_of_every_layer(model: Any) -> None:
+    lens = model.lens(model.layers[:].resid_post, workspace=100_000)
+    lens.js().save()
+    lens.tv().save()
+
+
 def steered(model: Any) -> None:
     for layer in range(3):
         model.layers[layer].resid_post += torch.ones(4, 48, 48)
@@ -126,6 +145,9 @@ BLOCKS = (
     a_part_for_later,
     constants,
     a_weight_that_comes_to_the_layers,
+    a_lens_on_every_layer,
+    a_lens_in_a_layer,
+    distances_of_every_layer,
     steered,
 )
 

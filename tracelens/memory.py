@@ -4,7 +4,8 @@ The programs are walked through without running them. What counts is what the pl
 are made to when they are freed, what has arrived from other places, constants, offloaded weights that are loaded as
 values, and what was saved. A site's own tensor is the model's, and counts only once the model would have let go of it.
 Views count with the tensor that they are a part of. What one operation needs for a moment, within itself, is not
-counted, but for the weights that accelerate loads when a module of the model is applied; what autograd keeps is not.
+counted, but for the logits that a lens has in hand and the weights that accelerate loads when a module of the model is
+applied; what autograd keeps is not.
 Of a place that several ranks have together it is what the first of them holds, which has most.
 """
 
@@ -39,7 +40,8 @@ from tracelens.ir.ops import (
     operands,
 )
 from tracelens.ir.text import op_text
-from tracelens.ir.types import bytes_text
+from tracelens.ir.types import TensorType, bytes_text
+from tracelens.lens_memory import workspace_of
 from tracelens.placement import Place
 from tracelens.plan import Plan
 from tracelens.program import Block, Program, Side, Step, merged
@@ -209,6 +211,8 @@ class _Walk:
                 if self.devices[self.home[op.out]] != "cpu":  # there it is the user's own tensor
                     self._hold(self.home[op.out], op.out, op.out)
             case _:
+                if isinstance(op, Call) and (size := workspace_of(op, self._local, self.sizes)):
+                    self._meanwhile(self.home[op.outs[0]], Holding(step.number, op_text(op), size))
                 for out in op.outs if isinstance(op, Call) else list(step.makes):
                     base = _viewed(op)
                     if base is None:
@@ -261,10 +265,14 @@ class _Walk:
     def _lend(self, lent: Lent, number: int) -> None:
         """Weights that are there for the time of a call, and beside them what it returns."""
         place = self.devices.index(lent.device)
+        self._meanwhile(place, Holding(number, f"the weights of {lent.module}", lent.bytes))
+
+    def _meanwhile(self, place: int, holding: Holding) -> None:
+        """What is there for the time of a call alone."""
         self.copies -= 1
-        self._add(place, self.copies, Holding(number, f"the weights of {lent.module}", lent.bytes))
+        self._add(place, self.copies, holding)
         del self.held[place][self.copies]
-        self.now[place] -= lent.bytes
+        self.now[place] -= holding.bytes
 
     def _hold(self, place: int, root: int, value: int) -> None:
         number = self.graph.producer[value]
@@ -272,10 +280,13 @@ class _Walk:
         self._add(place, root, Holding(number, op_text(self.graph.ops[number]), size))
 
     def _nbytes(self, value: int) -> int:
+        return self._local(value).nbytes(self.sizes)
+
+    def _local(self, value: int) -> TensorType:
         """What one rank holds of a value: of those in parts its own, the longest one."""
         layout = self.layouts.get(value, WHOLE_EVERYWHERE)
         ranks = self.places[self.home[value]].ranks
-        return local_type(self.graph.types[value], layout, ranks).nbytes(self.sizes)
+        return local_type(self.graph.types[value], layout, ranks)
 
     def gathered(self) -> None:
         """When the pass is over: beside its own parts of what was saved, the first rank has the whole of it."""

@@ -14,9 +14,7 @@ import torch
 from torch import Tensor
 
 from tracelens.readout_part import Head, wide_dtype
-from tracelens.readout_tiles import WORKSPACE, Costs, tiles_of
-
-KINDS = ("js", "tv")
+from tracelens.readout_tiles import WORKSPACE, Costs, costs_of_distance, extent, tiles_of
 
 
 def lens_distance(
@@ -43,8 +41,8 @@ def lens_distance(
         log_probs = head.logits(state).to(wide) - total[..., None]
         others = head.logits(reference).to(wide) - other_total[..., None]
         return _of_tokens(log_probs, others, others.exp(), kind)
-    lead, tokens = state.shape[:-1], reference.shape[:-1]
-    columns, layers = tokens.numel(), lead[: len(lead) - len(tokens)].numel()
+    lead = state.shape[:-1]
+    layers, columns = extent(lead, reference.shape[:-1])
     rows, others = state.reshape(layers, columns, -1), reference.reshape(columns, -1)
     totals, other_totals = total.reshape(layers, columns, 1), other_total.reshape(columns, 1)
     found = torch.zeros((layers, columns), dtype=wide, device=state.device)
@@ -74,11 +72,8 @@ def lens_distance(
 
 
 def costs(width: int, dtype: torch.dtype, kind: str) -> Costs:
-    """What is in hand: for ``js`` the logarithms of both, of their mean, and powers; for ``tv`` what powers are of."""
-    wide = wide_dtype(dtype).itemsize
-    of_product = dtype.itemsize if dtype.itemsize < wide else 0
-    token, beside = (3 * wide, 2 * wide) if kind == "js" else (wide + of_product, wide + of_product)
-    return Costs(row=width * dtype.itemsize + 2 * wide, token=token, line=8 * wide, of_reference=beside)
+    """What is in hand for a state of so many numbers and the logits made of it."""
+    return costs_of_distance(width, dtype.itemsize, wide_dtype(dtype).itemsize, kind)
 
 
 def _of_tokens(log_probs: Tensor, others: Tensor, powers: Tensor, kind: str) -> Tensor:

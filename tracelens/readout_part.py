@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import linear
 
-from tracelens.readout_tiles import WORKSPACE, Costs, tiles_of
+from tracelens.readout_tiles import WORKSPACE, Costs, costs_of_lens, extent, rows_of_targets, tiles_of
 
 LOWEST = -1e30
 """Below every logit, and yet no infinity, of which differences would be nan."""
@@ -104,8 +104,7 @@ def target_logits(
     if not size:
         return found
     rows = state.reshape(-1, width)
-    # Of each state there is the row of its token, and the same in the wide dtype.
-    some = max(1, workspace // (width * (wide.itemsize + state.dtype.itemsize) + 64))
+    some, _ = rows_of_targets(width, state.dtype.itemsize, wide.itemsize, workspace)
     for logits, target in zip(found.view(len(targets), len(rows)), targets, strict=True):
         for start in range(0, len(rows), some):
             part = slice(start, start + some)
@@ -133,11 +132,7 @@ def part(
     """
     lead = state.shape[:-1]
     wide = wide_dtype(state.dtype)
-    tokens = lead[1:] if reference is None and len(lead) > 1 else lead
-    if reference is not None:
-        tokens = reference.shape[:-1]
-    layers = lead[: len(lead) - len(tokens)].numel()
-    columns = tokens.numel()
+    layers, columns = extent(lead, None if reference is None else reference.shape[:-1])
     floats = torch.empty((need.floats, layers, columns), dtype=wide, device=state.device)
     integers = torch.zeros((need.integers, layers, columns), dtype=torch.int64, device=state.device)
     rows = state.reshape(layers, columns, -1)
@@ -173,18 +168,15 @@ def part(
 
 
 def costs(width: int, dtype: torch.dtype, need: Asked) -> Costs:
-    """What is in hand for a state of so many numbers and the logits made of it.
-
-    For each logit its number and its power; the product in the dtype of the model is gone before there are powers, and
-    comparisons are made in their memory. To merge the largest takes what ``least`` says, before there are powers.
-    """
-    wide = wide_dtype(dtype).itemsize
-    return Costs(
-        row=width * dtype.itemsize + need.floats * wide + need.integers * 8,
-        token=2 * wide,
-        line=16 * wide,
-        least=need.k * (4 * wide + 5 * 8),
-        of_reference=2 * wide if need.divergence else 0,
+    """What is in hand for a state of so many numbers and the logits made of it."""
+    return costs_of_lens(
+        width,
+        dtype.itemsize,
+        wide_dtype(dtype).itemsize,
+        floats=need.floats,
+        integers=need.integers,
+        k=need.k,
+        divergence=need.divergence,
     )
 
 

@@ -11,7 +11,9 @@ a chunk of the vocabulary some numbers. ``beside`` is the same for the reference
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import NamedTuple
 
 WORKSPACE = 64 * 2**20
@@ -76,3 +78,47 @@ def tiles_of(layers: int, columns: int, vocabulary: int, workspace: int, costs: 
     while tokens < vocabulary and costs.of_tiles(layers, Tiles(positions, 2 * tokens, group)) <= workspace:
         tokens *= 2
     return Tiles(positions, -(-vocabulary // -(-vocabulary // min(tokens, vocabulary))), group)
+
+
+def extent(lead: Sequence[int], of_reference: Sequence[int] | None) -> tuple[int, int]:
+    """How many layers and positions the rows of states [*lead, D] are: the head is read for all layers of a position.
+
+    Those of a reference, which all layers share, are the positions; without one all but the first axis.
+    """
+    tokens = lead[1:] if len(lead) > 1 else lead
+    if of_reference is not None:
+        tokens = of_reference
+    return prod(lead[: len(lead) - len(tokens)]), prod(tokens)
+
+
+def costs_of_lens(
+    width: int, itemsize: int, wide: int, *, floats: int, integers: int, k: int, divergence: bool
+) -> Costs:
+    """What is in hand for a state of so many numbers and the logits made of it, in numbers of ``wide`` bytes.
+
+    For each logit its number and its power; the product in the dtype of the model is gone before there are powers, and
+    comparisons are made in their memory. To merge the largest takes what ``least`` says, before there are powers.
+    """
+    return Costs(
+        row=width * itemsize + floats * wide + integers * 8,
+        token=2 * wide,
+        line=16 * wide,
+        least=k * (4 * wide + 5 * 8),
+        of_reference=2 * wide if divergence else 0,
+    )
+
+
+def costs_of_distance(width: int, itemsize: int, wide: int, kind: str) -> Costs:
+    """What is in hand: for ``js`` the logarithms of both, of their mean, and powers; for ``tv`` what powers are of."""
+    of_product = itemsize if itemsize < wide else 0
+    token, beside = (3 * wide, 2 * wide) if kind == "js" else (wide + of_product, wide + of_product)
+    return Costs(row=width * itemsize + 2 * wide, token=token, line=8 * wide, of_reference=beside)
+
+
+def rows_of_targets(width: int, itemsize: int, wide: int, workspace: int) -> tuple[int, int]:
+    """How many states have the logit of a token of their own made at once, and what each of them takes.
+
+    Of each there is the row of its token, and the same in the wide dtype.
+    """
+    each = width * (wide + itemsize) + 64
+    return max(1, workspace // each), each

@@ -2357,4 +2357,11 @@ MUTANTS = (
         "        code, values = self.code, self.state.values\n",
         STEPS_OF_LENSES,
     ),
+    Mutant(
+        "lens: what it has in hand is not foreseen",
+        "lens_memory.py",
+        "return kept + max(aimed, found + max(in_tiles, answers))",
+        "return kept + max(aimed, found + answers)",
+        (*MEMORY, "-k", "measured and a_lens"),
+    ),
 )
