@@ -7,6 +7,7 @@ from math import prod
 
 from tracelens.ir.abstract import bind
 from tracelens.ir.dims import Sizes
+from tracelens.ir.layout import OwnType
 from tracelens.ir.ops import Call, Ref
 from tracelens.ir.rules_lens import DISTANCE, LENS, PART, TARGETS, asks_of, wide_dtype, widths
 from tracelens.ir.types import TensorType
@@ -27,7 +28,7 @@ _NAMES = {
 }
 
 
-def workspace_of(op: Call, local: Callable[[int], TensorType], sizes: Sizes) -> int:
+def workspace_of(op: Call, local: Callable[[int], TensorType | OwnType], sizes: Sizes) -> int:
     """The most that a call holds beside its operands while it runs; 0 for what is no lens.
 
     ``local``: the type of a value as one rank has it.

@@ -19,7 +19,7 @@ from tracelens.errors import ExtraMemoryError, OptionError
 from tracelens.ir.dims import Sizes
 from tracelens.ir.functions import FUNCTIONS, Kind
 from tracelens.ir.graph import Graph
-from tracelens.ir.layout import WHOLE_EVERYWHERE, Partial, Shard, local_type
+from tracelens.ir.layout import WHOLE_EVERYWHERE, OwnType, Partial, Shard, local_type
 from tracelens.ir.ops import (
     Apply,
     Call,
@@ -282,7 +282,7 @@ class _Walk:
     def _nbytes(self, value: int) -> int:
         return self._local(value).nbytes(self.sizes)
 
-    def _local(self, value: int) -> TensorType:
+    def _local(self, value: int) -> TensorType | OwnType:
         """What one rank holds of a value: of those in parts its own, the longest one."""
         layout = self.layouts.get(value, WHOLE_EVERYWHERE)
         ranks = self.places[self.home[value]].ranks

@@ -51,9 +51,9 @@ def test_devices_say_what_one_says(pretend: Pretend, tmp_path: Path, family: str
         pytest.skip("its head is its embedding")
     one = looked_at(tl.wrap(FAMILIES[family].build()))
     hf = FAMILIES[family].build()
-    places = device_map(hf, **MAPS[where])
+    places: Any = device_map(hf, **MAPS[where])
     hf = accelerate.dispatch_model(hf, places, main_device=torch.device(D[0]), offload_dir=tmp_path)
-    model = tl.wrap(hf)
+    model: Any = tl.wrap(hf)
     with watched() as seen:
         spread = looked_at(model)
     for name in ("indices", "rank"):

@@ -250,8 +250,8 @@ def test_derivatives_of_a_distance(kind: str) -> None:
     weight = torch.randn(50, 8, generator=generator, dtype=torch.float64)
 
     def distance(state: Tensor) -> Tensor:
-        totals = [(rows @ weight.T).logsumexp(-1) for rows in (state, reference)]
-        return lens_distance(state, weight, None, reference, *totals, kind)
+        total, other = ((rows @ weight.T).logsumexp(-1) for rows in (state, reference))
+        return lens_distance(state, weight, None, reference, total, other, kind)
 
     assert_close(distance(state), distance(state.clone().requires_grad_()).detach(), atol=1e-12, rtol=1e-12)
     assert torch.autograd.gradcheck(distance, (state.requires_grad_(),))
