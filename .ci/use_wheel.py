@@ -50,7 +50,9 @@ def check_contents() -> None:
     shipped = {str(path) for path in files("tracelens") or []}
     assert "tracelens/py.typed" in shipped, "the wheel must ship its types"
     assert any(name.endswith("licenses/LICENSE") for name in shipped), "the wheel must ship its licence"
-    assert {"tracelens/viz/lens_page.js", "tracelens/viz/lens_page.css"} <= shipped, "the wheel must ship its pages"
+    assert {"tracelens/viz/lens_page.js", "tracelens/viz/lens_page.css"} <= shipped, (
+        "the wheel must ship its pages"
+    )
     assert not any(name.startswith("tests/") for name in shipped), "the wheel must not ship the tests"
     assert "site-packages" in tl.__file__, f"this is not the installed package: {tl.__file__}"
 
