@@ -38,6 +38,7 @@ CHAT = ("tests/test_chat.py",)
 OFFLOAD = ("tests/test_offload.py",)
 SLICES = ("tests/test_slices.py", "-k", "not random and not any_batch and not ranks")
 SPREAD = ("tests/test_spread.py",)
+LENS_COMMAND = ("tests/test_lens_command.py", "-k", "ranges or name or table")
 STEPS_ON_DEVICES = ("tests/properties/test_generation_on_devices.py", "-k")
 STEPS_ON_RANKS = ("tests/parallel/test_generation_on_ranks.py", "-k")
 # Without the thousand examples: the others find it sooner.
@@ -2363,5 +2364,26 @@ MUTANTS = (
         "return kept + max(aimed, found + max(in_tiles, answers))",
         "return kept + max(aimed, found + answers)",
         (*MEMORY, "-k", "measured and a_lens"),
+    ),
+    Mutant(
+        "the last layer of a range in the terminal is left out",
+        "lens_command.py",
+        "found.update(range(first, end + 1))",
+        "found.update(range(first, end))",
+        LENS_COMMAND,
+    ),
+    Mutant(
+        "a range in the terminal may reach beyond the last layer",
+        "lens_command.py",
+        "if first >= count or end >= count:",
+        "if first >= count or end > count:",
+        LENS_COMMAND,
+    ),
+    Mutant(
+        "a seed in the terminal that has no effect is taken",
+        "lens_command.py",
+        "if options.seed is not None:",
+        "if options.seed is None and options.seed:",
+        ("tests/test_lens_command.py", "-k", "seeds"),
     ),
 )
