@@ -192,7 +192,6 @@ class _Reference:
         self.below = self.powers = rows
 
     def take(self, head: Head, low: int, high: int, wide: torch.dtype) -> None:
-        self.below = self.powers = self.rows  # those of the chunk before are let go of
         logits = head.logits(self.rows, low, high).to(wide)
         most = torch.maximum(self.most, logits.amax(-1))
         self.shift = self.most - most

@@ -134,7 +134,7 @@ def test_a_lens_that_a_write_waits_for_is_not_delayed() -> None:
         early = MODEL.lens(MODEL.layers[0].resid_post)
         early.entropy().save("early")
         MODEL.lens(MODEL.layers[1].resid_post).entropy().save("also late")
-        MODEL.layers[1].resid_post *= early.log_prob(5)[..., None]
+        MODEL.layers[1].resid_post *= early.entropy()[..., None]
 
     better = require_same(recorded(body))
     # The written one for itself, and of the others one for all: asked by nobody else, they may be late.

@@ -2310,13 +2310,6 @@ MUTANTS = (
         (*READOUT, "whole_logits"),
     ),
     Mutant(
-        "lens: the logits of the reference's last chunk are not let go of",
-        "readout_part.py",
-        "        self.below = self.powers = self.rows  # those of the chunk before are let go of\n",
-        "",
-        (*READOUT, "workspace"),
-    ),
-    Mutant(
         "lens: parts of the vocabulary forget with which token they begin",
         "readout.py",
         "need, aims, own, first=starts[rank], workspace=workspace)",
