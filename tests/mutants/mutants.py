@@ -1088,7 +1088,7 @@ MUTANTS = (
     Mutant(
         "weights: those of an applied module are counted on",
         "memory.py",
-        "        self.now[place] -= lent.bytes\n",
+        "        self.now[place] -= holding.bytes\n",
         "",
         WEIGHTS,
     ),
@@ -1536,8 +1536,8 @@ MUTANTS = (
     Mutant(
         "ranks: parts are held as wholes",
         "memory.py",
-        "return local_type(self.graph.types[value], layout, ranks).nbytes(self.sizes)",
-        "return self.graph.types[value].nbytes(self.sizes)",
+        "return local_type(self.graph.types[value], layout, ranks)",
+        "return self.graph.types[value]",
         COLLECTIVES,
     ),
     Mutant(
