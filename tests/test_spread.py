@@ -81,7 +81,7 @@ def test_places_are_where_the_modules_compute(pretend: Pretend, tmp_path: Path) 
     assert [place.device for place in where.places] == [P[1], P[0]]
     assert where.layers == (1, 0, 1)
     assert {name: where.places[index].device for name, index in where.ends.items()} == {
-        "token_mask": P[0], "token_ids": P[0], "positions": P[0],
+        "token_mask": P[0], "token_ids": P[0], "positions": P[0], "next_tokens": P[0],
             "embed": P[1], "final_norm": P[1], "lm_head": P[0], "logits": P[0],
     }  # fmt: skip
     assert where.place_of(Site("resid_post", 1)).device == P[1]

@@ -74,9 +74,9 @@ def test_what_to_write_meanwhile() -> None:
 
 
 def test_an_unknown_site_of_the_model() -> None:
-    with refused(UnknownSiteError, "'logit'", instead="did you mean logits?"), model.trace(IDS):
+    with refused(UnknownSiteError, "'logit'", instead="did you mean logits"), model.trace(IDS):
         model.logit.save()  # <-
-    with refused(UnknownSiteError, "'logit'", instead="did you mean logits?"), model.trace(IDS):
+    with refused(UnknownSiteError, "'logit'", instead="did you mean logits"), model.trace(IDS):
         model.logit = 0  # <-
     with model.trace(IDS):
         model.logits.save()
