@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 
 # Before transformers is imported: it reads these once.
@@ -22,6 +23,10 @@ from tests.support.ranks import tiny_folder as tiny_folder
 torch.set_num_threads(1)
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
+
+# A shell that starts them in the background has the signal ignored, and some tests send it to themselves.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # A forward pass inside a property takes milliseconds, and much longer the first time.
 _SLOW = (HealthCheck.too_slow, HealthCheck.data_too_large)

@@ -20,7 +20,7 @@ from tests.support.plain import untouched
 from tests.support.pretend import Pretend, device_map, pretend
 from tracelens.backends.places import placement
 from tracelens.errors import ModelMovedError, SeveralDevicesError
-from tracelens.ir.sites import KINDS, Scope, Site
+from tracelens.ir.sites import KINDS, TEXT, Scope, Site
 
 __all__ = ["pretend"]
 
@@ -148,7 +148,7 @@ def test_every_site_reads_and_writes_the_same_bits(
     vector = torch.linspace(-1, 1, 48)
     with untouched(hf):
         for kind in KINDS:
-            if kind.scope is Scope.INPUT or not plain.anatomy.has(Site(kind.name)):
+            if kind.scope in TEXT or not plain.anatomy.has(Site(kind.name)):
                 continue
             for layer in range(LAYERS) if kind.scope is Scope.LAYER else (None,):
                 found: list[Any] = []

@@ -247,7 +247,7 @@ def test_in_exec_without_source() -> None:
         exec("x = 1\nwith model.trace([1]):\n    model.logit.save()\n", {"model": model})
     assert (caught.value.at.filename, caught.value.at.line) == ("<string>", 3)
     assert caught.value.at.text == ""
-    assert "at <string>:3\n  instead: did you mean logits?" in str(caught.value)
+    assert "at <string>:3\n  instead: did you mean logits" in str(caught.value)
     names: dict[str, Any] = {"model": model}
     exec("with model.trace([5, 6, 7, 8]):\n    logits = model.logits.save()\n", names)
     assert torch.equal(names["logits"].value, LLAMA.logits)
