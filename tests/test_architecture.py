@@ -136,7 +136,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
 )
 # Imports that point upwards on purpose, each with its reason.
 UPWARDS = {
-    ("model", "lens.attribution"): "a method of the model, written on its public methods",
+    ("methods", "lens.attribution"): "a method of the model, written on its public methods",
     ("methods", "lens.logit_lens"): "as above",
     ("tracing", "viz.html"): "a block's notebook view; imported when a notebook asks for it",
     ("lens.result", "viz.lens_page"): "the page of a lens; imported when a notebook or a file asks for it",

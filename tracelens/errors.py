@@ -6,7 +6,7 @@ where that helps, and what to write instead. ``docs/errors.md`` has one entry pe
 
 from __future__ import annotations
 
-from tracelens.lens_errors import *  # noqa: F403
+from tracelens.lens_errors import *  # noqa: F403  # all of its __all__
 from tracelens.tracelens_error import Blaming as Blaming
 from tracelens.tracelens_error import TracelensError
 

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from tracelens.handles import recorder_of
+from tracelens.lens.attribution import logit_attribution
+from tracelens.lens.logit_lens import logit_lens
 from tracelens.lens_value import Lens, Translator, lens_of
 
 if TYPE_CHECKING:
-    from tracelens.lens.result import LensResult
-    from tracelens.lens.results import LensResults
     from tracelens.model import Model
 
 
@@ -60,59 +59,5 @@ class Methods:
             workspace=workspace,
         )
 
-    def logit_lens(
-        self,
-        prompt: Any,
-        *,
-        generate: int = 0,
-        components: str | Sequence[str] = ("resid_post",),
-        layers: str | int | Iterable[int] = "all",
-        positions: str | int | slice | Sequence[int] = "all",
-        top_k: int = 10,
-        track: Sequence[str | int] | Mapping[str, int] = (),
-        metrics: Sequence[str] = ("log_prob", "rank", "entropy", "kl"),
-        lens: Translator | None = None,
-        edit: Callable[[Any], object] | None = None,
-        batch_size: int | None = None,
-        workspace: int | None = None,
-        **options: Any,
-    ) -> LensResult | LensResults:
-        """What every layer would say next, at every position: the logit lens (nostalgebraist 2020), ready to look at.
-
-        ``prompt``: as for :meth:`trace`; one gives a :class:`tracelens.LensResult`, a list of them
-        :class:`tracelens.LensResults`. ``generate``: so many tokens are generated, and looked at while they are made
-        (the last one is not run through the model); ``options`` are those of :meth:`generate`. ``components``: sites
-        of a layer as wide as the residual stream. ``layers``: "all", or some. ``positions``: "all", "prompt",
-        "generated", "last", or tokens of the prompt as for ``.tok``.
-
-        For each of these the ``top_k`` likeliest tokens with their log-probabilities over the whole vocabulary, and
-        ``metrics``: ``log_prob`` and ``rank`` of the token that follows, ``entropy``, ``kl`` from the final layer,
-        ``logsumexp``. ``track``: tokens whose log-probability and rank are wanted everywhere. ``lens``: a
-        :class:`tracelens.TunedLens`. ``edit``: a function that is called in the block with ``t``, before anything is
-        read, for interventions. ``batch_size``: how many prompts run together. ``workspace``: bytes that logits in hand
-        may take. No logits are kept: memory is the states of the pass, the workspace and the result.
-
-        Raises :class:`~tracelens.errors.LensError` for what is not there to be looked at, and what
-        :meth:`trace` and :meth:`generate` raise.
-
-        >>> lens = model.logit_lens("The capital of France is")                      # doctest: +SKIP
-        >>> lens.plot("entropy")                                                     # doctest: +SKIP
-        """
-        from tracelens.lens.logit_lens import logit_lens
-
-        return logit_lens(
-            cast("Model", self),
-            prompt,
-            generate=generate,
-            components=components,
-            layers=layers,
-            positions=positions,
-            top_k=top_k,
-            track=track,
-            metrics=metrics,
-            lens=lens,
-            edit=edit,
-            batch_size=batch_size,
-            workspace=workspace,
-            **options,
-        )
+    logit_lens = logit_lens
+    logit_attribution = logit_attribution

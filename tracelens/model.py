@@ -19,7 +19,6 @@ from tracelens.generation import Generation
 from tracelens.handles import LayerHandle, Layers, global_site, no_target, recorder_of, unknown_global
 from tracelens.ir.graph import Graph
 from tracelens.ir.sites import GLOBAL_KINDS, TEXT_KINDS, Site
-from tracelens.lens.attribution import logit_attribution
 from tracelens.location import here
 from tracelens.memory import bytes_of
 from tracelens.methods import Methods
@@ -228,8 +227,6 @@ class Model(Methods, Shown):
         block = self.generate(prompt, max_new_tokens=max_new_tokens, seed=seed, **options)
         with Blaming(here()):
             return Stream(block, owning(graph_of(graph)), here())
-
-    logit_attribution = logit_attribution
 
     def prepare(self, prompt: Any, *, room: int = 0) -> Prompt:
         """The prompt as the model will see it: token ids, padded on the left, with a mask and positions.

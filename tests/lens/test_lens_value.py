@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch.testing import assert_close
@@ -211,9 +213,11 @@ class Unchanged:
         ),
     ],
 )
-def test_what_a_lens_refuses(llama: tl.Model, ask: object, error: type[Exception], words: str) -> None:
+def test_what_a_lens_refuses(
+    llama: tl.Model, ask: Callable[[tl.Model], object], error: type[Exception], words: str
+) -> None:
     with pytest.raises(error, match=words), llama.trace(IDS):
-        ask(llama)  # type: ignore[operator]
+        ask(llama)
 
 
 def test_a_text_that_is_no_one_token() -> None:

@@ -119,7 +119,7 @@ def _load_safetensors(path: Path) -> LensResult:
         said = (file.metadata() or {}).get(FORMAT)
         if said is None:
             raise ValueError("it is another kind of file")
-        return _whole({name: file.get_tensor(name) for name in file.keys()}, json.loads(said))  # noqa: SIM118
+        return _whole({name: file.get_tensor(name) for name in file.keys()}, json.loads(said))  # noqa: SIM118  # no dict
 
 
 # --- JSON ------------------------------------------------------------------------------------------------------------

@@ -57,7 +57,27 @@ def logit_lens(
     workspace: int | None = None,
     **options: Any,
 ) -> LensResult | LensResults:
-    """What the model's own head makes of every layer: see :meth:`tracelens.Model.logit_lens`."""
+    """What every layer would say next, at every position: the logit lens (nostalgebraist 2020), ready to look at.
+
+    ``prompt``: as for :meth:`trace`; one gives a :class:`tracelens.LensResult`, a list of them
+    :class:`tracelens.LensResults`. ``generate``: so many tokens are generated, and looked at while they are made
+    (the last one is not run through the model); ``options`` are those of :meth:`generate`. ``components``: sites
+    of a layer as wide as the residual stream. ``layers``: "all", or some. ``positions``: "all", "prompt",
+    "generated", "last", or tokens of the prompt as for ``.tok``.
+
+    For each of these the ``top_k`` likeliest tokens with their log-probabilities over the whole vocabulary, and
+    ``metrics``: ``log_prob`` and ``rank`` of the token that follows, ``entropy``, ``kl`` from the final layer,
+    ``logsumexp``. ``track``: tokens whose log-probability and rank are wanted everywhere. ``lens``: a
+    :class:`tracelens.TunedLens`. ``edit``: a function that is called in the block with ``t``, before anything is
+    read, for interventions. ``batch_size``: how many prompts run together. ``workspace``: bytes that logits in hand
+    may take. No logits are kept: memory is the states of the pass, the workspace and the result.
+
+    Raises :class:`~tracelens.errors.LensError` for what is not there to be looked at, and what
+    :meth:`trace` and :meth:`generate` raise.
+
+    >>> lens = model.logit_lens("The capital of France is")                      # doctest: +SKIP
+    >>> lens.plot("entropy")                                                     # doctest: +SKIP
+    """
     if type(generate) is not int or generate < 0:
         raise LensError(
             f"generate={generate!r} is no number of new tokens", at=here(), instead="generate=100"
