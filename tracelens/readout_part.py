@@ -21,7 +21,6 @@ Ask = tuple[Any, ...]
 """``("topk", k)``, ``("entropy",)``, ``("logsumexp",)``, ``("kl",)``; ``("log_prob", t)``, ``("rank", t)`` and
 ``("logit", t)`` of the target number ``t``. A target is a token, or a tensor of tokens that broadcasts to the rows."""
 Target = int | Tensor
-OF_TARGETS = ("log_prob", "rank", "logit")
 
 
 @dataclass(frozen=True)

@@ -71,10 +71,10 @@ def lens(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> Infer
     if len(args) != 6:
         raise UnsupportedFunctionError("a lens takes a state, a head, a reference, targets and asks")
     *head, targets, given = args
-    state, mixes = _on_a_head(sizing, *head[:3])
+    state = _on_a_head(sizing, *head[:3])
     several = targets if isinstance(targets, tuple) else ()
     asks = asks_of(given, len(several))
-    mixes = _compared(sizing, state, head[3], any(ask == "kl" for ask, _ in asks)) or mixes
+    mixes = _compared(sizing, state, head[3], any(ask == "kl" for ask, _ in asks))
     mixes = _aimed(sizing, state, several) or mixes
     types = answer_types(asks, state.shape[:-1], wide_dtype(state.dtype))
     return sizing.done(types, mixes, None if len(types) == 1 else ())
@@ -87,8 +87,8 @@ def distance(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> I
             "a distance takes a state, a head, a reference, the logsumexp of both and which distance"
         )
     reference, total, other_total = args[3:6]
-    state, mixes = _on_a_head(sizing, *args[:3])
-    mixes = _compared(sizing, state, reference, True) or mixes
+    state = _on_a_head(sizing, *args[:3])
+    mixes = _compared(sizing, state, reference, True)
     assert isinstance(reference, TensorType)
     wide = wide_dtype(state.dtype)
     for one, lead in ((total, state.shape[:-1]), (other_total, reference.shape[:-1])):
@@ -98,7 +98,7 @@ def distance(sizing: Sizing, name: str, args: Args, kwargs: AbstractKwargs) -> I
     return sizing.done(TensorType(wide, state.shape[:-1]), mixes)
 
 
-def _on_a_head(sizing: Sizing, state: object, weight: object, bias: object) -> tuple[TensorType, bool]:
+def _on_a_head(sizing: Sizing, state: object, weight: object, bias: object) -> TensorType:
     if not isinstance(state, TensorType) or not isinstance(weight, TensorType) or state.ndim < 1:
         raise UnsupportedFunctionError("a lens takes a state [..., D] and an unembedding [V, D]")
     problem = f"lens({state}, {weight})"
@@ -108,7 +108,7 @@ def _on_a_head(sizing: Sizing, state: object, weight: object, bias: object) -> t
         raise ShapeError(f"{problem}: the last axis of the state must be d_model")
     if bias is not None and (not isinstance(bias, TensorType) or bias.shape != weight.shape[:1]):
         raise ShapeError(f"{problem}: the bias must be one number for each token")
-    return state, False
+    return state
 
 
 def _compared(sizing: Sizing, state: TensorType, reference: object, needed: bool) -> bool:
