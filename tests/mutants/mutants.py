@@ -159,7 +159,7 @@ MUTANTS = (
         "recorder.py",
         "if not inferred.mixes or self._aligned:",
         "if True:",
-        GENERATION,
+        ("tests/errors/test_positions.py",),
     ),
     Mutant(
         "a program mixes positions of rows that differ in length",
