@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, Protocol, cast
 import torch
 from torch import nn
 
-from tracelens.errors import LensError, TokenMatchError
+from tracelens.errors import Blaming, LensError
 from tracelens.ir.ops import IndexItem, Ref
 from tracelens.ir.rules_lens import DISTANCE, LENS
 from tracelens.ir.sites import Site
@@ -18,6 +18,7 @@ from tracelens.mapped import MappedValue
 from tracelens.operand import Operand
 from tracelens.recorder import Recorder
 from tracelens.subject import HeadOf
+from tracelens.token_texts import one_token
 from tracelens.values import Value
 
 Token = int | str | torch.Tensor | Operand
@@ -174,7 +175,8 @@ class Lens:
 
     def _token(self, token: Token) -> Any:
         if isinstance(token, str):
-            token = one_token(self._tokenizer, token)
+            with Blaming(here()):
+                token = one_token(token, self._tokenizer)
         if isinstance(token, int) and not isinstance(token, bool):
             if not 0 <= token < self._head.vocabulary:
                 raise LensError(
@@ -310,24 +312,3 @@ def _narrowing(value: Value) -> Sequence[tuple[IndexItem, ...]]:
         found.insert(0, step._index)
         step = step._parent
     return found
-
-
-def one_token(tokenizer: Any, text: str) -> int:
-    """The id of a text that is one token."""
-    if tokenizer is None:
-        raise LensError("a text names a token only with a tokenizer", at=here(), instead="the token's id")
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        pieces = ", ".join(f"{one} {tokenizer.decode([one])!r}" for one in ids)
-        other = text[1:] if text.startswith(" ") else f" {text}"
-        also = len(tokenizer.encode(other, add_special_tokens=False)) == 1
-        raise TokenMatchError(
-            f"{text!r} is {len(ids)} tokens ({pieces}), and a lens is asked about one",
-            at=here(),
-            instead=f"{other!r}, which is one token"
-            if also
-            else f"the first of them, {ids[0]}"
-            if ids
-            else "an id",
-        )
-    return ids[0]

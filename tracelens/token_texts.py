@@ -9,6 +9,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
+from tracelens.errors import NoTokenizerError, TokenMatchError
 from tracelens.spelling import BROKEN, decoder, printable, special_names
 
 if TYPE_CHECKING:
@@ -45,6 +46,26 @@ def token_texts(ids: Iterable[int], tokenizer: PreTrainedTokenizerBase | None) -
         text = text[len(before) :] if text.startswith(before) else decode([token])
         texts[token] = text if text and BROKEN not in text else _piece(token, tokenizer)
     return texts
+
+
+def one_token(text: str, tokenizer: PreTrainedTokenizerBase | None) -> int:
+    """The id of a text that is one token; a named error, with what to write instead, for every other text."""
+    if tokenizer is None:
+        raise NoTokenizerError(
+            f"{text!r} is a text, and this model has no tokenizer",
+            instead="the token's id; or tl.wrap(hf_model, tokenizer)",
+        )
+    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
+    if len(ids) == 1:
+        return ids[0]
+    spelt = token_texts(ids, tokenizer)
+    pieces = ", ".join(f'{token} "{printable(spelt[token])}"' for token in ids) or "no token"
+    other = text[1:] if text.startswith(" ") else f" {text}"
+    also = len(tokenizer.encode(other, add_special_tokens=False)) == 1
+    raise TokenMatchError(
+        f"{text!r} is not one token: it is {pieces}",
+        instead=f"{other!r}, which is one token" if also else f"one of them, {ids[0]}" if ids else "an id",
+    )
 
 
 def _unknown(token: int) -> str:

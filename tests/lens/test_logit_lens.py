@@ -11,7 +11,7 @@ from torch.testing import assert_close
 import tracelens as tl
 from tests.support.families import FAMILIES
 from tests.support.tokenizers import byte_level_bpe
-from tracelens.errors import LensError, LensMismatchError
+from tracelens.errors import LensError, LensMismatchError, NoTokenizerError, OptionError
 
 IDS = [5, 17, 33, 2, 60, 41]
 OTHER = [9, 8, 77]
@@ -173,8 +173,11 @@ def test_text_and_its_tokens() -> None:
         ({"generate": -1}, "generate"),
         ({"do_sample": True}, "no text is generated"),
         ({"track": [" Paris"]}, "tokenizer"),
+        ({"track": [97]}, "no token 97"),
+        ({"track": [1.5]}, "no token"),
     ],
 )
 def test_what_is_refused(model: tl.Model, options: dict[str, Any], words: str) -> None:
-    with pytest.raises(LensError, match=words):
+    with pytest.raises((LensError, NoTokenizerError, OptionError), match=words) as caught:
         model.logit_lens([IDS], **options)
+    assert "test_logit_lens.py" in str(caught.value)

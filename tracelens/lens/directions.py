@@ -10,10 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tracelens.errors import NoTokenizerError, OptionError, TokenMatchError
+from tracelens.errors import OptionError
 from tracelens.operand import Operand
 from tracelens.spelling import printable
-from tracelens.token_texts import token_texts
+from tracelens.token_texts import one_token, token_texts
 
 if TYPE_CHECKING:
     from tracelens.model import Model
@@ -64,7 +64,7 @@ def directions_of(model: Model, token: Any, against: Any, prompts: int) -> Direc
 def token_id_of(model: Model, token: Any) -> int:
     """The id of a token that was named by a text or by its id; a named error for anything else."""
     if isinstance(token, str):
-        return _of_text(model, token)
+        return one_token(token, model.tokenizer)
     if isinstance(token, np.integer) or (isinstance(token, Tensor | np.ndarray) and token.ndim == 0):
         token = token.item()
     if isinstance(token, bool) or not isinstance(token, int):
@@ -75,25 +75,6 @@ def token_id_of(model: Model, token: Any) -> int:
             instead=_TOKEN,
         )
     return token
-
-
-def _of_text(model: Model, text: str) -> int:
-    tokenizer = model.tokenizer
-    if tokenizer is None:
-        raise NoTokenizerError(
-            f"{text!r} is a text, and this model has no tokenizer",
-            instead="a token id; or tl.wrap(hf_model, tokenizer)",
-        )
-    ids: list[int] = tokenizer.encode(text, add_special_tokens=False)
-    if len(ids) != 1:
-        shown = ", ".join(f"{id_} {_spelt(model, id_)}" for id_ in ids) or "no token"
-        other = text[1:] if text.startswith(" ") else f" {text}"
-        also = len(tokenizer.encode(other, add_special_tokens=False)) == 1
-        raise TokenMatchError(
-            f"{text!r} is not one token: it is {shown}",
-            instead=f"{other!r}, which is one token" if also else f"one of them, {ids[0]}" if ids else _TOKEN,
-        )
-    return ids[0]
 
 
 def _list(value: Any) -> list[Any] | None:

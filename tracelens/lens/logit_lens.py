@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tracelens.errors import LensError
+from tracelens.errors import Blaming, LensError
+from tracelens.lens.directions import token_id_of
 from tracelens.lens.result import LensResult
 from tracelens.lens.results import LensResults
 from tracelens.lens.statistics import STORED
-from tracelens.lens_value import Lens, Translator, one_token
+from tracelens.lens_value import Lens, Translator
 from tracelens.location import here
 from tracelens.token_texts import token_texts
 
@@ -301,7 +302,8 @@ def _tracked(track: Sequence[str | int] | Mapping[str, int], model: Model) -> Ma
         return dict(track)
     found: dict[str, int] = {}
     for token in (track,) if isinstance(track, str) else track:
-        number = one_token(model.tokenizer, token) if isinstance(token, str) else int(token)
+        with Blaming(here()):
+            number = token_id_of(model, token)
         name = token if isinstance(token, str) else token_texts([number], model.tokenizer)[number]
         found[name] = number
     return found
