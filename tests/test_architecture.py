@@ -24,6 +24,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS: tuple[tuple[str, int], ...] = (
     ("errors", 0),
     ("lens_errors", 0),
+    ("steering_errors", 0),
     ("tracelens_error", 0),
     ("location", 0),
     ("view", 0),
@@ -129,6 +130,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("loading", 5),
     ("bridge", 5),
     ("lens", 6),
+    ("steering", 6),
     ("viz", 7),
     ("demo", 7),
     ("lens_command", 7),

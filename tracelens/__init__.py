@@ -9,7 +9,10 @@
 torch.Size([1, 576])
 """
 
+from importlib import import_module
 from importlib.metadata import PackageNotFoundError, version
+from types import ModuleType
+from typing import TYPE_CHECKING
 
 from tracelens import einops_backend as _einops_backend  # einops finds the backend once it is defined
 from tracelens import errors
@@ -42,6 +45,9 @@ from tracelens.splicing import Splice, splice
 from tracelens.sweeping import Sweep, sweep
 from tracelens.tracing import Program, Record, Trace
 from tracelens.values import Saved, Value
+
+if TYPE_CHECKING:
+    from tracelens import steering
 
 try:
     __version__ = version("tracelens")
@@ -95,12 +101,20 @@ __all__ = [
     "per_layer",
     "run_with_nnsight",
     "splice",
+    "steering",
     "sweep",
     "token_id",
     "verify",
     "where",
     "wrap",
 ]
+
+
+def __getattr__(name: str) -> ModuleType:
+    """What most scripts do not need is imported by those that name it: ``tl.steering``."""
+    if name == "steering":
+        return import_module("tracelens.steering")
+    raise AttributeError(f"module 'tracelens' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

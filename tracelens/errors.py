@@ -1,4 +1,4 @@
-"""Every mistake has its own exception; all of them are here, those of lenses from a file of their own.
+"""Every mistake has its own exception; all of them are here, those of lenses and of steering from files of their own.
 
 An error says what is wrong, where the user wrote it (file, line, source text), what the graph around it looks like
 where that helps, and what to write instead. ``docs/errors.md`` has one entry per class.
@@ -7,6 +7,7 @@ where that helps, and what to write instead. ``docs/errors.md`` has one entry pe
 from __future__ import annotations
 
 from tracelens.lens_errors import *  # noqa: F403  # all of its __all__
+from tracelens.steering_errors import *  # noqa: F403  # as above
 from tracelens.tracelens_error import Blaming as Blaming
 from tracelens.tracelens_error import TracelensError
 

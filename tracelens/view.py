@@ -7,6 +7,7 @@ Whatever shows itself (graphs, blocks, results, tables of sites, prompts) says i
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from html import escape
 
@@ -59,9 +60,13 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class TokenRows:
-    """The tokens of several prompts, one row each, with the padding that stands before them."""
+    """The tokens of several prompts, one row each, with the padding that stands before them.
+
+    ``marks``: for each row, or for none, words at some of its positions.
+    """
 
     rows: tuple[tuple[Token, ...], ...]
+    marks: tuple[Mapping[int, str], ...] = ()
 
     @property
     def longest(self) -> int:
@@ -144,8 +149,8 @@ def text(view: View) -> str:
         case TokenRows():
             several = len(view.rows) > 1
             return "\n".join(
-                _token_lines(row, view.longest - len(row), f"row {number}" if several else "")
-                for number, row in enumerate(view.rows)
+                _token_lines(row, view.longest - len(row), f"row {number}" if several else "", marks)
+                for number, (row, marks) in enumerate(_marked(view))
             )
         case Stack():
             return "\n".join(text(part) for part in view.parts)
@@ -158,15 +163,19 @@ def _columns(rows: tuple[tuple[str, ...], ...]) -> str:
     )
 
 
-_HEADS = ("position", "token", "id")
+_HEADS = ("position", "token", "id", "")
 
 
-def _token_lines(row: tuple[Token, ...], pads: int, title: str) -> str:
+def _marked(view: TokenRows) -> Iterator[tuple[tuple[Token, ...], Mapping[int, str]]]:
+    return zip(view.rows, view.marks or ({},) * len(view.rows), strict=True)
+
+
+def _token_lines(row: tuple[Token, ...], pads: int, title: str, marks: Mapping[int, str]) -> str:
     count = f"{len(row)} token{'s' if len(row) != 1 else ''}"
     heading = f"{title}: {count}" if title else count
     if pads:
         heading += f", after {pads} of padding"
-    cells = [_cell(token) for token in row]
+    cells = [(*_cell(token), marks.get(token.position, "")) for token in row]
     lines = [heading]
     margin = max(map(len, _HEADS)) + 4
     while cells:
@@ -175,8 +184,8 @@ def _token_lines(row: tuple[Token, ...], pads: int, title: str) -> str:
         while fitting < len(cells) and margin + sum(widths[: fitting + 1]) + 2 * fitting <= WIDTH:
             fitting += 1
         for number, head in enumerate(_HEADS):
-            if not any(cell[number] for cell in cells):
-                continue  # without a tokenizer, tokens spell nothing
+            if not any(cell[number] for cell in cells[: None if head else fitting]):
+                continue  # without a tokenizer, tokens spell nothing; and few lines have marks
             parts = [cell[number].ljust(width) for cell, width in zip(cells[:fitting], widths, strict=False)]
             lines.append(f"  {head.ljust(margin - 4)}  {'  '.join(parts)}".rstrip())
         cells = cells[fitting:]
@@ -215,6 +224,7 @@ def html(view: View) -> str:
             return "<div>" + "".join(map(html, view.parts)) + "</div>"
 
 
+_MARKED = ";outline:2px solid"
 _PAD = '<td title="padding" style="opacity:0.4">·</td>'
 
 
@@ -222,12 +232,15 @@ def _token_grid(view: TokenRows) -> str:
     """A column for each padded position: the rows' last tokens stand below one another, as ``[:, -1]`` has it."""
     several = len(view.rows) > 1
     body = ""
-    for number, row in enumerate(view.rows):
+    for number, (row, marks) in enumerate(_marked(view)):
         head = f"<th>row {number}</th>" if several else ""
         cells = "".join(
-            f'<td style="text-align:left" title="position {token.position}, id {token.id}">'
+            f'<td style="text-align:left{_MARKED if token.position in marks else ""}" '
+            f'title="position {token.position}, id {token.id}">'
             f'<small style="opacity:0.6">{token.position}</small><br><code>{escape(token.shown)}</code><br>'
-            f'<small style="opacity:0.6">{token.id}</small></td>'
+            f'<small style="opacity:0.6">{token.id}</small>'
+            + (f"<br><b>{escape(marks[token.position])}</b>" if token.position in marks else "")
+            + "</td>"
             for token in row
         )
         body += f"<tr>{head}{_PAD * (view.longest - len(row))}{cells}</tr>"

@@ -1,0 +1,18 @@
+"""Steering vectors: ``tl.steering``. Directions in a model's activations that are made, applied, measured and kept."""
+
+from tracelens.steering.contrast import Contrast, ContrastRow, Refusal
+from tracelens.steering.contrast_files import load_contrast
+from tracelens.steering.labels import Labelled, LabelledRow
+
+__all__ = [
+    "Contrast",
+    "ContrastRow",
+    "Labelled",
+    "LabelledRow",
+    "Refusal",
+    "load_contrast",
+]
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)
