@@ -233,7 +233,7 @@ def test_only_backends_know_transformers() -> None:
 
 
 # Tensors of the user's, before a run or after it, that are brought to the host.
-HOST = ("batch", "constants", "results", "selection", "sweeping")
+HOST = ("batch", "constants", "results", "selection", "steering.directions", "sweeping")
 _MOVES = re.compile(r"""\.(cpu|cuda)\(|\.to\((device|\w+\.device|"cpu")""")
 
 

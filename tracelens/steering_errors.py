@@ -8,6 +8,9 @@ __all__ = [
     "ContrastError",
     "ContrastFileError",
     "LabelError",
+    "SteeringMismatchError",
+    "SteeringSelectionError",
+    "SteeringVectorError",
 ]
 
 # --- contrast data -----------------------------------------------------------------------------------------------
@@ -23,3 +26,20 @@ class ContrastFileError(TracelensError, ValueError):
 
 class LabelError(TracelensError):
     """No row of the contrast data has a label, one token in which its two answers differ."""
+
+
+# --- steering vectors --------------------------------------------------------------------------------------------
+
+
+class SteeringVectorError(TracelensError, ValueError):
+    """These directions make no steering vector, or none that can be used in that way."""
+
+
+class SteeringSelectionError(TracelensError, KeyError):
+    """The steering vector has no direction at that site and layer, or several where one was meant."""
+
+    __str__ = TracelensError.__str__  # KeyError would show the repr of the first argument
+
+
+class SteeringMismatchError(TracelensError, ValueError):
+    """The steering vector was made for another model, or two vectors are not of one model and of the same places."""

@@ -52,16 +52,21 @@ class Fingerprint:
 def fingerprint(unembedding: torch.Tensor) -> Fingerprint:
     """The digests of an unembedding [V, D], of any float dtype, on the host."""
     matrix = unembedding.detach()
+    # numpy prints three rows and columns at each end: rows in the middle make no difference.
+    ends = matrix if len(matrix) <= 2 * _ROWS else torch.cat([matrix[:_ROWS], matrix[-_ROWS:]])
+    loose = dict.fromkeys(_printed_digest(numbers.numpy()) for numbers in (ends.float(), ends.half()))
+    return Fingerprint(strict_digests(matrix), tuple(loose))
+
+
+def strict_digests(matrix: torch.Tensor) -> dict[str, str]:
+    """By the name of a dtype SHA-256 over the shape of a matrix on the host and its numbers rounded to that dtype."""
     strict: dict[str, str] = {}
     for name, dtype in _ROUNDED.items():
         found = hashlib.sha256(repr(tuple(matrix.shape)).encode())
         for rows in matrix.split(_ROWS):  # the rounded matrix is never there as a whole
             found.update(rows.to(dtype).contiguous().view(torch.uint8).numpy().data)
         strict[name] = found.hexdigest()
-    # numpy prints three rows and columns at each end: rows in the middle make no difference.
-    ends = matrix if len(matrix) <= 2 * _ROWS else torch.cat([matrix[:_ROWS], matrix[-_ROWS:]])
-    loose = dict.fromkeys(_printed_digest(numbers.numpy()) for numbers in (ends.float(), ends.half()))
-    return Fingerprint(strict, tuple(loose))
+    return strict
 
 
 _ROWS = 1024

@@ -2,14 +2,18 @@
 
 from tracelens.steering.contrast import Contrast, ContrastRow, Refusal
 from tracelens.steering.contrast_files import load_contrast
+from tracelens.steering.facts import Facts
 from tracelens.steering.labels import Labelled, LabelledRow
+from tracelens.steering.vector import SteeringVector
 
 __all__ = [
     "Contrast",
     "ContrastRow",
+    "Facts",
     "Labelled",
     "LabelledRow",
     "Refusal",
+    "SteeringVector",
     "load_contrast",
 ]
 
