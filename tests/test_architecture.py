@@ -70,6 +70,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("token_texts", 3),
     ("chat", 3),
     ("batch", 3),
+    ("branching", 3),
     ("matching", 3),
     ("selection", 3),
     ("prompted", 3),

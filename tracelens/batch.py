@@ -56,6 +56,10 @@ class Batch:
         """Do rows differ in length?  If not, there is no padding at all."""
         return len(set(self.lengths)) > 1
 
+    @property
+    def followed(self) -> Tensor:
+        return self.mask
+
     def holds(self, prompt: object) -> bool:
         """Was the batch made of the same token ids, given as a tensor, and has nobody asked what they spell?"""
         if type(prompt) is not Tensor or self.texts is not None or self.ragged:
@@ -83,46 +87,40 @@ class Batch:
         (20 against 40 microseconds), and some families warn. It is int64, which is what tokenizers give: families that
         compute with the mask, such as those with ALiBi, expect numbers.
         """
-        mask = _ones(*self.mask.shape)[1] if not self.ragged else self.mask.long()
-        inputs = {"input_ids": self.input_ids, "attention_mask": mask, "position_ids": self.position_ids}
+        inputs = {
+            "input_ids": self.input_ids,
+            "attention_mask": self._attention_mask(),
+            "position_ids": self.position_ids,
+        }
         if str(device) == "cpu":
             return inputs
         return {name: tensor.to(device, non_blocking=non_blocking) for name, tensor in inputs.items()}
 
+    def _attention_mask(self) -> Tensor:
+        return self.mask.long() if self.ragged else _ones(*self.mask.shape)[1]
+
     def repeated(self, times: int) -> Batch:
         """The same rows ``times`` times, all of them one after the other, and then again."""
-        known = [(tokenizer, spelt * times) for tokenizer, spelt in self._spelled]
-        return Batch(
-            self.input_ids.repeat(times, 1),
-            self.mask.repeat(times, 1),
-            self.position_ids.repeat(times, 1),
-            self.lengths * times,
-            None if self.texts is None else self.texts * times,
-            known,
-        )
+        return self._of(list(range(len(self.lengths))) * times)
 
     def each(self, times: int) -> Batch:
         """Every row ``times`` times, before the next one."""
-        rows = torch.arange(len(self.lengths)).repeat_interleave(times)
-        return Batch(
-            self.input_ids[rows],
-            self.mask[rows],
-            self.position_ids[rows],
-            tuple(self.lengths[row] for row in rows.tolist()),
-            None if self.texts is None else tuple(self.texts[row] for row in rows.tolist()),
-        )
+        return self._of([row for row in range(len(self.lengths)) for _ in range(times)])
 
     def rows(self, start: int, stop: int) -> Batch:
         """The rows from ``start`` up to ``stop``, padded to the longest of them."""
-        lengths = self.lengths[start:stop]
-        first = self.input_ids.shape[1] - max(lengths)
+        first = self.input_ids.shape[1] - max(self.lengths[start:stop])
+        return self._of(list(range(start, min(stop, len(self.lengths)))), first)
+
+    def _of(self, rows: list[int], first: int = 0) -> Batch:
+        """Some of the rows, from a column on."""
         return Batch(
-            self.input_ids[start:stop, first:].contiguous(),
-            self.mask[start:stop, first:].contiguous(),
-            self.position_ids[start:stop, first:].contiguous(),
-            lengths,
-            None if self.texts is None else self.texts[start:stop],
-            [(tokenizer, spelt[start:stop]) for tokenizer, spelt in self._spelled],
+            self.input_ids[rows, first:],
+            self.mask[rows, first:],
+            self.position_ids[rows, first:],
+            tuple(self.lengths[row] for row in rows),
+            None if self.texts is None else tuple(self.texts[row] for row in rows),
+            [(tokenizer, tuple(spelt[row] for row in rows)) for tokenizer, spelt in self._spelled],
         )
 
     def spellings(self, tokenizer: PreTrainedTokenizerBase) -> tuple[Spelling, ...]:

@@ -350,7 +350,7 @@ def _inputs(prompt: Prompt, wanted: Collection[str], device: torch.device) -> di
         "token_ids": batch.input_ids,
         "token_mask": batch.mask,
         "positions": batch.position_ids,
-        "next_tokens": following(batch.input_ids, batch.mask),
+        "next_tokens": following(batch.input_ids, batch.followed),
     }
     return {name: moved(found[name], device) for name in wanted}
 

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tracelens.backends.generation_options import is_cached, resolved
-from tracelens.errors import NoTokenizerError
+from tracelens.branching import Branched
+from tracelens.errors import NoTokenizerError, PromptError
 from tracelens.gathered import ends_of
 from tracelens.generating import generate
 from tracelens.ir.graph import Graph
@@ -55,6 +56,12 @@ class Generation(Recording):
         most: int | None = None,
         batch_size: int | None = None,
     ) -> None:
+        if isinstance(prompt.batch, Branched):
+            raise PromptError(
+                "a prompt with branches ends in several ways at once, and a text has one end",
+                at=here(),
+                instead="model.trace(...); or a prompt for each branch",
+            )
         super().__init__(model, prompt)
         self._options = dict(options)
         self._single = single

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from tracelens.backends.anatomy import ModelAnatomy
+from tracelens.backends.branching import with_branches
 from tracelens.backends.generation_options import require_count, require_own
 from tracelens.batch import prepare
 from tracelens.compiling import Compiler, owning
@@ -228,11 +229,14 @@ class Model(Methods, Shown):
         with Blaming(here()):
             return Stream(block, owning(graph_of(graph)), here())
 
-    def prepare(self, prompt: Any, *, room: int = 0) -> Prompt:
+    def prepare(self, prompt: Any, *, room: int = 0, branches: int | None = None) -> Prompt:
         """The prompt as the model will see it: token ids, padded on the left, with a mask and positions.
 
-        ``trace`` and programs take what this returns in place of a prompt, which saves preparing it again.
+        ``trace`` and programs take it in place of a prompt. ``branches=7``: the last token stands there seven times,
+        ``.tok[-7:]``, each as if it were alone: one pass with so many ends, the tokens before them computed once.
         """
+        if branches is not None:
+            return with_branches(self.anatomy, self.prepare(prompt), branches)
         if isinstance(prompt, Prompt) and not room:
             if prompt.owner is not self.anatomy:
                 raise PromptError(
@@ -244,12 +248,11 @@ class Model(Methods, Shown):
         latest = self._latest
         if latest is not None and not room and latest.holds(prompt):
             return latest
-        limit = self.anatomy.max_positions
         try:
             batch = prepare(
                 prompt,
                 self._tokenizer,
-                max_positions=limit,
+                max_positions=self.anatomy.max_positions,
                 room=room,
                 vocab_size=self.anatomy.vocabulary,
                 pad_id=self._pad_id,

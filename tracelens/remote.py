@@ -10,14 +10,17 @@ import torch
 
 from tracelens.backends.transfer import on_cpu
 from tracelens.batch import Batch
+from tracelens.branching import Branched, with_copies
 from tracelens.compiled import numbered
 from tracelens.constants import Captured, capture, from_payload
 from tracelens.errors import ForbiddenFunctionError
 from tracelens.ir.functions import FUNCTIONS
 from tracelens.ir.graph import Graph
+from tracelens.ir.infer import dtype_of, torch_dtype
 from tracelens.ir.layout import Joined, Layout, Partial, Replicate, Shard
 from tracelens.ir.ops import Call, Selector
 from tracelens.ir.parse import parse
+from tracelens.ir.types import DType
 from tracelens.placement import InParts, Place, Placement, Probed
 from tracelens.prompted import Prompt
 from tracelens.selection import Selection
@@ -64,7 +67,9 @@ def with_constants(graph: Graph, names: Sequence[str | None], tensors: Mapping[s
 def prompt_header(prompt: Prompt, selectors: tuple[Selector, ...]) -> dict[str, Any]:
     """What of a prompt is no tensor: lengths, and where token selectors point, in the order of the graph."""
     chosen = [prompt.select(selector) for selector in selectors]
+    batch = prompt.batch
     return {
+        "branches": [batch.branches, dtype_of(batch.kind).value] if isinstance(batch, Branched) else None,
         "lengths": list(prompt.batch.lengths),
         "chosen": [[[list(row) for row in one.columns], one.drops] for one in chosen],
     }
@@ -83,6 +88,9 @@ def prompt_from(
 ) -> Prompt:
     """The prompt on a rank, which needs no tokenizer: where selectors point came with it."""
     batch = Batch(tensors["input_ids"], tensors["mask"], tensors["position_ids"], tuple(header["lengths"]))
+    if header["branches"] is not None:
+        branches, kind = header["branches"]
+        batch = with_copies(batch, branches, torch_dtype(DType(kind)))
     prompt = Prompt(batch, None, owner)
     for selector, (columns, drops) in zip(selectors, header["chosen"], strict=True):
         prompt.point(selector, Selection(tuple(tuple(row) for row in columns), drops))

@@ -38,6 +38,7 @@ CHAT = ("tests/test_chat.py",)
 OFFLOAD = ("tests/test_offload.py",)
 SLICES = ("tests/test_slices.py", "-k", "not random and not any_batch and not ranks")
 SPREAD = ("tests/test_spread.py",)
+BRANCHING = ("tests/test_branching.py",)
 LENS_COMMAND = ("tests/test_lens_command.py", "-k", "ranges or name or table")
 STEPS_ON_DEVICES = ("tests/properties/test_generation_on_devices.py", "-k")
 STEPS_ON_RANKS = ("tests/parallel/test_generation_on_ranks.py", "-k")
@@ -283,7 +284,7 @@ MUTANTS = (
     Mutant(
         "a slice is as wide as the whole batch",
         "batch.py",
-        "first = self.input_ids.shape[1] - max(lengths)",
+        "first = self.input_ids.shape[1] - max(self.lengths[start:stop])",
         "first = 0",
         SLICES,
     ),
@@ -2378,5 +2379,40 @@ MUTANTS = (
         "if options.seed is not None:",
         "if options.seed is None and options.seed:",
         ("tests/test_lens_command.py", "-k", "seeds"),
+    ),
+    Mutant(
+        "branches see each other",
+        "branching.py",
+        "order & ~(copies[:, None] & copies) & self.mask",
+        "order & self.mask",
+        BRANCHING,
+    ),
+    Mutant(
+        "branches count on",
+        "branching.py",
+        "longer(batch.position_ids),",
+        "torch.cat([batch.position_ids, batch.position_ids[:, -1:] + torch.arange(1, more + 1)], 1),",
+        BRANCHING,
+    ),
+    Mutant(
+        "branches see the padding",
+        "branching.py",
+        " & self.mask[:, None, :]) | alone",
+        " & torch.ones_like(self.mask)[:, None, :]) | alone",
+        BRANCHING,
+    ),
+    Mutant(
+        "slices of a prompt with branches have none",
+        "branching.py",
+        "return with_copies(super(Branched, self)._of(rows, first), self.branches, self.kind)",
+        "return super(Branched, self)._of(rows, first)",
+        BRANCHING,
+    ),
+    Mutant(
+        "branches beyond a sliding window",
+        "backends/branching.py",
+        "if longest > shortest:",
+        "if longest > shortest + 1:",
+        BRANCHING,
     ),
 )
