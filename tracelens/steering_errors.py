@@ -7,10 +7,13 @@ from tracelens.tracelens_error import TracelensError
 __all__ = [
     "ContrastError",
     "ContrastFileError",
+    "ExtractionError",
     "LabelError",
     "SteeringMismatchError",
     "SteeringSelectionError",
     "SteeringVectorError",
+    "ZeroVectorError",
+    "ZeroVectorWarning",
 ]
 
 # --- contrast data -----------------------------------------------------------------------------------------------
@@ -26,6 +29,21 @@ class ContrastFileError(TracelensError, ValueError):
 
 class LabelError(TracelensError):
     """No row of the contrast data has a label, one token in which its two answers differ."""
+
+
+# --- making steering vectors -------------------------------------------------------------------------------------
+
+
+class ExtractionError(TracelensError, ValueError):
+    """A steering vector was to be made in a way, or at a place, or of data, from which it cannot be made."""
+
+
+class ZeroVectorError(TracelensError):
+    """The two answers do not differ where their activations were read, so every vector is nothing but rounding."""
+
+
+class ZeroVectorWarning(UserWarning):
+    """At some places the two answers hardly differ, so the vectors there are nothing to steer with."""
 
 
 # --- steering vectors --------------------------------------------------------------------------------------------

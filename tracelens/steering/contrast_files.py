@@ -126,20 +126,21 @@ _FORM = '{"question": "...", "answer_matching_behavior": " (A)", "answer_not_mat
 
 def _read(found: dict[str, Any], line: int, *, words: bool) -> tuple[Question | None, ContrastRow] | str:
     """A row, with its question where that has lettered choices; or why it is left out."""
-    question, positive, negative = (found[key] for key in KEYS)
-    if isinstance(negative, list) and negative:
-        negative = cast("list[Any]", negative)[0]
-    if isinstance(positive, list) and len(cast("list[Any]", positive)) == 1:
-        positive = cast("list[Any]", positive)[0]
-    for key, text in zip(KEYS, (question, positive, negative), strict=True):
-        if not isinstance(text, str) or not text.strip():
+    texts: list[str] = []
+    for key in KEYS:
+        given = found[key]
+        if isinstance(given, list):
+            several = cast("list[Any]", given)
+            # Several answers may fail to match, and any of them does for a contrast; several that match do not.
+            given = several[0] if several and (key == KEYS[2] or len(several) == 1) else None
+        if not isinstance(given, str) or not given.strip():
             return f"{key} is not one text"
-    assert isinstance(question, str)
-    question = untailed(question)
+        texts.append(given)
+    question, positive, negative = untailed(texts[0]), *texts[1:]
     if positive.strip() == negative.strip():
         return "both answers are the same"
-    numbers = lettered(positive), lettered(negative)
-    if numbers[0] is None and numbers[1] is None:
+    one, other = lettered(positive), lettered(negative)
+    if one is None and other is None:
         row = ContrastRow(question, positive, negative, (positive, negative), line)
         if words:
             return None, row
@@ -147,16 +148,16 @@ def _read(found: dict[str, Any], line: int, *, words: bool) -> tuple[Question | 
         both = tuple(sorted((positive.strip(), negative.strip()), reverse=True))
         at = both.index(positive.strip())
         return Question(question, both, at, 1 - at, positive.strip()), row
-    if numbers[0] is None or numbers[1] is None:
+    if one is None or other is None:
         return "one answer is a letter and the other is not"
     listed = choices_in(question)
     if isinstance(listed, str):
         return listed
     text, choices = listed
-    for number, answer in zip(numbers, (positive, negative), strict=True):
+    for number, answer in ((one, positive), (other, negative)):
         if number >= len(choices):
             return f"the answer{answer} is not among the {len(choices)} choices"
-    read = Question(text, choices, *numbers, positive.strip())
+    read = Question(text, choices, one, other, positive.strip())
     options = tuple(read.answer(number) for number in range(len(choices)))
     return read, ContrastRow(question, positive, negative, options, line)
 

@@ -27,7 +27,9 @@ CONTROLS = ("random", "shuffled")
 """What has the length of a vector, and says nothing about the behaviour; its sign is its own."""
 
 
-def vector_of(moments: Moments, layer: int, method: str, seed: int, place: str) -> tuple[Tensor, dict[str, float]]:
+def vector_of(
+    moments: Moments, layer: int, method: str, seed: int, place: str
+) -> tuple[Tensor, dict[str, float]]:
     """The vector of a layer [width], float64, and what is to be told of its making.
 
     Of probes and principal components the direction alone counts: it gets the sign of the mean difference, and as its

@@ -74,10 +74,10 @@ def extract(
       2023, arXiv:2308.10248).
     * ``"pca"``: the first principal direction of d about zero; ``"pairwise_pca"``: that of the activations less each
       pair's mean, which is the same.
-    * ``"logistic"``: the weights of a logistic regression (l2 penalty 1 on inputs of mean square 1). ``"lda"``: Fisher's
-      discriminant, with a shrunk covariance.
-    * ``"random"``: drawn with ``seed``, as long as the mean difference; ``"shuffled"``: the mean of d with the labels of
-      half the pairs exchanged. Both are controls.
+    * ``"logistic"``: the weights of a logistic regression (l2 penalty 1 on inputs of mean square 1). ``"lda"``:
+      Fisher's discriminant, with a shrunk covariance.
+    * ``"random"``: drawn with ``seed``, as long as the mean difference; ``"shuffled"``: the mean of d with the labels
+      of half the pairs exchanged. Both are controls.
 
     The sign is that of the mean difference, always (not of controls). Of principal directions and probes the direction
     counts; they are as long as what the mean difference has along them.
