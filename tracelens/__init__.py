@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from tracelens import einops_backend as _einops_backend  # einops finds the backend once it is defined
-from tracelens import errors
+from tracelens import errors, sites
 from tracelens.backends.ranks.pool import Ranks
 from tracelens.bridge import run_with_nnsight
 from tracelens.errors import TracelensError
@@ -100,6 +100,7 @@ __all__ = [
     "parse",
     "per_layer",
     "run_with_nnsight",
+    "sites",
     "splice",
     "steering",
     "sweep",

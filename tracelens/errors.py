@@ -49,6 +49,10 @@ class UnknownSiteError(TracelensError, AttributeError):
     """There is no site of that name."""
 
 
+class AmbiguousSiteError(UnknownSiteError):
+    """The name means more than one tensor, or one of another library that is no site here."""
+
+
 class AbsentSiteError(TracelensError, AttributeError):
     """The site exists in the vocabulary, but this family of models does not have it."""
 

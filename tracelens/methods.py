@@ -4,10 +4,14 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any, cast
 
+from tracelens import sites
+from tracelens.dictionaries import splice_at
 from tracelens.handles import recorder_of
 from tracelens.lens.attribution import logit_attribution
 from tracelens.lens.logit_lens import logit_lens
 from tracelens.lens_value import Lens, Translator, lens_of
+from tracelens.splicing import Splice
+from tracelens.values import Value
 
 if TYPE_CHECKING:
     from tracelens.model import Model
@@ -58,6 +62,36 @@ class Methods:
             norm=norm,
             workspace=workspace,
         )
+
+    def __getitem__(self, name: str) -> Value:
+        """A site by its name here or in another library, in a block: ``model["blocks.5.hook_resid_post"]``.
+
+        As :func:`tracelens.sites.parse` understands names; also the path of a module with its side,
+        ``model["model.layers.5.mlp.output"]``, which is :meth:`tracelens.Model.module` in short.
+        """
+        return sites.read(cast("Model", self), name)
+
+    def __setitem__(self, name: str, new: Any) -> None:
+        sites.write(cast("Model", self), name, new)
+
+    def splice(self, module: Any, *, site: Any = None, to: Any = None, keep_error: bool = True) -> Splice:
+        """Puts a sparse autoencoder or a transcoder into the model's path, at the site that its metadata names.
+
+        ``module``: one with ``encode`` and ``decode``, such as an SAE of SAELens; what it says in ``cfg.metadata``,
+        ``cfg`` or itself of ``hook_name`` (and ``hook_name_out``, for a transcoder) is understood as
+        :func:`tracelens.sites.parse` does. ``site``, ``to``: where it is to stand instead, as names or values.
+        For all else see :func:`tracelens.splice`.
+
+        >>> with model.trace("The capital of France is"):                            # doctest: +SKIP
+        ...     with model.splice(sae) as s:
+        ...         s.features[..., 17] = 0
+        ...     logits = model.logits.save()
+
+        Raises :class:`~tracelens.errors.SpliceError` for a module that names no site, and for one that was trained on
+        other numbers than this model has there (changed weights, scaled activations).
+        """
+        recorder_of(cast("Model", self).anatomy, "model.splice(...)")
+        return splice_at(cast("Model", self), module, site=site, to=to, keep_error=keep_error)
 
     logit_lens = logit_lens
     logit_attribution = logit_attribution

@@ -22,6 +22,7 @@ from tracelens.location import Location, here
 from tracelens.operand import Operand
 from tracelens.recorder import Recorder
 from tracelens.refusing import unknown_attribute
+from tracelens.spliced_module import Coder
 from tracelens.subject import spelling
 from tracelens.values import Saved, Value
 from tracelens.view import Line, Shown, View
@@ -120,7 +121,7 @@ class Splice(Shown):
     def __init__(self, source: Value, target: Value, module: Any, keep_error: bool) -> None:
         self._recorder: Recorder = source._recorder
         self._source, self._target = source, target
-        self._module, self._keep_error = module, keep_error
+        self._coder, self._keep_error = Coder(module, source._recorder), keep_error
         self._features: Features | None = None
         self._decoded: Value | None = None
         self._first: Features | None = None
@@ -144,7 +145,7 @@ class Splice(Shown):
         try:
             self._require_unwritten()
             with Blaming(self._made):
-                value = self._one_value("encode", self._module.encode(self._input()))
+                value = self._coder.encode(Value(self._recorder, self._source._id))
                 self._first = self._features = Features(self._recorder, value._id, self)
                 if self._keep_error:
                     self._require_shape(self.reconstruction)
@@ -171,8 +172,7 @@ class Splice(Shown):
         assert site is not None
         assert features is not None
         with Blaming(self._made):
-            # As a plain value: what the module does with it in place is none of ours.
-            new = self._one_value("decode", self._module.decode(Value(self._recorder, features._id)))
+            new = self._coder.decode(features)
             self._require_shape(new)
             if self._keep_error:
                 # x + (decode(edited) - decode(features)), not decode(edited) + (x - decode(features)): without an edit
@@ -190,22 +190,6 @@ class Splice(Shown):
                     at=self._made,
                     instead=f"write {spelling(site)} before the splice, or after its block",
                 )
-
-    def _input(self) -> Value:
-        """What ``encode`` is given: the site's value, in the module's dtype where that is the wider one."""
-        source = Value(self._recorder, self._source._id)
-        parameters = self._module.parameters() if isinstance(self._module, torch.nn.Module) else ()
-        wide = next((each.dtype for each in parameters if each.is_floating_point()), source.dtype)
-        widens = wide != source.dtype and torch.promote_types(wide, source.dtype) == wide
-        return source.to(wide) if widens else source
-
-    def _one_value(self, what: str, given: Any) -> Value:
-        if not isinstance(given, Value) or given._recorder is not self._recorder:
-            raise SpliceError(
-                f"the module's {what} gave a {type(given).__name__}, where one value belongs",
-                instead=f"a module whose {what}(x) returns one tensor made of x",
-            )
-        return given
 
     def _require_shape(self, decoded: Value) -> None:
         wanted, found = self._target._type, decoded._type
@@ -248,9 +232,7 @@ class Splice(Shown):
         if self._decoded is None:
             first = self.features if self._first is None else self._first
             with Blaming(self._made):
-                self._decoded = self._one_value(
-                    "decode", self._module.decode(Value(self._recorder, first._id))
-                )
+                self._decoded = self._coder.decode(first)
         return self._decoded
 
     @property
@@ -281,7 +263,7 @@ class Splice(Shown):
         to = f" to {self._target._site}" if self._target is not self._source else ""
         features = "" if self._features is None else f", features {self._features._type}"
         error = "with" if self._keep_error else "without"
-        what = f"{type(self._module).__name__} at {self._source._site}{to}"
+        what = f"{type(self._coder.module).__name__} at {self._source._site}{to}"
         return Line(f"<splice of {what}{features}, {error} the error, {state}>")
 
     # --- changes -----------------------------------------------------------------------------------------------------
