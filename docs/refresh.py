@@ -9,11 +9,13 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from docs import pages, parallel_table, pictures, site_tables, tuned_curve
+from docs import names_tables, pages, parallel_table, pictures, site_tables, tuned_curve
 
 GENERATED: dict[str, Callable[[], str]] = {
     "vocabulary": site_tables.vocabulary,
     "families": site_tables.families,
+    "names": names_tables.names,
+    "no_sites": names_tables.no_sites,
     "matrix": parallel_table.matrix,
     "tuned_lens": tuned_curve.table,
     "tuned_lens_run": tuned_curve.run,

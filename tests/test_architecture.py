@@ -24,6 +24,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS: tuple[tuple[str, int], ...] = (
     ("errors", 0),
     ("lens_errors", 0),
+    ("naming_errors", 0),
     ("steering_errors", 0),
     ("tracelens_error", 0),
     ("location", 0),

@@ -92,7 +92,7 @@ def test_no_two_libraries_mean_different_sites_by_one_name() -> None:
         ("blocks.1.mlp.hook_expert_weights", AmbiguousSiteError, "the chances of all experts"),
         ("blocks.1.mlp.in.hook_out", AmbiguousSiteError, "where the MLP is gated"),
         ("blocks.1.hook_resid_pst", UnknownSiteError, "'blocks.1.hook_resid_post'"),
-        ("model.layers.1.mlp.output", UnknownSiteError, "with a model the path of a module"),
+        ("model.layers.1.mlp.output", UnknownSiteError, "did you mean"),
         ("", UnknownSiteError, "no library"),
         (3, UnknownSiteError, "named by a text"),
     ],

@@ -19,7 +19,17 @@ from tracelens.splicing import Splice, splice
 if TYPE_CHECKING:
     from tracelens.model import Model
 
-_CENTRED = ("embed", "pos_embed", "resid_pre", "resid_mid", "resid_post", "attn_out", "attn_add", "mlp_out", "mlp_add")
+_CENTRED = (
+    "embed",
+    "pos_embed",
+    "resid_pre",
+    "resid_mid",
+    "resid_post",
+    "attn_out",
+    "attn_add",
+    "mlp_out",
+    "mlp_add",
+)
 """What is written to the stream, and the stream: what centred weights change."""
 _BIASED = ("v", "z")
 """What folded value biases change."""

@@ -1,4 +1,4 @@
-"""Every mistake has its own exception; all of them are here, those of lenses and of steering from files of their own.
+"""Every mistake has its own exception; all of them are here, those of some parts from files of their own.
 
 An error says what is wrong, where the user wrote it (file, line, source text), what the graph around it looks like
 where that helps, and what to write instead. ``docs/errors.md`` has one entry per class.
@@ -7,6 +7,7 @@ where that helps, and what to write instead. ``docs/errors.md`` has one entry pe
 from __future__ import annotations
 
 from tracelens.lens_errors import *  # noqa: F403  # all of its __all__
+from tracelens.naming_errors import *  # noqa: F403  # as above
 from tracelens.steering_errors import *  # noqa: F403  # as above
 from tracelens.tracelens_error import Blaming as Blaming
 from tracelens.tracelens_error import TracelensError
@@ -42,43 +43,7 @@ class DuplicateNameError(TracelensError):
     """Two saves, or two constants, of one trace were given the same name."""
 
 
-# --- naming a part of the model ----------------------------------------------------------------------------------
-
-
-class UnknownSiteError(TracelensError, AttributeError):
-    """There is no site of that name."""
-
-
-class AmbiguousSiteError(UnknownSiteError):
-    """The name means more than one tensor, or one of another library that is no site here."""
-
-
-class AbsentSiteError(TracelensError, AttributeError):
-    """The site exists in the vocabulary, but this family of models does not have it."""
-
-
-class LayerRangeError(TracelensError, IndexError):
-    """The layer index is outside the model."""
-
-
-class HeadRangeError(TracelensError, IndexError):
-    """There is no such head, or heads cannot be chosen that way."""
-
-
-class UnknownParameterError(TracelensError, KeyError):
-    """The model has no parameter or buffer of that name."""
-
-    __str__ = TracelensError.__str__  # KeyError would show the repr of the first argument
-
-
-class UnknownModuleError(TracelensError, KeyError):
-    """The model has no module of that path."""
-
-    __str__ = TracelensError.__str__  # KeyError would show the repr of the first argument
-
-
-class UnknownAttributeError(TracelensError, AttributeError):
-    """The object has no attribute of that name, or none that can be assigned to."""
+# --- modules -----------------------------------------------------------------------------------------------------
 
 
 class ModuleCallError(TracelensError):

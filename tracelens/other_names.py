@@ -189,6 +189,4 @@ INTERP_ENGINE = Scheme(
     {"embeddings": "embed", "final_norm": "final_norm", "lm_head": "lm_head"},
 )
 
-SCHEMES: Mapping[str, Scheme] = {
-    scheme.name: scheme for scheme in (TRANSFORMER_LENS, NNTERP, INTERP_ENGINE)
-}
+SCHEMES: Mapping[str, Scheme] = {scheme.name: scheme for scheme in (TRANSFORMER_LENS, NNTERP, INTERP_ENGINE)}

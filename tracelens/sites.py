@@ -28,7 +28,9 @@ __all__ = ["SCHEMES", "names", "parse"]
 
 _OURS = re.compile(r"(?:model\.)?layers(?:\[(-?\d+)\]|\.(\d+))\.(\w+)")
 _OF_LAYERS = {
-    name: re.compile(re.escape(scheme.layer).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{name\}", "(?P<name>.+)"))
+    name: re.compile(
+        re.escape(scheme.layer).replace(r"\{layer\}", r"(?P<layer>\d+)").replace(r"\{name\}", "(?P<name>.+)")
+    )
     for name, scheme in SCHEMES.items()
 }
 
@@ -90,15 +92,15 @@ def _parsed(name: str, model: Model | None) -> Site:
 def _own(name: str, model: Model | None) -> Site | None:
     """By the library's own names, as in the text of a graph or as one writes it in a block."""
     matched = _OURS.fullmatch(name)
-    if matched is not None and (own := CANONICAL.get(matched[3])) is not None:
-        if KIND[own].scope is Scope.LAYER:
-            layer = int(matched[1] or matched[2])
-            if layer < 0 and model is None:
-                raise AmbiguousSiteError(
-                    f"{name!r} counts from the last layer, and without a model there is none",
-                    instead="tl.sites.parse(name, model)",
-                )
-            return Site(own, layer if layer >= 0 or model is None else layer + model.n_layers)
+    own = None if matched is None else CANONICAL.get(matched[3])
+    if matched is not None and own is not None and KIND[own].scope is Scope.LAYER:
+        layer = int(matched[1] or matched[2])
+        if layer < 0 and model is None:
+            raise AmbiguousSiteError(
+                f"{name!r} counts from the last layer, and without a model there is none",
+                instead="tl.sites.parse(name, model)",
+            )
+        return Site(own, layer if layer >= 0 or model is None else layer + model.n_layers)
     plain = name.removeprefix("model.")
     own = CANONICAL.get(plain)
     if own is None:
@@ -147,7 +149,8 @@ def _of_module(name: str, model: Model | None) -> Site | None:
             f"'{name}.{side}'" + "".join(f" ({site})" for site in _shown(model, name, side)) for side in SIDES
         ]
         raise AmbiguousSiteError(
-            f"{name!r} is a module, which receives something and returns something", instead=" or ".join(sides)
+            f"{name!r} is a module, which receives something and returns something",
+            instead=" or ".join(sides),
         )
     return None
 
@@ -160,7 +163,10 @@ def _shown(model: Model, path: str, side: str) -> tuple[Site, ...]:
 def _unknown(name: str) -> Site:
     number = re.search(r"\d+", name)
     layer = 0 if number is None else int(number[0])
-    known = [kind.name if kind.scope is not Scope.LAYER else f"layers.{layer}.{kind.name}" for kind in KIND.values()]
+    known = [
+        kind.name if kind.scope is not Scope.LAYER else f"layers.{layer}.{kind.name}"
+        for kind in KIND.values()
+    ]
     for scheme in SCHEMES.values():
         known += [scheme.layer.format(name=own, layer=layer) for own in scheme.of_layers]
         known += scheme.of_model

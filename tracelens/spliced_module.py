@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
-from tracelens.errors import InPlaceError, SpliceError, UnsupportedFunctionError
+from tracelens.errors import InPlaceError, SpliceError, UnsupportedFunctionError, ValueAttributeError
 from tracelens.language import apply
 from tracelens.recorder import Recorder
 from tracelens.values import Value
 
-_NOT_RECORDED = (InPlaceError, UnsupportedFunctionError)
-"""What code meets that changes tensors of its own in place, as top-k SAEs do, or calls what no value takes."""
+_NOT_RECORDED = (InPlaceError, UnsupportedFunctionError, ValueAttributeError)
+"""What code meets that changes tensors of its own in place, as top-k SAEs do, or asks for what no value has."""
+
+
+class _Function(nn.Module):
+    """A function of a module as a module of its own, so that its weights can be given with each call."""
+
+    def __init__(self, module: nn.Module, name: str) -> None:
+        super().__init__()
+        self.module = module
+        self._name = name
+
+    def forward(self, value: Tensor) -> Tensor:
+        return cast("Callable[[Tensor], Tensor]", getattr(self.module, self._name))(value)
 
 
 class Coder:
@@ -34,7 +47,7 @@ class Coder:
         except _NOT_RECORDED:
             width, dtype = self._features(value)
             like = value.flatten(2)[..., :1].expand(*value.shape[:2], width).to(dtype)
-            return apply(self._where_it_is(self.module.encode), value, like=like)
+            return self._called("encode", value, like=like)
         # Modules that norm their input keep its scale here, and take it away once they have decoded.
         self._kept = {name: each for name, each in vars(self.module).items() if isinstance(each, Value)}
         self._let_go()
@@ -49,7 +62,7 @@ class Coder:
             try:
                 return self._one_value("decode", self.module.decode(value))
             except _NOT_RECORDED:
-                return apply(self._where_it_is(self.module.decode), value, like=self._source)
+                return self._called("decode", value, like=self._source)
         finally:
             self._let_go()
 
@@ -67,22 +80,23 @@ class Coder:
     def _features(self, value: Value) -> tuple[int, torch.dtype]:
         """How wide the features are, and of which dtype: the module tells it of one row of zeros."""
         sizes = [size for size in value.shape[2:] if isinstance(size, int)]
+        parameters = self.module.parameters() if isinstance(self.module, nn.Module) else ()
+        home = next((each.device for each in parameters), None)
         with torch.no_grad():
-            row: Tensor = self.module.encode(torch.zeros(1, 1, *sizes, dtype=value.dtype, device=self._home()))
+            row: Tensor = self.module.encode(torch.zeros(1, 1, *sizes, dtype=value.dtype, device=home))
         return row.shape[-1], row.dtype
 
-    def _home(self) -> torch.device | None:
-        parameters = self.module.parameters() if isinstance(self.module, nn.Module) else ()
-        return next((each.device for each in parameters), None)
+    def _called(self, name: str, value: Value, *, like: Value | None) -> Value:
+        """What a function of the module gives for the real tensors, with its weights where the value is."""
+        if not isinstance(self.module, nn.Module):
+            return apply(getattr(self.module, name), value, like=like)
+        function = _Function(self.module, name)
+        tensors = {**dict(function.named_parameters()), **dict(function.named_buffers())}
 
-    def _where_it_is(self, function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        """The function, run where the module's parameters are."""
+        def run(given: Tensor, *weights: Tensor) -> Tensor:
+            return functional_call(function, dict(zip(tensors, weights, strict=True)), (given,))
 
-        def there(value: Tensor) -> Tensor:
-            home = self._home()
-            return function(value if home is None else value.to(home)).to(value.device)
-
-        return there
+        return apply(run, value, *(tensor.detach() for tensor in tensors.values()), like=like)
 
     def _one_value(self, what: str, given: Any) -> Value:
         if not isinstance(given, Value) or given._recorder is not self._recorder:

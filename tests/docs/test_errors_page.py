@@ -21,11 +21,11 @@ import tracelens as tl
 from docs.pages import READER_FILE, ROOT
 from tests.support.families import FAMILIES
 from tests.support.tokenizers import byte_level_bpe
-from tracelens import errors, lens_errors, steering_errors
+from tracelens import errors, lens_errors, naming_errors, steering_errors
 
 PAGE = ROOT / "docs" / "errors.md"
 SOURCE = PAGE.read_text(encoding="utf-8")
-FILES = (errors, lens_errors, steering_errors)
+FILES = (naming_errors, errors, lens_errors, steering_errors)
 CLASSES = {
     name: found
     for file in FILES
