@@ -21,7 +21,7 @@ TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sharded test matrix check mutants gpu clean same-python
+.PHONY: help demo demo-sharded test matrix check mutants upstream gpu clean same-python
 
 help:
 	@echo "make demo          show what tracelens does, on a small model that is fetched once"
@@ -30,6 +30,7 @@ help:
 	@echo "make matrix        compare models on ranks with one process: all cells, and the table of the documentation"
 	@echo "make check         format, lint and types"
 	@echo "make mutants       break the code on purpose and see that the tests notice"
+	@echo "make upstream      run the conformance suite with the newest transformers, and say which families changed"
 	@echo "make gpu           run the tests that need a CUDA device"
 	@echo "make clean         remove the environment and everything built"
 
@@ -56,12 +57,20 @@ check: $(DEV)
 mutants: $(TEST)
 	$(BIN)/python tests/mutants/run.py
 
+# Without the pin of transformers, in an environment of its own, which each call brings up to date.
+upstream:
+	test -x .venv-upstream/bin/python || $(PYTHON) -m venv .venv-upstream
+	grep -v '^transformers==' constraints.txt > .venv-upstream/constraints.txt
+	.venv-upstream/bin/python -m pip install -qq --disable-pip-version-check --constraint .venv-upstream/constraints.txt \
+	    --upgrade --upgrade-strategy only-if-needed transformers --editable ".[test]"
+	.venv-upstream/bin/python -m tests.upstream $(PYTEST_ARGS)
+
 # Not through the stamps: a machine with a GPU often brings a PyTorch of its own. An environment that is there is used.
 gpu:
 	$(if $(wildcard $(BIN)/python),$(BIN)/python,$(PYTHON)) -m pytest -m gpu $(PYTEST_ARGS)
 
 clean:
-	rm -rf $(VENV) dist build .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) .venv-upstream dist build .pytest_cache .ruff_cache .hypothesis
 	find tracelens tests -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
