@@ -20,26 +20,63 @@ SENTENCES = (
 """What the tokenizers have seen: words of here become whole tokens, all else falls to pieces."""
 
 
+ANSWERS = (
+    "Question: Is it? Choices: (A) Yes (B) No (C) Maybe. Answer: A",
+    "Answer: (A)",
+    "Answer: (B)",
+    "Answer: (C)",
+    "Answer: B",
+    "Answer: C",
+    "Answer:A",
+    "Answer:B",
+    "Answer: Yes",
+    "Answer: No",
+    "user: Is it?\nassistant\n(A)",
+    "user: Is it?\nassistant\n(B)",
+)
+"""What tokenizers for questions have seen besides: letters and words of answers become whole tokens."""
+
+GPT4_SPLIT = (
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}"
+    r"| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+)
+"""How GPT-4's vocabulary (and Llama 3's, Qwen's) cuts a text: a sign before a word goes with it, as in ``:A``."""
+
+
 def _wrapped(tokenizer: Tokenizer, **special: str) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **special)
 
 
 @cache
 def byte_level_bpe(
-    *, size: int = 420, bos: bool = False, trim_offsets: bool = False, lossy: bool = False
+    *,
+    size: int = 420,
+    bos: bool = False,
+    trim_offsets: bool = False,
+    lossy: bool = False,
+    split: str | None = None,
+    answers: bool = False,
 ) -> PreTrainedTokenizerFast:
     """Byte-level BPE, as GPT-2, Llama 3, Qwen and SmolLM2 have it.
 
     ``bos`` puts a special token before every text; ``trim_offsets`` leaves spaces out of the offsets, as GPT-2's does;
-    ``lossy`` loses case and composes accents, so that decoding does not give the text back. There is no padding token.
+    ``lossy`` loses case and composes accents, so that decoding does not give the text back; ``split`` cuts the text as
+    it says in place of GPT-2's way; ``answers`` has whole tokens for the letters of answers. There is no padding token.
     """
     tokenizer = Tokenizer(models.BPE())
     if lossy:
         tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    if split is not None:
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+            [
+                pre_tokenizers.Split(Regex(split), behavior="isolated"),
+                pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
+            ]
+        )
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.train_from_iterator(
-        SENTENCES,
+        SENTENCES + ANSWERS * 20 if answers else SENTENCES,
         trainers.BpeTrainer(
             vocab_size=size,
             show_progress=False,
@@ -54,15 +91,21 @@ def byte_level_bpe(
 
 
 @cache
-def sentencepiece_like(*, size: int = 330, legacy: bool = False) -> PreTrainedTokenizerFast:
+def sentencepiece_like(
+    *, size: int = 330, legacy: bool = False, answers: bool = False
+) -> PreTrainedTokenizerFast:
     """BPE on ``▁`` with a space before the text, bytes for unknown characters and ``<s>`` in front.
 
-    ``legacy`` is the older make, without a pre-tokeniser, as Llama 2 and the first Mistral have it.
+    ``legacy`` is the older make, without a pre-tokeniser, as Llama 2 and the first Mistral have it; ``answers`` has
+    whole tokens for the letters of answers.
     """
     trained = Tokenizer(models.BPE(unk_token="<unk>"))
     trained.pre_tokenizer = pre_tokenizers.Metaspace()
     trained.train_from_iterator(
-        [sentence.translate(str.maketrans("", "", "éüïèû\n")) for sentence in SENTENCES],
+        [
+            sentence.translate(str.maketrans("", "", "éüïèû\n"))
+            for sentence in (SENTENCES + ANSWERS * 20 if answers else SENTENCES)
+        ],
         trainers.BpeTrainer(vocab_size=size, show_progress=False, special_tokens=["<unk>", "<s>", "</s>"]),
     )
     model = json.loads(trained.to_str())["model"]
