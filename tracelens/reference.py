@@ -232,6 +232,8 @@ class Evaluator:
     def _put(self, op: IndexPut) -> Tensor:
         result = self.values[op.base].clone()
         value = self.plain(op.value)
+        if isinstance(value, Tensor):
+            value = value.to(result.dtype)  # torch casts for slices alone
         if (own := _own_tokens(op.index)) is not None:
             place, item = own
             result[(*[slice(None)] * place, self.columns_of(item))] = value
@@ -244,7 +246,7 @@ class Evaluator:
         if isinstance(value, Tensor):
             shape = chosen.joined([row[columns] for row, columns in rows]).shape
             for (row, columns), new in zip(rows, chosen.split(value.broadcast_to(shape)), strict=True):
-                row[columns] = new.to(result.dtype)
+                row[columns] = new
         else:
             for row, columns in rows:
                 row[columns] = value

@@ -15,11 +15,12 @@ import tracelens as tl
 from tests.conformance.spellings import SPELLINGS, Spelling, spelled
 from tests.conformance.test_reads import close, expected_rows, looks, read, real_rows
 from tests.support.batches import EVEN, RAGGED, SINGLE, Batch, batch, random_rows
-from tests.support.families import EVERY, FAMILIES, FEWER, LAYERS
+from tests.support.families import D_MODEL, EVERY, FAMILIES, FEWER, LAYERS
 from tests.support.hand_forward import Intercept, hand_forward, hand_sites, head_dim, unchanged
 from tests.support.plain import can_edit, edited, plain_logits, untouched
 from tracelens.errors import PositionAxisError
 from tracelens.ir.sites import Effect, Site
+from tracelens.reference import evaluate
 
 PROMPTS = {"single": random_rows(SINGLE), "ragged": random_rows(RAGGED), "even": random_rows(EVEN)}
 GRAD_MODES = {
@@ -309,3 +310,38 @@ def test_any_set_of_writes_in_any_order(family: str, data: st.DataObject) -> Non
     # Several writes make activations larger than one does, and the rounding with them.
     for actual, tensor in zip(real_rows(logits.value, prompt), expected_rows(expected, prompt), strict=True):
         torch.testing.assert_close(actual, tensor, atol=1e-4, rtol=1e-4)
+
+
+CASTING: dict[str, tuple[str, list[int]]] = {
+    "tokens": (".tok[[0, 2]]", [0, 2]),
+    "one token": (".tok[1]", [1]),
+    "a mask": (".tok[MASK]", [1, 2, 4]),
+    "a list of positions": ("[:, [0, 3]]", [0, 3]),
+    "a tensor of positions": ("[:, torch.tensor([4])]", [4]),
+    "a slice": ("[:, 1:3]", [1, 2]),
+}
+
+
+@pytest.mark.parametrize("kind", CASTING)
+def test_what_is_assigned_to_a_part_is_cast_once(kind: str) -> None:
+    """torch itself casts what is assigned to a slice, and refuses to for an index of tensors."""
+    model = tl.wrap(FAMILIES["llama"].build(dtype=torch.bfloat16))
+    index, positions = CASTING[kind]
+    chosen = torch.zeros(5, dtype=torch.bool)
+    chosen[positions] = True
+    v = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0)) / 3
+    with model.trace([[5, 6, 7, 8, 9], [10, 11, 12, 13, 14]]) as t:
+        h = model.layers[1].resid_post
+        before = h.save()
+        exec(f"h{index} += v", {"h": h, "v": v, "torch": torch, "MASK": chosen.expand(2, 5)})
+        after = model.layers[1].resid_post.save("after")
+    wanted = torch.where(chosen[None, :, None], (before.value.float() + v).bfloat16(), before.value)
+    assert torch.equal(after.value, wanted)
+    assert not torch.equal(wanted, before.value)
+    reference = evaluate(
+        t.graph,
+        lambda intercept: intercept(Site("resid_post", 1), before.value),
+        constants=[constant.tensor for constant in t.graph.constants],
+        select=t._prompt.select,
+    )
+    assert torch.equal(reference["after"], wanted)

@@ -398,6 +398,8 @@ class _Writer:
 
     def _put(self, op: IndexPut) -> None:
         value = self.arg(op.value)
+        if isinstance(op.value, Ref) and self.types[op.value.id].dtype is not self.types[op.base].dtype:
+            value += f".to({self.ref(op.base)}.dtype)"  # torch casts for slices alone
         own = self.devices.own_part(op, self.types)
         if own is not None:
             items = self._subscript_items(op.index)

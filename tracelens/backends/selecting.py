@@ -33,7 +33,7 @@ def take_tokens(
 def put_tokens(
     tensor: torch.Tensor, selection: Selection, batch_axis: int | None, axis: int, value: Any
 ) -> None:
-    """Assigns to the selected positions of ``axis``, in place."""
+    """Assigns a number, or a tensor of the same dtype, to the selected positions of ``axis``, in place."""
     if selection.repeats:
         raise WriteTargetError(
             "a token is selected twice in a row, so that assigning to it has no one meaning",
@@ -54,7 +54,6 @@ def put_tokens(
         else:
             shape[axis] = columns.shape[1]
             value = value.expand(shape).movedim(back, (0, 1))
-        value = value.to(tensor.dtype)
     front[rows, columns] = value
 
 
