@@ -2,7 +2,7 @@
 
 from tracelens.steering.contrast import Contrast, ContrastRow, Refusal
 from tracelens.steering.contrast_files import load_contrast
-from tracelens.steering.extract import extract
+from tracelens.steering.extraction import extract
 from tracelens.steering.facts import Facts
 from tracelens.steering.labels import Labelled, LabelledRow
 from tracelens.steering.vector import SteeringVector

@@ -49,9 +49,11 @@ def vector_of(
             return moments.signed[layer] / moments.count, {}
         case _:
             return mean, {}
-    unit = direction / direction.norm()
+    size, norm = direction.norm(), mean.norm()
+    if size == 0:  # the classes do not differ
+        return torch.zeros_like(mean), told
+    unit = direction / size
     along = unit @ mean
-    norm = mean.norm()
     told["cosine_with_mean"] = float(along.abs() / norm) if norm > 0 else 0.0
     return along * unit, told
 
@@ -149,6 +151,7 @@ def _damped(step: Tensor, weights: Tensor, inputs: Tensor, targets: Tensor, ridg
 
 def random(mean: Tensor, seed: int, place: str) -> Tensor:
     """A direction drawn at random, as long as the mean difference. It depends on the seed and the place alone."""
-    generator = torch.Generator().manual_seed((seed << 32) + zlib.crc32(place.encode()))
+    # Of a seed the generator heeds 32 bits alone.
+    generator = torch.Generator().manual_seed(zlib.crc32(f"{seed} {place}".encode()))
     drawn = torch.randn(len(mean), dtype=torch.float64, generator=generator)
     return drawn / drawn.norm() * mean.norm()

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from tracelens.errors import Blaming, ExtractionError, ZeroVectorError, ZeroVectorWarning
-from tracelens.location import here
+from tracelens.location import Location, here
 from tracelens.progress import watched
 from tracelens.slices import require_rows
 from tracelens.steering.contrast import Contrast, name_of
@@ -269,7 +269,7 @@ def _activations(
         yield site, found[:, : len(pairs)], found[:, len(pairs) :]
 
 
-def _guard(compared: dict[Place, float], positions: str, at: Any) -> None:
+def _guard(compared: dict[Place, float], positions: str, at: Location) -> None:
     """Refuses vectors that are nothing but rounding, and warns of places where they are."""
     short = [place for place, share in compared.items() if not share >= NOTHING]
     if not short:
@@ -282,10 +282,12 @@ def _guard(compared: dict[Place, float], positions: str, at: Any) -> None:
             f"{NOTHING} of the mean activation, at {told}",
             instead='positions="label", where the answers differ; data.show(model) marks it',
         )
-    warnings.warn(
+    warnings.warn_explicit(
         ZeroVectorWarning(
             f"the vectors of {len(short)} of {len(compared)} places have less than {NOTHING} of the mean activation "
             f"there, which is nothing to steer with: {told}"
         ),
-        stacklevel=4,
+        None,
+        at.filename,
+        at.line,
     )
