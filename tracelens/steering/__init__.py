@@ -1,19 +1,23 @@
 """Steering vectors: ``tl.steering``. Directions in a model's activations that are made, applied, measured and kept."""
 
+from tracelens.steering.activation_addition import ActivationAddition
 from tracelens.steering.contrast import Contrast, ContrastRow, Refusal
 from tracelens.steering.contrast_files import load_contrast
 from tracelens.steering.extraction import extract
 from tracelens.steering.facts import Facts
 from tracelens.steering.labels import Labelled, LabelledRow
+from tracelens.steering.steered import Steered
 from tracelens.steering.vector import SteeringVector
 
 __all__ = [
+    "ActivationAddition",
     "Contrast",
     "ContrastRow",
     "Facts",
     "Labelled",
     "LabelledRow",
     "Refusal",
+    "Steered",
     "SteeringVector",
     "extract",
     "load_contrast",

@@ -18,6 +18,8 @@ from tracelens.steering.operators import operator_named
 from tracelens.tracing import Recording
 
 if TYPE_CHECKING:
+    from tracelens.recorder import Recorder
+    from tracelens.steering.activation_addition import ActivationAddition
     from tracelens.steering.vector import SteeringVector
 
 _WHOLE = object()
@@ -35,13 +37,7 @@ def apply(
     settings: Mapping[str, Any],
 ) -> None:
     """Writes a vector to the model of an open block, at each of its layers."""
-    model = _model_of(t)
-    recorder = open_recorder(model.anatomy)
-    if recorder is None:
-        raise NoTraceError(
-            "a steering vector was applied outside a block, where there is nothing to change",
-            instead="with model.generate(prompt, max_new_tokens=20) as t: v.apply(t, 2.0)",
-        )
+    model, recorder = _open(t)
     vector.check(model)
     (site, *others) = vector.sites
     if others:
@@ -65,6 +61,28 @@ def apply(
             continue
         part = whole.tok[key]
         whole.tok[key] = change(part, place, _along(factor, part, key))
+
+
+def add_in_order(added: ActivationAddition, t: Any, strength: Any, tokens: list[int]) -> None:
+    """Adds one direction to each of some tokens of the prompt, in the pass over it."""
+    model, recorder = _open(t)
+    added.check(model)
+    factor = _strength(strength, None if recorder.prompt is None else recorder.prompt.sizes["B"])
+    for (site, layer), directions in added.directions.items():
+        whole = getattr(model.layers[layer], site)
+        part = whole.tok[tokens]
+        whole.tok[tokens] = part + _along(factor, part, tokens) * directions
+
+
+def _open(t: Any) -> tuple[Model, Recorder]:
+    model = _model_of(t)
+    recorder = open_recorder(model.anatomy)
+    if recorder is None or (isinstance(t, Recording) and t._recorder is not recorder):
+        raise NoTraceError(
+            "a steering vector was applied outside its block, where there is nothing to change",
+            instead="with model.generate(prompt, max_new_tokens=20) as t: v.apply(t, 2.0)",
+        )
+    return model, recorder
 
 
 def _model_of(t: Any) -> Model:
