@@ -44,9 +44,9 @@ def both(
     return Both(tl.load(folder, tp=tp, pp=pp, ranks=ranks_of(tp * pp), **more), tl.wrap(hf), hf)
 
 
-def over_devices(family: str, folder: Path) -> Both:
+def over_devices(family: str, folder: Path, settings: Mapping[str, Any] | None = None) -> Both:
     """A tiny model whose layers accelerate has spread over the pretend devices, and the same on the CPU."""
-    hf = stored(family, folder)
+    hf = stored(family, folder, settings)
     layers = ["pretend:1", "pretend:0", "pretend:2"]
     where = device_map(hf, layers, embedding="pretend:0", norm="pretend:2")
     # What transformers takes for experts on GPUs is not there for the CPU, on which the pretend devices compute.
