@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tracelens.backends.architectures import FAMILIES
-from tracelens.backends.base import Family, HeadsView, RowsView, Side, Tap
+from tracelens.backends.base import Family, HeadsView, NeuronsView, RowsView, Side, Tap
 from tracelens.ir.sites import KINDS, TEXT, Effect, Kind, Scope
 
 _WIDTHS = {
@@ -58,7 +58,8 @@ def _family(family: Family) -> str:
     missing = [kind for kind in _shown() if kind.name not in family.taps]
     parts = [
         f"### {family.name}",
-        f"`model_type` {types}; layers are `{family.layers.format('i')}`.",
+        f"`model_type` {types}{f', where {family.these}' if family.these else ''}; layers are "
+        f"`{family.layers.format('i')}`.",
         _table(("site", "where it is in the transformers model", "a write changes"), found),
     ]
     if missing:
@@ -102,15 +103,18 @@ def _hook_point(family: Family, kind: Kind, tap: Tap) -> str:
     return f"{_part(tap.view)}{side} of {where}{field}{only}"
 
 
-def _part(view: HeadsView | RowsView | None) -> str:
+def _part(view: HeadsView | NeuronsView | RowsView | None) -> str:
     if view is None:
         return ""
+    if isinstance(view, NeuronsView):
+        return f"part {view.index + 1} of {len(view.parts)} of the "
     if isinstance(view, RowsView):
         return "per row, "
     if view.heads_first:
         return "heads and positions swapped, "
     parts = len(view.parts)
-    return "per head, " + (f"part {view.index + 1} of {parts} of the " if parts > 1 else "")
+    of = "of each kv head's share of the " if view.grouped else "of the "
+    return "per head, " + (f"part {view.index + 1} of {parts} {of}" if parts > 1 else "")
 
 
 def _table(heads: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> str:

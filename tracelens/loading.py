@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import nn
 
-from tracelens.backends.anatomy import no_table
+from tracelens.backends.architectures.lookup import no_table
 from tracelens.backends.places import look_at
 from tracelens.errors import Blaming, OptionError, UnknownArchitectureError
 from tracelens.location import here

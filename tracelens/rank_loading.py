@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from tracelens.backends.layouts import require_divisible
+from tracelens.backends.pipeline import require_cut
 from tracelens.backends.places import look_at
 from tracelens.backends.sharded_loading import load_part
 from tracelens.backends.users_plan import load_parallelized, require_name
@@ -124,11 +125,8 @@ def require_fit(config: Any, sizes: Sizes) -> None:
             require_divisible(config, sizes["tp"], sizes.get("ep", 1))
         if sizes.get("ep", 1) > 1:
             _require_experts(config, sizes)
-        if sizes["pp"] > 1 and not getattr(config, "base_model_pp_plan", None):
-            raise LayoutError(
-                f"transformers has no plan by which {config.model_type} is cut into stages",
-                instead='tl.load(name, device_map="auto"), which spreads the layers over devices',
-            )
+        if sizes["pp"] > 1:
+            require_cut(config)
         if sizes["pp"] > config.num_hidden_layers:
             raise OptionError(
                 f"pp={sizes['pp']} stages cannot share {config.num_hidden_layers} layers",

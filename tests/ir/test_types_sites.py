@@ -14,7 +14,7 @@ from tests.ir.forms import SITES, TYPES
 from tests.support.batches import SINGLE, random_batch
 from tests.support.families import FAMILIES
 from tests.support.hand_forward import hand_forward, hand_sites
-from tracelens.backends.architectures import FAMILY_OF
+from tracelens.backends.architectures.lookup import family_of
 from tracelens.ir.dims import B, P
 from tracelens.ir.sites import (
     CANONICAL,
@@ -94,7 +94,7 @@ def test_the_order_of_sites_is_the_order_of_the_forward_pass(family):
     with torch.no_grad():
         hand_forward(hf, *random_batch(SINGLE), intercept)
     assert reached == hand_sites(hf)
-    rows = rows_of(FAMILY_OF[hf.config.model_type].reached)
+    rows = rows_of(family_of(hf.config).reached)
     reached = [replace(site, row=rows.get(site.name)) for site in reached]
     for earlier, later in pairwise(reached):
         assert earlier.sequence < later.sequence

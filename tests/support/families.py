@@ -115,7 +115,7 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
     """
     generator = torch.Generator().manual_seed(seed)
     # Gemma keeps a gain as its distance from 1.
-    gain = 0.0 if model.config.model_type == "gemma3_text" else 1.0
+    gain = 0.0 if model.config.model_type.startswith("gemma") else 1.0
     embedding = model.get_input_embeddings().weight
     # An embedding that is the unembedding too would else make logits of three times the size, with the same rounding.
     embedding_width = 0.2 if embedding is model.get_output_embeddings().weight else 0.4

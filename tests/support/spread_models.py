@@ -11,7 +11,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 import tracelens as tl
-from tests.support.families import EVERY
+from tests.support.more_families import ALL, EAGER_ALONE
 from tests.support.pretend import device_map
 from tests.support.ranks import PoolOf
 
@@ -47,16 +47,19 @@ def both(
 def over_devices(family: str, folder: Path, settings: Mapping[str, Any] | None = None) -> Both:
     """A tiny model whose layers accelerate has spread over the pretend devices, and the same on the CPU."""
     hf = stored(family, folder, settings)
-    layers = ["pretend:1", "pretend:0", "pretend:2"]
+    layers = ["pretend:1", "pretend:0", "pretend:2"][: hf.config.get_text_config().num_hidden_layers]
     where = device_map(hf, layers, embedding="pretend:0", norm="pretend:2")
     # What transformers takes for experts on GPUs is not there for the CPU, on which the pretend devices compute.
-    experts: dict[str, Any] = {"experts_implementation": "eager"} if family == "qwen3_moe" else {}
+    experts: dict[str, Any] = (
+        {"experts_implementation": "eager"} if family in ("qwen3_moe", "mixtral") else {}
+    )
     return Both(tl.load(folder, device_map=where, **experts), tl.wrap(hf), hf)
 
 
 def stored(family: str, folder: Path, settings: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A tiny model, which now lies in ``folder`` too."""
-    hf = EVERY[family].build(**(settings or {}))
+    attn = "eager" if family in EAGER_ALONE else "sdpa"
+    hf = ALL[family].build(attn=attn, **(settings or {}))
     hf.save_pretrained(folder)
     return hf
 

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from tracelens.backends import users_plan
-from tracelens.backends.architectures import FAMILIES, FAMILY_OF
-from tracelens.backends.base import Family, Side, Tap, head_of
+from tracelens.backends.architectures.lookup import family_of
+from tracelens.backends.base import Side, Tap, head_of, text_of
 from tracelens.backends.layouts import (
     expert_ranks,
     parameter_layouts,
@@ -40,36 +40,6 @@ from tracelens.ir.sites import KIND, KINDS, TEXT, Scope, Site, near
 from tracelens.ir.types import TensorType
 from tracelens.placement import Placement, Probed, Seen
 from tracelens.subject import HeadOf
-
-
-def family_of(config: Any) -> Family:
-    """The table for a model's configuration; :class:`UnknownArchitectureError` where there is none."""
-    kind = getattr(config, "model_type", None)
-    family = FAMILY_OF.get(kind) if isinstance(kind, str) else None
-    if family is None:
-        raise UnknownArchitectureError(
-            f"there is no site table for models of type {kind!r}",
-            instead="a model of one of these families: " + ", ".join(family.name for family in FAMILIES),
-        )
-    reason = family.refused(config)
-    if reason is not None:
-        raise UnknownArchitectureError(f"this {family.name} model cannot be served: {reason}")
-    return family
-
-
-def no_table(model: object) -> str | None:
-    """Why no table of sites serves a module, if none does: only its modules can be named then."""
-    if not isinstance(model, nn.Module):
-        return None
-    kind = getattr(getattr(model, "config", None), "model_type", None)
-    if isinstance(kind, str):
-        names = ", ".join(family.name for family in FAMILIES)
-        return (
-            None
-            if kind in FAMILY_OF
-            else f"there is no site table for models of type {kind!r} (there are: {names})"
-        )
-    return "it is no language model of transformers"
 
 
 class ModelAnatomy:
@@ -103,8 +73,8 @@ class ModelAnatomy:
         self.mesh = mesh_of(model)
         if self.mesh is not None:
             self._skeleton = skeleton(model)
-        self.config = config
         self.family = family_of(config)
+        config = self.config = text_of(config)
         self.n_layers: int = config.num_hidden_layers
         neurons = getattr(config, self.family.neurons, None)
         heads: int = config.num_attention_heads
@@ -116,7 +86,10 @@ class ModelAnatomy:
             "K": getattr(config, "num_key_value_heads", None) or heads,
             "d": getattr(config, "head_dim", None) or config.hidden_size // heads,
         }
-        self.widths |= {name: getattr(config, word) for name, word in self.family.widths.items()}
+        self.widths |= {
+            name: getattr(config, word) if isinstance(word, str) else word(config)
+            for name, word in self.family.widths.items()
+        }
         self._withheld: dict[str, str | Mapping[int | None, str]] = {
             name: reason
             for option, (names, reason) in self.family.withheld.items()
@@ -198,7 +171,9 @@ class ModelAnatomy:
             return known[1]
         kind = KIND[site.name]
         shape = tuple(self.widths[dim] if isinstance(dim, str) else dim for dim in kind.shape)
-        found = TensorType(kind.dtype or dtype_of(dtype), shape)
+        tap = self.family.taps.get(site.name)
+        own = None if tap is None else tap.dtype
+        found = TensorType(own or kind.dtype or dtype_of(dtype), shape)
         self._types[site.name] = (dtype, found)
         return found
 
@@ -256,7 +231,7 @@ class ModelAnatomy:
         return known
 
     def _spread_state(self) -> tuple[object, ...]:
-        embedding = self.module(self.family.taps["embed"].module)
+        embedding = self.module(self.family.rows)
         return state_of(self.model, embedding, self._embedding)
 
     @property
@@ -267,7 +242,7 @@ class ModelAnatomy:
     @property
     def _embedding(self) -> torch.Tensor:
         # Looked up in the module's own table: attribute access goes through all tables, and this is asked in every run.
-        path = self.family.taps["embed"].module
+        path = self.family.rows
         module = self.module(path) if self.mesh is None else self._whole.get_submodule(path)
         found = module._parameters.get("weight")
         return found if found is not None else cast(torch.Tensor, module.weight)
@@ -444,4 +419,4 @@ class ModelAnatomy:
         return None
 
 
-__all__ = ["ModelAnatomy", "Side", "family_of"]
+__all__ = ["ModelAnatomy", "Side"]

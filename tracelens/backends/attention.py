@@ -118,14 +118,21 @@ def scores_of(
 
     ``mask`` is what the implementation called ``name`` was given. Places that it excludes hold the lowest number.
     """
-    for option in ("softcap", "s_aux", "position_bias", "cache"):
+    # sdpa computes without a soft-cap, or refuses one: whichever it is, the model's scores are not these.
+    unknown = ("s_aux", "position_bias", "cache", *(("softcap",) if name == "sdpa" else ()))
+    for option in unknown:
         if options.get(option) is not None:
             raise AttentionImplementationError(
                 f"{type(module).__name__} computes attention with {option}, which scores and pattern do not know"
+                + (" of sdpa" if option == "softcap" else ""),
+                instead='model.hf.set_attn_implementation("eager")' if option == "softcap" else None,
             )
     scaling = options.get("scaling")
     scores = _grouped(query, key, transposed=True)
     scores *= query.shape[-1] ** -0.5 if scaling is None else scaling
+    cap = options.get("softcap")
+    if cap is not None:
+        scores = torch.tanh(scores / cap) * cap
     found = _mask(name, module, mask, scores, options)
     if found is None:
         return scores

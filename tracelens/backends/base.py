@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any
 
+from tracelens.ir.types import DType
 from tracelens.plan import Carry
 from tracelens.subject import HeadOf
 
@@ -25,12 +26,22 @@ class HeadsView:
 
     ``parts`` are what lies there one after the other, each named by the width that counts its heads (``H`` or ``K``);
     the site is part number ``index``. ``heads_first``: the tensor has an axis for the heads already, before that of the
-    positions: [B, H, P, d].
+    positions: [B, H, P, d]. ``grouped``: the axis is cut into as many groups as there are kv heads first, and each
+    group has its own heads of every part, one part after the other.
     """
 
     parts: tuple[str, ...]
     index: int = 0
     heads_first: bool = False
+    grouped: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class NeuronsView:
+    """A site that is a stretch of a tensor's last axis: part number ``index`` of ``parts``, each named by its width."""
+
+    parts: tuple[str, ...]
+    index: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,14 +58,18 @@ class Tap:
     first element, where a version of transformers returns a tuple). Inside attention it names one of the tensors there:
     ``q_rot``, ``k_rot``, ``scores`` or ``pattern``. ``view`` finds the site in a tensor that holds more, or in another
     shape. ``decides``: the module makes the rest of its output of this tensor, and the model goes on with that alone.
-    The function makes it once more (of the module and the tensor), where the tensor is written.
+    The function makes it once more (of the module and the tensor), where the tensor is written. ``changes``: the block
+    goes on to change the tensor in place, so that nobody else may hold it. ``dtype``: where it is another than that of
+    the model and of the vocabulary.
     """
 
     module: str
     side: Side
     key: str | int | None = None
-    view: HeadsView | RowsView | None = None
+    view: HeadsView | NeuronsView | RowsView | None = None
     decides: Callable[[Any, Any], tuple[Any, ...]] | None = None
+    changes: bool = False
+    dtype: DType | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,14 +90,17 @@ class InSome:
 class Family:
     """The table of one family of models.
 
-    ``model_types``: the values of ``config.model_type`` that it serves. ``layers``: the path of the layers with ``{}``
-    for the index. ``taps``: site name to hook point. ``absent``: site name to the reason why the family lacks it.
-    ``neurons``: the configuration's word for the width of the MLP. ``withheld``: settings of a configuration without
-    some of the sites, with the reason. ``out_by_in``: does the output projection keep its matrix as [out, in], as
-    ``nn.Linear`` does? ``wide_softmax``: does eager attention take its softmax in float32, or in the model's dtype?
-    ``reached``: sites of one level that the family's modules make in another order than the vocabulary has them.
-    ``widths``: the configuration's words for further widths of sites. ``in_some``: sites that not all layers have.
-    ``softcap``: the configuration's word for what bends the logits.
+    ``model_types``: the values of ``config.model_type`` that it serves; ``serves``: which configurations of these, if
+    not all, which ``these`` says in words. ``layers``: the path of the layers with ``{}`` for the index. ``taps``: site
+    name to hook point. ``absent``: site name to the reason why the family lacks it. ``neurons``: the configuration's
+    word for the width of the MLP. ``refusals``: what cannot be served, with the reason: by the configuration's word for
+    it, or by any words, of which ``refused_if`` says whether a configuration is so. ``withheld``: settings of a
+    configuration without some of the sites, with the reason. ``out_by_in``: does the output projection keep its matrix
+    as [out, in], as ``nn.Linear`` does? ``wide_softmax``: does eager attention take its softmax in float32, or in the
+    model's dtype? ``reached``: sites of one level that the family's modules make in another order than the vocabulary
+    has them. ``widths``: the configuration's words for further widths of sites, or what makes them of it.
+    ``embedding``: the module with a row for each token, where it is another than the one that shows ``embed``.
+    ``in_some``: sites that not all layers have. ``softcap``: the configuration's word for what bends the logits.
     """
 
     name: str
@@ -92,23 +110,43 @@ class Family:
     absent: Mapping[str, str]
     neurons: str = "intermediate_size"
     carries: tuple[Carry, ...] = (Carry("resid_mid", "mlp_add", "resid_post"),)
-    refusals: Mapping[str, Any] = field(default_factory=dict[str, Any])
+    refusals: Mapping[str, str] = field(default_factory=dict[str, str])
+    refused_if: Mapping[str, Callable[[Any], bool]] = field(
+        default_factory=dict[str, "Callable[[Any], bool]"]
+    )
     withheld: Mapping[str, tuple[tuple[str, ...], str]] = field(
         default_factory=dict[str, tuple[tuple[str, ...], str]]
     )
     out_by_in: bool = True
     wide_softmax: bool = True
     reached: tuple[str, ...] = ()
-    widths: Mapping[str, str] = field(default_factory=dict[str, str])
+    widths: Mapping[str, str | Callable[[Any], int]] = field(
+        default_factory=dict[str, "str | Callable[[Any], int]"]
+    )
     in_some: tuple[InSome, ...] = ()
     softcap: str | None = None
+    serves: Callable[[Any], bool] | None = None
+    these: str = ""
+    embedding: str | None = None
+
+    @property
+    def rows(self) -> str:
+        """The path of the module with a row for each token."""
+        return self.embedding or self.taps["embed"].module
 
     def refused(self, config: Any) -> str | None:
         """The reason why a configuration of this family cannot be served, if there is one."""
         for option, reason in self.refusals.items():
-            if getattr(config, option, False):
+            judge = self.refused_if.get(option)
+            if getattr(config, option, False) if judge is None else judge(config):
                 return reason
         return None
+
+
+def text_of(config: Any) -> Any:
+    """The part of a configuration that is about text: all of it, but for models that see images too."""
+    of_text = getattr(config, "get_text_config", None)
+    return config if of_text is None else of_text()
 
 
 def head_of(family: Family, model: Any, vocabulary: int) -> HeadOf:
@@ -116,7 +154,7 @@ def head_of(family: Family, model: Any, vocabulary: int) -> HeadOf:
     module = family.taps["lm_head"].module
     head = model.get_submodule(module)
     bias = getattr(head, "bias", None)
-    cap = None if family.softcap is None else getattr(model.config, family.softcap, None)
+    cap = None if family.softcap is None else getattr(text_of(model.config), family.softcap, None)
     return HeadOf(
         family.taps["final_norm"].module,
         f"{module}.weight",

@@ -13,7 +13,7 @@ from torch import nn
 
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.autograd_mode import plain_mode, with_autograd
-from tracelens.backends.base import HeadsView, RowsView, Side, Tap
+from tracelens.backends.base import HeadsView, NeuronsView, RowsView, Side, Tap
 from tracelens.backends.body import Body, body
 from tracelens.backends.devices import Devices
 from tracelens.backends.differentiate import gradients_of
@@ -24,13 +24,12 @@ from tracelens.backends.inside_hooks import InsideHook, join
 from tracelens.backends.module_hooks import ModuleHook
 from tracelens.backends.replacing import replacement
 from tracelens.backends.side_hooks import (
-    HOOKS,
     Blamed,
-    DecidingHook,
     ForwardStopped,
     HookCode,
     SideHook,
     done,
+    kind_of_hook,
 )
 from tracelens.backends.spread import Keeper, Loading, is_hooked
 from tracelens.backends.stand_in import StandIn, missed
@@ -127,7 +126,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
         else:
             # Sites of one hook point may differ in where the tensor lies in the output: one hook each, in order.
             _, tap, path = anatomy.tap(block.site)
-            point = (path, Tap("", tap.side, tap.key, tap.view, tap.decides))
+            point = (path, Tap("", tap.side, tap.key, tap.view, tap.decides, tap.changes))
             points.setdefault(point, []).append(block)
     seat = seat_of(anatomy.model)
     hooks: list[SideHook | ModuleHook | StandIn | InsideHook] = []
@@ -151,7 +150,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
                 gradients,
                 devices,
                 _view(anatomy, tap, cast(Site, blocks[0].site)),
-                cuts=isinstance(tap.view, HeadsView) and len(tap.view.parts) > 1,
+                cuts=isinstance(tap.view, HeadsView | NeuronsView) and len(tap.view.parts) > 1,
                 sized=isinstance(tap.view, RowsView),
             ),
             any(block.writes for block in blocks),
@@ -173,7 +172,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
             calls, copies = anatomy.sides.calls_of(point), anatomy.sides.leaf(point).lent
             hooks.append(ModuleHook(code, seat, calls=calls, copies=copies))
         else:
-            hooks.append(DecidingHook(code, seat) if tap.decides else HOOKS[tap.side](code, seat))
+            hooks.append(kind_of_hook(tap)(code, seat))
     inside = [hook for hook in hooks if isinstance(hook, InsideHook)]
     if inside:
         join(inside, seat, replaced_layers(graph), anatomy)
@@ -222,7 +221,7 @@ _VIEWING = (Kind.SHAPE, Kind.AXIS, Kind.PATTERN, Kind.GENERAL)
 
 def _view(anatomy: ModelAnatomy, tap: Tap, site: Site) -> tuple[Take | TakeSized, Put] | None:
     """How a site is found in its module's tensor, where it is not that tensor itself."""
-    if isinstance(tap.view, HeadsView):
+    if isinstance(tap.view, HeadsView | NeuronsView):
         return taking_and_putting(tap.view, anatomy.local_widths(site))
     return None if tap.view is None else rows_apart()
 

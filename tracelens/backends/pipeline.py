@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from tracelens.backends.groups import once_in_a_world
+from tracelens.errors import LayoutError
 
 
 class Pipeline:
@@ -144,7 +145,37 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     )
 
 
+_CUT_AT = ("embed_tokens", "layers", "norm")
+
+
+def require_cut(config: Any) -> None:
+    """Refuses models that transformers would cut into stages wrongly.
+
+    It goes by the names of three modules. An embedding or a last norm of another name stays in every stage, and the
+    stream is normed once for each.
+    """
+    plan: Mapping[str, Any] | None = getattr(config, "base_model_pp_plan", None)
+    if not plan:
+        raise LayoutError(
+            f"transformers has no plan by which {config.model_type} is cut into stages", instead=_INSTEAD
+        )
+    if not set(_CUT_AT) <= set(plan):
+        others = ", ".join(repr(name) for name in plan if name not in _CUT_AT)
+        raise LayoutError(
+            f"transformers cuts models into stages at modules called {', '.join(map(repr, _CUT_AT))}, and would leave "
+            f"{others} of {config.model_type} in every stage",
+            instead=_INSTEAD,
+        )
+
+
+_INSTEAD = 'tl.load(name, device_map="auto"), which spreads the layers over devices'
+
+
 def pipeline_of(model: nn.Module) -> Pipeline | None:
     """The stages that transformers cut a model into, if it did."""
     own: Any = getattr(model, "_pp_stage", None)
-    return None if own is None or own.pp_size == 1 else Pipeline(model, cast(Any, model)._device_mesh)
+    if own is None or own.pp_size == 1:
+        return None
+    hf = cast(Any, model)
+    require_cut(hf.config)
+    return Pipeline(model, hf._device_mesh)

@@ -207,8 +207,29 @@ class DecidingHook(_After):
         return (made, *decides(module, made))
 
 
-HOOKS: dict[Side, Callable[[HookCode, Seat], SideHook | InsideHook]] = {
+class CopyingHook(_After):
+    """At a tensor that the block goes on to change in place: the steps have a copy, and so has the block of theirs."""
+
+    __slots__ = ()
+
+    def passed(self, run: Run, tensor: Any) -> Any:
+        found = super().passed(run, _copy(tensor))
+        return _copy(found) if self.writes else found
+
+
+def _copy(tensor: Any) -> Any:
+    return tensor.clone() if isinstance(tensor, torch.Tensor) else tensor
+
+
+_HOOKS: dict[Side, Callable[[HookCode, Seat], SideHook | InsideHook]] = {
     Side.IN: _Before,
     Side.OUT: _After,
     Side.INSIDE: InsideHook,
 }
+
+
+def kind_of_hook(tap: Tap) -> Callable[[HookCode, Seat], SideHook | InsideHook]:
+    """What is put at a hook point."""
+    if tap.decides is not None:
+        return DecidingHook
+    return CopyingHook if tap.changes else _HOOKS[tap.side]

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from tracelens.backends.base import HeadsView, RowsView
+from tracelens.backends.base import HeadsView, NeuronsView, RowsView
 from tracelens.ir.layout import Layout, Shard
 
 Take = Callable[[torch.Tensor], torch.Tensor]
@@ -14,19 +14,20 @@ TakeSized = Callable[[torch.Tensor, Mapping[str, int]], torch.Tensor]
 Put = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def taking_and_putting(view: HeadsView, widths: Mapping[str, int]) -> tuple[Take, Put]:
+def taking_and_putting(view: HeadsView | NeuronsView, widths: Mapping[str, int]) -> tuple[Take, Put]:
     """How a site is taken out of the module's tensor, and how a new value of it is put back into a new tensor.
 
     The module's tensor is never changed in place, and gradients flow through both.
     """
+    if isinstance(view, NeuronsView):
+        return _stretch([widths[part] for part in view.parts], view.index)
     if view.heads_first:
         return _heads_inside, lambda whole, new: _heads_inside(new)
     width = widths["d"]
     heads = [widths[part] for part in view.parts]
-    start = sum(heads[: view.index]) * width
+    if view.grouped:
+        return _of_groups(heads, view.index, width, groups=min(heads))
     count = heads[view.index]
-    end = start + count * width
-    total = sum(heads) * width
 
     if len(heads) == 1:
 
@@ -38,18 +39,50 @@ def taking_and_putting(view: HeadsView, widths: Mapping[str, int]) -> tuple[Take
 
         return take_all, put_all
 
+    flat, put_flat = _stretch([part * width for part in heads], view.index)
+
     def take(whole: torch.Tensor) -> torch.Tensor:
-        if whole.shape[-1] != total:
-            return whole  # the read that follows says what is wrong
-        return whole[..., start:end].unflatten(-1, (count, width))
+        part = flat(whole)
+        return part if part is whole else part.unflatten(-1, (count, width))
+
+    return take, lambda whole, new: put_flat(whole, new.flatten(-2))
+
+
+def _stretch(sizes: list[int], index: int) -> tuple[Take, Put]:
+    """One of several parts that lie one after the other along the last axis."""
+    start = sum(sizes[:index])
+    end, total = start + sizes[index], sum(sizes)
+
+    def take(whole: torch.Tensor) -> torch.Tensor:
+        # Of another size, the read that follows says what is wrong.
+        return whole[..., start:end] if whole.shape[-1] == total else whole
 
     def put(whole: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        return torch.cat((whole[..., :start], new.flatten(-2), whole[..., end:]), dim=-1)
+        return torch.cat((whole[..., :start], new, whole[..., end:]), dim=-1)
 
     return take, put
 
 
-def shown(layout: Layout, view: HeadsView | RowsView | None) -> Layout:
+def _of_groups(heads: list[int], index: int, width: int, groups: int) -> tuple[Take, Put]:
+    """The heads of one part, of which each group has its share beside its shares of the other parts."""
+    shares = [count // groups for count in heads]
+    start = sum(shares[:index])
+    end, total = start + shares[index], sum(shares)
+
+    def take(whole: torch.Tensor) -> torch.Tensor:
+        if whole.shape[-1] != groups * total * width:
+            return whole  # the read that follows says what is wrong
+        return whole.unflatten(-1, (groups, total, width))[..., start:end, :].flatten(-3, -2)
+
+    def put(whole: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
+        apart = whole.unflatten(-1, (groups, total, width))
+        own = new.unflatten(-2, (groups, shares[index]))
+        return torch.cat((apart[..., :start, :], own, apart[..., end:, :]), dim=-2).flatten(-3)
+
+    return take, put
+
+
+def shown(layout: Layout, view: HeadsView | NeuronsView | RowsView | None) -> Layout:
     """How a module's tensor lies in which a site lies so; and the inverse, for a site that is all of that tensor."""
     if isinstance(view, HeadsView) and view.heads_first and isinstance(layout, Shard):
         return Shard({1: 2, 2: 1}.get(layout.dim, layout.dim))

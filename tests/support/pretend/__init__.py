@@ -68,17 +68,22 @@ def device_map(
     embedding = embedding or layers[0]
     norm = norm or layers[-1]
     head = head or (embedding if model.config.tie_word_embeddings else norm)
-    base = model.base_model
-    prefix = model.base_model_prefix
+    base = model.get_decoder()
+    prefix = next(path for path, module in model.named_modules() if module is base)
     found: dict[str, str] = {}
     for name, module in base.named_children():
         path = f"{prefix}.{name}"
         if name in ("layers", "h"):
             assert len(module) == len(layers)
             found |= {f"{path}.{index}": device for index, device in enumerate(layers)}
-        elif name in ("norm", "ln_f"):
+        elif name in ("norm", "ln_f", "final_layer_norm"):
             found[path] = norm
         else:
+            found[path] = embedding
+    # What else there is, for images.
+    for path, _ in model.named_modules():
+        beside = path.count(".") == prefix.count(".") and path != prefix
+        if path and path.rpartition(".")[0] == prefix.rpartition(".")[0] and beside and path != "lm_head":
             found[path] = embedding
     return {**found, "lm_head": head}
 

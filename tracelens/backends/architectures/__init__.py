@@ -1,9 +1,27 @@
 """One small table per family of models."""
 
-from tracelens.backends.architectures.gemma import GEMMA3
-from tracelens.backends.architectures.gpt2 import GPT2
-from tracelens.backends.architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
-from tracelens.backends.architectures.qwen3_moe import QWEN3_MOE
+from collections.abc import Mapping
 
-FAMILIES = (LLAMA, MISTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA3, GPT2)
-FAMILY_OF = {model_type: family for family in FAMILIES for model_type in family.model_types}
+from tracelens.backends.architectures.bloom import BLOOM
+from tracelens.backends.architectures.falcon import FALCON_PARALLEL, FALCON_SEQUENTIAL, FALCON_TWO_NORMS
+from tracelens.backends.architectures.gemma import GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
+from tracelens.backends.architectures.gpt2 import GPT2
+from tracelens.backends.architectures.gpt_neox import GPT_NEOX_PARALLEL, GPT_NEOX_SEQUENTIAL
+from tracelens.backends.architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from tracelens.backends.architectures.mixtral import MIXTRAL
+from tracelens.backends.architectures.olmo2 import OLMO2
+from tracelens.backends.architectures.opt import OPT
+from tracelens.backends.architectures.phi3 import PHI3
+from tracelens.backends.architectures.qwen3_moe import QWEN3_MOE
+from tracelens.backends.base import Family
+
+FAMILIES = (
+    *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, PHI3, OLMO2),
+    *(GPT2, GPT_NEOX_SEQUENTIAL, GPT_NEOX_PARALLEL, OPT, BLOOM),
+    *(FALCON_SEQUENTIAL, FALCON_TWO_NORMS, FALCON_PARALLEL),
+)
+FAMILIES_OF: Mapping[str, tuple[Family, ...]] = {
+    model_type: tuple(family for family in FAMILIES if model_type in family.model_types)
+    for model_type in dict.fromkeys(kind for family in FAMILIES for kind in family.model_types)
+}
+"""By ``model_type``; of several the first that serves a configuration has it."""

@@ -11,3 +11,20 @@ NO_POST_NORMS = {
 NO_POSITION_EMBEDDING = {
     "pos_embed": "positions enter by rotation inside attention (RoPE), so there is no position embedding"
 }
+NO_QK_NORMS = {
+    "q_normed": "its queries have no norm of their own; use q",
+    "k_normed": "its keys have no norm of their own; use k",
+}
+NO_GATE = {"mlp_up": "its MLP has no gate; use mlp_pre"}
+NO_ROTATION = {
+    "q_rot": "positions are added to the embedding, so nothing is rotated in attention; use q",
+    "k_rot": "positions are added to the embedding, so nothing is rotated in attention; use k",
+}
+PARALLEL = {
+    "resid_mid": "attention and MLP read the stream side by side and both are added to it at once, so there is nothing "
+    "between them; use resid_pre or resid_post, or attn_add and mlp_add"
+}
+OWN_ATTENTION = dict.fromkeys(
+    ("scores", "pattern"),
+    "its block computes attention in a way of its own, which cannot be tapped; use q, k, v and z",
+)

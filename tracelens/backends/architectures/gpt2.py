@@ -1,6 +1,12 @@
 """GPT-2: learned positions, LayerNorm, and an MLP without a gate."""
 
-from tracelens.backends.architectures.absences import NO_EXPERTS, NO_POST_NORMS
+from tracelens.backends.architectures.absences import (
+    NO_EXPERTS,
+    NO_GATE,
+    NO_POST_NORMS,
+    NO_QK_NORMS,
+    NO_ROTATION,
+)
 from tracelens.backends.base import Family, HeadsView, Side, Tap
 
 # One matrix makes queries, keys and values, side by side.
@@ -38,12 +44,10 @@ GPT2 = Family(
     },
     {
         **NO_EXPERTS,
-        "mlp_up": "its MLP has no gate; use mlp_pre",
+        **NO_GATE,
         **NO_POST_NORMS,
-        "q_normed": "its queries have no norm of their own; use q",
-        "k_normed": "its keys have no norm of their own; use k",
-        "q_rot": "positions are added to the embedding, so nothing is rotated in attention; use q",
-        "k_rot": "positions are added to the embedding, so nothing is rotated in attention; use k",
+        **NO_QK_NORMS,
+        **NO_ROTATION,
     },
     neurons="n_inner",
     refusals={

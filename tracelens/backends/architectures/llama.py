@@ -1,6 +1,11 @@
 """Llama and the families that share its block: Mistral, Qwen2, Qwen3."""
 
-from tracelens.backends.architectures.absences import NO_EXPERTS, NO_POSITION_EMBEDDING, NO_POST_NORMS
+from tracelens.backends.architectures.absences import (
+    NO_EXPERTS,
+    NO_POSITION_EMBEDDING,
+    NO_POST_NORMS,
+    NO_QK_NORMS,
+)
 from tracelens.backends.base import Family, HeadsView, Side, Tap
 
 _TAPS = {
@@ -42,8 +47,7 @@ _ABSENT = {
     **NO_POSITION_EMBEDDING,
     **NO_POST_NORMS,
     **NO_EXPERTS,
-    "q_normed": "its queries have no norm of their own; use q",
-    "k_normed": "its keys have no norm of their own; use k",
+    **NO_QK_NORMS,
 }
 
 LLAMA = Family("Llama", ("llama",), "model.layers.{}", _TAPS, _ABSENT)
