@@ -16,7 +16,7 @@ from importlib.metadata import version
 from pathlib import Path
 from xml.etree import ElementTree
 
-from tests.support.families import EVERY
+from tests.support.more_families import ALL
 
 ROOT = Path(__file__).resolve().parents[1]
 SUITE = ("tests/conformance",)
@@ -35,7 +35,7 @@ class Outcome:
 def family_of(test: str) -> str:
     """The family in the parameters of a test: ``test_reads[llama-single]`` is of llama."""
     parameters = test.partition("[")[2].rstrip("]").split("-")
-    return next((part for part in parameters if part in EVERY), NO_FAMILY)
+    return next((part for part in parameters if part in ALL), NO_FAMILY)
 
 
 def outcomes(report: Path) -> dict[str, Outcome]:

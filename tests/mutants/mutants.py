@@ -57,6 +57,7 @@ RANKS = ("tests/test_ranks.py",)
 RULES = ("tests/test_sharding_rules.py",)
 COLLECTIVES = ("tests/test_collectives.py",)
 EXPERTS = ("tests/conformance/test_experts.py",)
+MORE_FAMILIES = ("tests/conformance/test_more_families.py", "-k")
 EXPERTS_ON_RANKS = ("tests/parallel/test_experts.py",)
 PROBING = ("tests/test_probing.py",)
 STEPS = ("tests/test_sharding_steps.py",)
@@ -378,6 +379,83 @@ MUTANTS = (
         '"k": Tap("attn.c_attn", Side.OUT, view=HeadsView(_FUSED, 1))',
         '"k": Tap("attn.c_attn", Side.OUT, view=HeadsView(_FUSED, 0))',
         ("tests/conformance/test_reads.py", "-k", "gpt2"),
+    ),
+    Mutant(
+        "heads of a fused matrix are split without regard to groups",
+        "backends/views.py",
+        "    if view.grouped:",
+        "    if view.grouped and min(heads) == 1:",
+        (*MORE_FAMILIES, "site_is_read and two_norms"),
+    ),
+    Mutant(
+        "a new value of one part lands in another group",
+        "backends/views.py",
+        "        own = new.unflatten(-2, (groups, shares[index]))",
+        "        own = new.unflatten(-2, (shares[index], groups)).transpose(-2, -3)",
+        (*MORE_FAMILIES, "site_is_written and two_norms"),
+    ),
+    Mutant(
+        "both branches of a fused MLP are the gate",
+        "backends/architectures/phi3.py",
+        'NeuronsView(("M", "M"), 1)',
+        'NeuronsView(("M", "M"), 0)',
+        (*MORE_FAMILIES, "site_is_read and phi3"),
+    ),
+    Mutant(
+        "what is read lies where the block computes in place",
+        "backends/side_hooks.py",
+        "        found = super().passed(run, _copy(tensor))",
+        "        found = super().passed(run, tensor)",
+        (*MORE_FAMILIES, "site_is_read and one_norm"),
+    ),
+    Mutant(
+        "what is written is the block's to change",
+        "backends/side_hooks.py",
+        "        return _copy(found) if self.writes else found",
+        "        return found",
+        (*MORE_FAMILIES, "all_writes and one_norm"),
+    ),
+    Mutant(
+        "all of Falcon's heads have keys of their own",
+        "backends/architectures/falcon.py",
+        "return 1 if config.multi_query and not config.new_decoder_architecture else config.num_kv_heads",
+        "return config.num_kv_heads",
+        (*MORE_FAMILIES, "site_is_read and falcon_one_norm"),
+    ),
+    Mutant(
+        "scores are shown before their soft-cap",
+        "backends/attention.py",
+        "    if cap is not None:",
+        "    if False:",
+        (*MORE_FAMILIES, "site_is_read and gemma2"),
+    ),
+    Mutant(
+        "a lens caps logits that the model does not",
+        "backends/architectures/gemma.py",
+        "    softcap=None,",
+        '    softcap="final_logit_softcapping",',
+        (*MORE_FAMILIES, "lens_reads and images"),
+    ),
+    Mutant(
+        "weights of experts are taken for numbers of the model's dtype",
+        "backends/architectures/mixtral.py",
+        ", dtype=DType.FLOAT32)",
+        ")",
+        (*MORE_FAMILIES, "bfloat16 and mixtral"),
+    ),
+    Mutant(
+        "Bloom's embedding is what comes before its norm",
+        "backends/architectures/bloom.py",
+        '"embed": Tap("transformer.word_embeddings_layernorm", Side.OUT)',
+        '"embed": Tap("transformer.word_embeddings", Side.OUT)',
+        (*MORE_FAMILIES, "site_is_read and bloom"),
+    ),
+    Mutant(
+        "a model is cut into stages at names that it does not have",
+        "backends/pipeline.py",
+        "    if not set(_CUT_AT) <= set(plan):",
+        "    if False:",
+        ("tests/parallel/test_more_families_spread.py", "-k", "norm_the_stream"),
     ),
     Mutant(
         "Gemma's normed queries are planned for where Qwen3 makes them",
