@@ -152,6 +152,7 @@ UPWARDS = {
     ("lens.comparison", "viz.lens_page"): "as above",
     ("lens.result", "viz.lens_picture"): "a picture of it; imported when one is asked for",
     ("lens.comparison", "viz.lens_picture"): "as above",
+    ("steering.report", "viz.cosines"): "as above",
 }
 
 

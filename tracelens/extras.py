@@ -9,8 +9,8 @@ from tracelens.errors import MissingExtraError
 from tracelens.location import here
 
 
-def required(package: str, *, extra: str, what: str) -> ModuleType:
-    """The imported package, or an error that says which extra brings it. ``what``: what it is needed for."""
+def required(package: str, *, extra: str | None, what: str) -> ModuleType:
+    """The imported package, or an error that says which extra brings it, if one does. ``what``: what needs it."""
     try:
         return importlib.import_module(package)
     except ModuleNotFoundError as error:
@@ -20,5 +20,5 @@ def required(package: str, *, extra: str, what: str) -> ModuleType:
         raise MissingExtraError(
             f"{what} needs {top}, which is not installed",
             at=here(),
-            instead=f'pip install "tracelens[{extra}]"',
+            instead=f'pip install "tracelens[{extra}]"' if extra else f"pip install {top.replace('_', '-')}",
         ) from None

@@ -9,6 +9,7 @@ __all__ = [
     "ContrastFileError",
     "ExtractionError",
     "LabelError",
+    "SteeringFileError",
     "SteeringMismatchError",
     "SteeringSelectionError",
     "SteeringVectorError",
@@ -61,3 +62,7 @@ class SteeringSelectionError(TracelensError, KeyError):
 
 class SteeringMismatchError(TracelensError, ValueError):
     """The steering vector was made for another model, or two vectors are not of one model and of the same places."""
+
+
+class SteeringFileError(TracelensError, ValueError):
+    """The file is no steering vector, or not a whole one, or it holds more than could be read without running it."""

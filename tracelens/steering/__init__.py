@@ -5,9 +5,16 @@ from tracelens.steering.contrast import Contrast, ContrastRow, Refusal
 from tracelens.steering.contrast_files import load_contrast
 from tracelens.steering.extraction import extract
 from tracelens.steering.facts import Facts
+from tracelens.steering.interchange import (
+    from_repeng,
+    from_steering_vectors,
+    to_repeng,
+    to_steering_vectors,
+)
 from tracelens.steering.labels import Labelled, LabelledRow
 from tracelens.steering.steered import Steered
 from tracelens.steering.vector import SteeringVector
+from tracelens.steering.vector_files import load
 
 __all__ = [
     "ActivationAddition",
@@ -20,7 +27,12 @@ __all__ = [
     "Steered",
     "SteeringVector",
     "extract",
+    "from_repeng",
+    "from_steering_vectors",
+    "load",
     "load_contrast",
+    "to_repeng",
+    "to_steering_vectors",
 ]
 
 

@@ -28,7 +28,8 @@ def written(place: Place) -> str:
 class Facts:
     """What a steering vector was made of. All of it may be unknown (``None``, or empty), as for files of others.
 
-    ``model``, ``revision``: the name and revision on the hub, or a folder; ``family``, ``n_layers``, ``d_model``.
+    ``model``, ``revision``: the name and revision on the hub, or a folder; ``family``, ``architecture`` (transformers'
+    ``model_type``), ``n_layers``, ``d_model``.
     ``weights``: digests of a sample of the model's unembedding, by which another model is told. ``method``: how it was
     made, with what was done to it since: ``"mean_difference"``, ``"2 * pca"``. ``positions``: where activations were
     read, ``"label"``. ``rows``: of how many pairs. ``data``, ``template``: the digest of the data and its template.
@@ -40,6 +41,7 @@ class Facts:
     model: str | None = None
     revision: str | None = None
     family: str | None = None
+    architecture: str | None = None
     n_layers: int | None = None
     d_model: int | None = None
     weights: Mapping[str, str] = field(default_factory=dict[str, str])
@@ -64,6 +66,7 @@ class Facts:
             model=_name(model),
             revision=getattr(config, "_commit_hash", None),
             family=model.anatomy.family.name,
+            architecture=config.model_type,
             n_layers=model.n_layers,
             d_model=model.anatomy.widths["D"],
             weights=sample_digests(model),
@@ -150,8 +153,8 @@ class Facts:
         """The facts as JSON has them; places are written ``resid_post.12``."""
         found = {entry.name: getattr(self, entry.name) for entry in fields(self)}
         found["weights"] = dict(self.weights)
-        found["scale"] = {_key(place): number for place, number in self.scale.items()}
-        found["diagnostics"] = {_key(place): dict(numbers) for place, numbers in self.diagnostics.items()}
+        found["scale"] = {key_of(place): number for place, number in self.scale.items()}
+        found["diagnostics"] = {key_of(place): dict(numbers) for place, numbers in self.diagnostics.items()}
         return {name: value for name, value in found.items() if value not in (None, {})}
 
     @classmethod
@@ -171,7 +174,8 @@ def place_of(key: str) -> Place:
     return site, int(layer)
 
 
-def _key(place: Place) -> str:
+def key_of(place: Place) -> str:
+    """A place as a file has it: ``resid_post.12``."""
     return f"{place[0]}.{place[1]}"
 
 

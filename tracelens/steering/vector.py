@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,7 @@ from tracelens.view import Line, Shown, Stack, Table, View
 
 if TYPE_CHECKING:
     from tracelens.model import Model
+    from tracelens.steering.report import VectorReport
 
 
 class SteeringVector(Shown):
@@ -326,7 +328,59 @@ class SteeringVector(Shown):
                 )
             require_width(direction, width_of(model, place), place, "this model")
 
+    # --- keeping -------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the directions and the facts to a safetensors file; gives its path. :func:`tl.steering.load` reads it.
+
+        Raises :class:`~tracelens.errors.SteeringFileError` for another ending.
+        """
+        from tracelens.steering.vector_files import save
+
+        with Blaming(here()):
+            save(self, Path(path))
+        return Path(path)
+
+    def to_gguf(self, path: str | Path) -> Path:
+        """Writes a control vector of llama.cpp and repeng: ``direction.k`` for ``layers[k].resid_post``.
+
+        llama.cpp adds it to what leaves block k, counted from 0, at every position; it has none for block 0. Gives the
+        path; needs the extra ``demo``. Raises :class:`~tracelens.errors.SteeringVectorError` for other sites and layer 0.
+        """
+        from tracelens.steering.interchange import write_gguf
+
+        with Blaming(here()):
+            write_gguf(self, Path(path))
+        return Path(path)
+
+    @classmethod
+    def from_gguf(cls, path: str | Path, model: Model | None = None) -> SteeringVector:
+        """Reads a control vector of llama.cpp or repeng: :func:`tl.steering.load` of that file."""
+        from tracelens.steering.vector_files import load
+
+        return load(path, model)
+
+    def to_caa(self, folder: str | Path) -> Path:
+        """Writes one ``vec_layer_L_MODEL.pt`` for each layer, as the code of CAA reads them; gives the folder.
+
+        Raises :class:`~tracelens.errors.SteeringVectorError` for sites other than ``resid_post``.
+        """
+        from tracelens.steering.interchange import write_folder
+
+        with Blaming(here()):
+            write_folder(self, Path(folder))
+        return Path(folder)
+
     # --- looking -------------------------------------------------------------------------------------------------
+
+    def report(self) -> VectorReport:
+        """What is known of each direction: its norm, alone and beside the activations there, and its diagnostics.
+
+        The cosines between the directions of each site's layers stand beside: ``report.cosines``.
+        """
+        from tracelens.steering.report import VectorReport
+
+        return VectorReport(self)
 
     def _view(self) -> View:
         facts, norms = self.facts, self.norms

@@ -1,0 +1,135 @@
+"""Steering vectors in files: safetensors with all facts, and by the ending of the name the formats of others."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from tracelens.errors import (
+    Blaming,
+    MissingExtraError,
+    SteeringFileError,
+    SteeringMismatchError,
+    TracelensError,
+)
+from tracelens.location import here
+from tracelens.steering import interchange
+from tracelens.steering.facts import Facts, key_of, place_of
+from tracelens.steering.vector import SteeringVector
+
+if TYPE_CHECKING:
+    from tracelens.model import Model
+
+FORMAT, VERSION = "tracelens.steering", 1
+LAYERS = "counted from 0; resid_post is what leaves the block of that number, resid_pre what enters it"
+
+
+def save(vector: SteeringVector, path: Path) -> None:
+    """Writes a vector to a safetensors file."""
+    from safetensors.torch import save_file
+
+    if path.suffix.lower() != ".safetensors":
+        raise SteeringFileError(
+            f"{path.name!r} does not end in .safetensors",
+            instead='v.save("v.safetensors"), or v.to_gguf("v.gguf")',
+        )
+    tensors = {key_of(place): direction.contiguous() for place, direction in vector.directions.items()}
+    said = {
+        "version": VERSION,
+        "layers": LAYERS,
+        "digest": _digest(tensors),
+        "facts": vector.facts.to_dict(),
+    }
+    save_file(tensors, path, metadata={FORMAT: json.dumps(said, sort_keys=True)})
+
+
+def load(
+    path: str | Path, model: Model | None = None, *, layer: int | None = None, site: str = "resid_post"
+) -> SteeringVector:
+    """Reads a steering vector from a file of :meth:`SteeringVector.save`, or in a format of others.
+
+    ``.safetensors`` has all its facts. ``.gguf``: control vectors of llama.cpp and repeng, ``direction.k``, which
+    belongs to what leaves block k, counted from 0. ``.pt``: a tensor of CAA (``vec_layer_13_....pt``, or with
+    ``layer=``), a dict of them by layer, or a saved object of the steering-vectors package; of these nothing but
+    tensors is read, so no code in them runs. A folder: all ``vec_layer_*.pt`` in it. ``site``: where a bare tensor
+    belongs, for CAA what leaves the block.
+
+    ``model``: the model that it is to be one for; directions in files without facts are taken for this model's, if they
+    fit. Raises :class:`~tracelens.errors.SteeringMismatchError` where it is not, and
+    :class:`~tracelens.errors.SteeringFileError` for files that are not whole, or no vectors.
+
+    >>> v = tl.steering.load("v.safetensors", model)                                     # doctest: +SKIP
+    """
+    path = Path(path)
+    with Blaming(here()):
+        try:
+            vector = _read(path, model, layer, site)
+        except (MissingExtraError, SteeringMismatchError, SteeringFileError):
+            raise
+        except FileNotFoundError:
+            raise SteeringFileError(
+                f"there is no file {str(path)!r}", instead="the path of a vector's file"
+            ) from None
+        except Exception as error:  # whatever a reader of a format says of a file that is not whole
+            words = error.problem if isinstance(error, TracelensError) else f"{type(error).__name__}: {error}"
+            raise SteeringFileError(
+                f"{path.name} is no steering vector, or not a whole one: {words.splitlines()[0]}",
+                instead='a file of v.save("v.safetensors"), v.to_gguf("v.gguf"), or of the packages that are named in '
+                "tl.steering.load",
+            ) from error
+        if model is not None:
+            vector.check(model)
+    return vector
+
+
+def _read(path: Path, model: Model | None, layer: int | None, site: str) -> SteeringVector:
+    if path.is_dir():
+        return interchange.read_folder(path, model, site)
+    match path.suffix.lower():
+        case ".safetensors":
+            return _read_safetensors(path)
+        case ".gguf":
+            return interchange.read_gguf(path, model)
+        case ".pt" | ".pth" | ".bin":
+            return interchange.read_tensors(path, model, layer, site)
+        case _:
+            raise SteeringFileError(
+                f"{path.name!r} has no ending that names a format", instead=".safetensors, .gguf or .pt"
+            )
+
+
+def _read_safetensors(path: Path) -> SteeringVector:
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        said: dict[str, Any] = json.loads((file.metadata() or {}).get(FORMAT, "null"))
+        if said is None:
+            raise SteeringFileError(
+                f"{path.name} holds tensors, and does not say that they are a steering vector",
+                instead="SteeringVector.from_directions(model, {place: tensor}) of what safetensors reads",
+            )
+        if said["version"] > VERSION:
+            raise SteeringFileError(
+                f"{path.name} is in version {said['version']} of its format, and this tracelens knows {VERSION}",
+                instead="a newer tracelens",
+            )
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # no dict
+    if _digest(tensors) != said["digest"]:
+        raise SteeringFileError(
+            f"{path.name} has been changed since it was written", instead="the file as it was"
+        )
+    return SteeringVector(
+        {place_of(name): tensor for name, tensor in tensors.items()}, Facts.from_dict(said["facts"])
+    )
+
+
+def _digest(tensors: dict[str, torch.Tensor]) -> str:
+    found = hashlib.sha256()
+    for name in sorted(tensors):
+        found.update(f"{name} {tuple(tensors[name].shape)}".encode())
+        found.update(tensors[name].contiguous().view(torch.uint8).numpy().data)
+    return found.hexdigest()
