@@ -18,6 +18,7 @@ from tests.support.families import FAMILIES
 from tests.support.tokenizers import byte_level_bpe
 from tracelens.errors import (
     AbsentSiteError,
+    ContrastError,
     ExtractionError,
     LabelError,
     NestedTraceError,
@@ -25,7 +26,7 @@ from tracelens.errors import (
     ZeroVectorError,
     ZeroVectorWarning,
 )
-from tracelens.steering import Contrast, Labelled, SteeringVector, extract, load_contrast, moments
+from tracelens.steering import Contrast, Labelled, SteeringVector, Unpaired, extract, load_contrast, moments
 
 DATA = Path(__file__).parents[1] / "data" / "contrast_choices.jsonl"
 TOKENIZER = byte_level_bpe(answers=True)
@@ -167,6 +168,50 @@ def test_unpaired_is_the_difference_of_means() -> None:
     near(stacked(made("unpaired")), one.mean(0) - other.mean(0))
 
 
+UNPAIRED = Unpaired(
+    ["The capital of France is Paris", "Rome", "It is so", "So it is then"],
+    ["Paris is the capital", "not here"],
+)
+
+
+@pytest.mark.parametrize("positions", ["last", "mean"])
+@pytest.mark.parametrize("method", ["unpaired", "logistic", "lda", "random"])
+def test_texts_that_do_not_come_in_pairs(method: str, positions: str) -> None:
+    means: list[np.ndarray] = []
+    for texts in (UNPAIRED.positive, UNPAIRED.negative):
+        read: list[np.ndarray] = []
+        for text in texts:
+            with MODEL.trace(text):
+                h = MODEL.layers[:].resid_post.save()
+            states = h.value[:, 0].double().numpy()
+            read.append(states[:, -1] if positions == "last" else states.mean(1))
+        means.append(np.stack(read).mean(0))
+    vector = made(method, UNPAIRED, positions=positions, batch_size=3)
+    mean = torch.from_numpy(means[0] - means[1])
+    if method == "unpaired":
+        near(stacked(vector), means[0] - means[1])
+    elif method == "random":
+        assert_close(stacked(vector).norm(dim=-1), mean.norm(dim=-1), rtol=1e-4, atol=0)
+    else:
+        assert ((stacked(vector) * mean).sum(-1) > 0).all()
+    assert (vector.facts.rows, vector.facts.data) == (6, UNPAIRED.digest)
+    assert "agreement" not in vector.facts.diagnostics["resid_post", 0]
+    assert "separation" in vector.facts.diagnostics["resid_post", 0]
+    assert repr(UNPAIRED) == "4 texts of one class and 2 of the other"
+
+
+def test_what_needs_pairs() -> None:
+    for method in ("mean_difference", "pca", "pairwise_pca", "shuffled", "actadd"):
+        with pytest.raises(ExtractionError, match="made of"):
+            made(method, UNPAIRED, positions="last")
+    with pytest.raises(ExtractionError, match="have no label"):
+        made("unpaired", UNPAIRED)
+    for wrong in (([], ["a"]), (["a"], [3]), ("abc", ["a"]), (["a"], [""])):
+        with pytest.raises(ContrastError, match="is no list of texts or conversations"):
+            Unpaired(*wrong)  # pyright: ignore[reportArgumentType]
+    assert Unpaired(["a"], ["b"]).digest != Unpaired(["b"], ["a"]).digest
+
+
 def test_actadd_is_the_difference_of_one_pair() -> None:
     one, other = activations()
     near(stacked(made("actadd", ROWS[2:3])), one[2] - other[2])
@@ -293,8 +338,7 @@ def test_agreement_and_separation() -> None:
 
 
 def test_sums_do_not_grow_with_the_rows(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(moments, "SAMPLED", 4)
-    monkeypatch.setattr("tracelens.steering.extraction.SAMPLED", 4)
+    monkeypatch.setattr("tracelens.steering.gathering.SAMPLED", 4)
     held: list[moments.Moments] = []
     add = moments.Moments.add
 

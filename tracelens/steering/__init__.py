@@ -13,6 +13,7 @@ from tracelens.steering.interchange import (
 )
 from tracelens.steering.labels import Labelled, LabelledRow
 from tracelens.steering.steered import Steered
+from tracelens.steering.unpaired import Unpaired
 from tracelens.steering.vector import SteeringVector
 from tracelens.steering.vector_files import load
 
@@ -26,6 +27,7 @@ __all__ = [
     "Refusal",
     "Steered",
     "SteeringVector",
+    "Unpaired",
     "extract",
     "from_repeng",
     "from_steering_vectors",

@@ -23,6 +23,8 @@ Method = Literal[
 ]
 
 METHODS: tuple[str, ...] = get_args(Method)
+UNPAIRED = ("unpaired", "logistic", "lda", "random")
+"""What needs no pairs, but two classes."""
 CONTROLS = ("random", "shuffled")
 """What has the length of a vector, and says nothing about the behaviour; its sign is its own."""
 
@@ -40,13 +42,13 @@ def vector_of(
         case "pca" | "pairwise_pca":
             direction, told = principal(moments, layer)
         case "logistic":
-            direction, told = logistic(*moments.rows_of(layer))
+            direction, told = logistic(moments.rows_of(0, layer), moments.rows_of(1, layer))
         case "lda":
             direction, told = discriminant(moments, layer)
         case "random":
             return random(mean, seed, place), {}
         case "shuffled":
-            return moments.signed[layer] / moments.count, {}
+            return moments.signed[layer] / moments.pairs, {}
         case _:
             return mean, {}
     size, norm = direction.norm(), mean.norm()
@@ -67,8 +69,7 @@ def principal(moments: Moments, layer: int) -> tuple[Tensor, dict[str, float]]:
     if moments.squares is not None:
         values, vectors = torch.linalg.eigh(moments.squares[layer])
         return vectors[:, -1], {"explained": float(values[-1] / values.sum())}
-    rows, others = moments.rows_of(layer)
-    differences = rows - others if len(others) else rows
+    differences = moments.rows_of(0, layer)
     # Of the few rows against each other: as many eigenvalues as there are rows, and the same first direction.
     values, vectors = torch.linalg.eigh(differences @ differences.T)
     total = values.clamp(min=0).sum()
@@ -81,15 +82,17 @@ def discriminant(moments: Moments, layer: int) -> tuple[Tensor, dict[str, float]
     S becomes (1 - r) S + r t I, t the mean of its diagonal, with the r of the oracle approximating shrinkage (Chen et
     al. 2010, arXiv:0907.4698, equation 23): rows are few beside the numbers of an activation.
     """
-    count, width = 2 * moments.count, moments.width
+    count, width = sum(moments.counts), moments.width
     mean = moments.mean[layer]
     if moments.squares is not None:
-        one, other = moments.positive[layer], moments.negative[layer]
-        outer = (torch.outer(one, one) + torch.outer(other, other)) / moments.count
+        sums = moments.sums[:, layer]
+        outer = (sums / sums.new_tensor(moments.counts)[:, None]).T @ sums
         values, vectors = torch.linalg.eigh((moments.squares[layer] - outer) / count)
         values = values.clamp(min=0)
     else:
-        rows = torch.cat([part - part.mean(0) for part in moments.rows_of(layer)])
+        rows = torch.cat(
+            [part - part.mean(0) for part in (moments.rows_of(0, layer), moments.rows_of(1, layer))]
+        )
         _, lengths, basis = torch.linalg.svd(rows, full_matrices=False)
         values, vectors = lengths**2 / count, basis.T
     trace, squared = values.sum(), (values**2).sum()

@@ -2,52 +2,34 @@
 
 from __future__ import annotations
 
-import random
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
-import torch
 from torch import Tensor
 
 from tracelens.errors import Blaming, ExtractionError, ZeroVectorError, ZeroVectorWarning
 from tracelens.location import Location, here
-from tracelens.progress import watched
 from tracelens.slices import require_rows
-from tracelens.steering.contrast import Contrast, name_of
+from tracelens.steering.contrast import Contrast
 from tracelens.steering.directions import canonical, width_of
-from tracelens.steering.estimators import CONTROLS, METHODS, Method, vector_of
+from tracelens.steering.estimators import CONTROLS, METHODS, UNPAIRED, Method, vector_of
 from tracelens.steering.facts import Facts, Place, written
-from tracelens.steering.labels import Labelled, labelled
-from tracelens.steering.moments import SAMPLED, Moments
+from tracelens.steering.gathering import Positions, gathered, sides_of
+from tracelens.steering.labels import Labelled
+from tracelens.steering.unpaired import Unpaired
 from tracelens.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
     from tracelens.model import Model
 
-Positions = Literal["label", "decision", "last", "mean"]
-
 NOTHING = 1e-3
 """A vector shorter than this, beside the activations that it was made of, is none."""
 
 
-@dataclass(frozen=True)
-class _Pair:
-    """Two texts as ids, and how many of the last tokens of each are read: their activations are averaged."""
-
-    positive: tuple[int, ...]
-    negative: tuple[int, ...]
-    read: tuple[int, int] = (1, 1)
-
-    @property
-    def length(self) -> int:
-        return max(len(self.positive), len(self.negative))
-
-
 def extract(
     model: Model,
-    data: Contrast | Labelled | Sequence[Sequence[str]],
+    data: Contrast | Labelled | Unpaired | Sequence[Sequence[str]],
     *,
     sites: str | Sequence[str] = ("post_ln", "resid_post"),
     layers: Literal["all"] | int | Iterable[int] = "all",
@@ -59,19 +41,20 @@ def extract(
 ) -> SteeringVector:
     """A steering vector for each site and layer, made of the activations of a model on pairs of answers.
 
-    ``data``: contrast data, or ``(prompt, positive, negative)`` for each pair. ``sites``, ``layers``: the places, all
-    of which one pass over the data serves; layers count from 0, and from the end with a minus.
+    ``data``: contrast data, or ``(prompt, positive, negative)`` for each pair; or texts of two classes that do not come
+    in pairs (:class:`Unpaired`). ``sites``, ``layers``: the places, all of which one pass over the data serves; layers
+    count from 0, and from the end with a minus.
 
     ``positions``: where the activations of both answers of a pair are read. At the ``"label"``, the first token in
     which the two differ; at the ``"decision"`` before it, where the model has not seen the answer yet and the two do
     not differ; at the ``"last"`` token of each; or their ``"mean"`` over the tokens from the first that differs to the
-    last, for answers of free text.
+    last, for answers of free text. Texts that do not come in pairs have a ``"last"`` token, and a ``"mean"`` over all.
 
     ``method``, with d a pair's difference a(x+) - a(x-):
 
     * ``"mean_difference"``: the mean of d (CAA, Panickssery et al. 2023, arXiv:2312.06681). ``"unpaired"``: the
-      difference of the classes' means, which for pairs is the same. ``"actadd"``: d of one single pair (Turner et al.
-      2023, arXiv:2308.10248).
+      difference of the classes' means, which for pairs is the same (as for refusal, Arditi et al. 2024,
+      arXiv:2406.11717). ``"actadd"``: d of one single pair (Turner et al. 2023, arXiv:2308.10248).
     * ``"pca"``: the first principal direction of d about zero; ``"pairwise_pca"``: that of the activations less each
       pair's mean, which is the same.
     * ``"logistic"``: the weights of a logistic regression (l2 penalty 1 on inputs of mean square 1). ``"lda"``:
@@ -107,20 +90,24 @@ def extract(
             )
         each = require_rows(batch_size) or 1
         places = _places(model, sites, layers)
-        found = _labelled(data, model, positions)
-        pairs = [_pair(row, positions) for row in found]
-        if method == "actadd" and len(pairs) != 1:
+        sides = sides_of(data, model, positions)
+        if method == "actadd" and len(sides.positive) != 1:
             raise ExtractionError(
-                f"actadd is made of one pair, and these are {len(pairs)}",
+                f"actadd is made of one pair, and these are {len(sides.positive)}",
                 instead='data[:1], or method="mean_difference"',
             )
-        gathered = _gathered(model, places, pairs, method, each, seed, progress)
+        if not sides.paired and method not in UNPAIRED:
+            raise ExtractionError(
+                f"{method} is made of pairs, and these texts do not come in pairs",
+                instead=f"method= one of {', '.join(UNPAIRED)}",
+            )
+        found = gathered(model, places, sides, method, each, seed, progress)
         directions: dict[Place, Tensor] = {}
         scale: dict[Place, float] = {}
         diagnostics: dict[Place, dict[str, float]] = {}
         compared: dict[Place, float] = {}
         for site, numbers in places.items():
-            moments = gathered[site]
+            moments = found[site]
             for row, layer in enumerate(numbers):
                 place = (site, layer)
                 vector, told = vector_of(moments, row, method, seed, written(place))
@@ -142,9 +129,9 @@ def extract(
                 model,
                 method=method,
                 positions=positions,
-                rows=len(pairs),
-                data=found.digest,
-                template=name_of(found.data.template),
+                rows=len(sides.positive) if sides.paired else len(sides.positive) + len(sides.negative),
+                data=sides.digest,
+                template=sides.template,
                 seed=seed,
                 scale=scale,
                 diagnostics=diagnostics,
@@ -182,91 +169,6 @@ def _places(model: Model, sites: Any, layers: Any) -> dict[str, tuple[int, ...]]
         for layer in ordered:
             width_of(model, (name, layer))
     return dict.fromkeys(names, ordered)
-
-
-def _labelled(data: Any, model: Model, positions: str) -> Labelled:
-    if isinstance(data, Labelled):
-        if positions in ("last", "mean"):
-            return labelled(data.data, model, free=True)
-        return data
-    if not isinstance(data, Contrast):
-        data = Contrast.pairs(data)
-    return labelled(data, model, free=positions in ("last", "mean"))
-
-
-def _pair(row: Any, positions: str) -> _Pair:
-    one, other, label = row.positive, row.negative, row.label
-    match positions:
-        case "label":
-            return _Pair(one[: label + 1], other[: label + 1])
-        case "decision":
-            if label == 0:
-                raise ExtractionError(
-                    f"row {row.row} has no token before its label", instead="a prompt of at least one token"
-                )
-            return _Pair(one[:label], other[:label])
-        case "mean":
-            return _Pair(one, other, (len(one) - label, len(other) - label))
-        case _:
-            return _Pair(one, other)
-
-
-def _gathered(
-    model: Model,
-    places: dict[str, tuple[int, ...]],
-    pairs: Sequence[_Pair],
-    method: str,
-    each: int,
-    seed: int,
-    progress: bool | None,
-) -> dict[str, Moments]:
-    """One pass over the pairs, those of like lengths together."""
-    draw = random.Random(seed)
-    count = len(pairs)
-    sampled = frozenset(draw.sample(range(count), min(count, SAMPLED)))
-    signs = None
-    if method == "shuffled":
-        exchanged = set(draw.sample(range(count), count // 2))
-        signs = torch.tensor([-1 if number in exchanged else 1 for number in range(count)])
-    gathered = {
-        site: Moments(
-            len(layers),
-            width_of(model, (site, layers[0])),
-            count,
-            differences=method in ("pca", "pairwise_pca"),
-            within=method == "lda",
-            rows=method == "logistic",
-            signs=signs,
-            sampled=sampled,
-        )
-        for site, layers in places.items()
-    }
-    order = sorted(range(count), key=lambda number: pairs[number].length)
-    batches = [order[start : start + each] for start in range(0, count, each)]
-    for numbers in watched(batches, list(map(len, batches)), "pair", progress):
-        for site, positive, negative in _activations(model, places, [pairs[number] for number in numbers]):
-            gathered[site].add(numbers, positive, negative)
-    return gathered
-
-
-def _activations(
-    model: Model, places: dict[str, tuple[int, ...]], pairs: Sequence[_Pair]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """For each site, what the model has at the layers for both texts of each pair: twice [layers, pairs, width]."""
-    ids = [list(pair.positive) for pair in pairs] + [list(pair.negative) for pair in pairs]
-    reads = [pair.read[0] for pair in pairs] + [pair.read[1] for pair in pairs]
-    several = set(reads) != {1}
-    longest = max(map(len, ids))
-    last = torch.arange(longest) >= longest - torch.tensor(reads)[:, None]
-    with model.trace(ids) as t:
-        for site, layers in places.items():
-            value = getattr(model.layers[list(layers)], site)
-            (value.tok[last] if several else value[:, -1]).save(site)
-    for site in places:
-        found: Tensor = t[site]
-        if several:  # [layers, tokens of all rows, width]
-            found = torch.stack([part.double().mean(1) for part in found.split(reads, dim=1)], dim=1)
-        yield site, found[:, : len(pairs)], found[:, len(pairs) :]
 
 
 def _guard(compared: dict[Place, float], positions: str, at: Location) -> None:
