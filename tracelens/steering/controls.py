@@ -1,0 +1,93 @@
+"""Vectors that a steering vector is measured against: of the same norm, and about nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from tracelens.progress import watched
+from tracelens.steering.facts import Facts, Place
+from tracelens.steering.vector import SteeringVector
+
+if TYPE_CHECKING:
+    from tracelens.model import Model
+    from tracelens.steering.labels import LabelledRow
+
+
+def random_vectors(vector: SteeringVector, count: int, seed: int) -> list[SteeringVector]:
+    """So many vectors of the same places and norms, in directions drawn evenly from all."""
+    generator = torch.Generator().manual_seed(seed)
+    found: list[SteeringVector] = []
+    for number in range(count):
+        drawn = {
+            place: torch.randn(direction.shape, generator=generator, dtype=torch.float64)
+            for place, direction in vector.directions.items()
+        }
+        found.append(_of_norms(vector, drawn, f"random {number}"))
+    return found
+
+
+def shuffled_vectors(
+    model: Model,
+    vector: SteeringVector,
+    rows: Sequence[LabelledRow],
+    count: int,
+    seed: int,
+    *,
+    batch_size: int = 8,
+    progress: bool | None = None,
+) -> list[SteeringVector]:
+    """So many mean differences of the rows with their labels shuffled, at the same places and of the same norms.
+
+    In each, which answer of a row counts as the positive one is drawn by a coin. One pass over the rows makes all of
+    them; running sums are all that is kept.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    signs = torch.randint(0, 2, (len(rows), count), generator=generator).double() * 2 - 1
+    sums = {
+        place: torch.zeros(count, len(direction), dtype=torch.float64)
+        for place, direction in vector.directions.items()
+    }
+    batches = [
+        range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)
+    ]
+    for batch in watched(batches, list(map(len, batches)), "row", progress):
+        differences = _differences(model, vector.places, [rows[row] for row in batch])
+        for place, found in differences.items():
+            sums[place] += signs[batch.start : batch.stop].T @ found
+    return [
+        _of_norms(vector, {place: total[number] for place, total in sums.items()}, f"shuffled {number}")
+        for number in range(count)
+    ]
+
+
+def _differences(model: Model, places: Sequence[Place], rows: Sequence[LabelledRow]) -> dict[Place, Tensor]:
+    """What is at the label with the positive answer, less that with the negative one, [rows, width] in float64."""
+    ids = [list(row.positive[: row.label + 1]) for row in rows]
+    ids += [list(row.negative[: row.label + 1]) for row in rows]
+    saved = {}
+    with model.trace(ids):
+        for site, layer in places:
+            saved[site, layer] = getattr(model.layers[layer], site)[:, -1].save()
+    found: dict[Place, Tensor] = {}
+    for place, handle in saved.items():
+        tensor = handle.value.double()
+        found[place] = tensor[: len(rows)] - tensor[len(rows) :]
+    return found
+
+
+def _of_norms(vector: SteeringVector, directions: dict[Place, Tensor], method: str) -> SteeringVector:
+    facts = vector.facts
+    known = Facts(
+        model=facts.model,
+        revision=facts.revision,
+        family=facts.family,
+        n_layers=facts.n_layers,
+        d_model=facts.d_model,
+        weights=facts.weights,
+        method=method,
+    )
+    return SteeringVector(directions, known).to_norm(vector)
