@@ -153,6 +153,7 @@ UPWARDS = {
     ("lens.result", "viz.lens_picture"): "a picture of it; imported when one is asked for",
     ("lens.comparison", "viz.lens_picture"): "as above",
     ("steering.report", "viz.cosines"): "as above",
+    ("steering.curve", "viz.steering_picture"): "a figure of it; made when a notebook or a file asks for it",
 }
 
 

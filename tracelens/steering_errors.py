@@ -5,6 +5,7 @@ from __future__ import annotations
 from tracelens.tracelens_error import TracelensError
 
 __all__ = [
+    "ChoosingRowsError",
     "ContrastError",
     "ContrastFileError",
     "ExtractionError",
@@ -12,6 +13,7 @@ __all__ = [
     "SteeringFileError",
     "SteeringMismatchError",
     "SteeringSelectionError",
+    "SteeringSweepError",
     "SteeringVectorError",
     "ZeroVectorError",
     "ZeroVectorWarning",
@@ -66,3 +68,14 @@ class SteeringMismatchError(TracelensError, ValueError):
 
 class SteeringFileError(TracelensError, ValueError):
     """The file is no steering vector, or not a whole one, or it holds more than could be read without running it."""
+
+
+# --- measuring steering vectors ----------------------------------------------------------------------------------
+
+
+class SteeringSweepError(TracelensError, ValueError):
+    """A sweep of a steering vector was asked for something that it cannot measure, or does not hold."""
+
+
+class ChoosingRowsError(TracelensError, ValueError):
+    """A place and a strength were to be chosen on other rows than those for validation."""

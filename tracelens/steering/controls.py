@@ -42,18 +42,18 @@ def shuffled_vectors(
 ) -> list[SteeringVector]:
     """So many mean differences of the rows with their labels shuffled, at the same places and of the same norms.
 
-    In each, which answer of a row counts as the positive one is drawn by a coin. One pass over the rows makes all of
-    them; running sums are all that is kept.
+    In each, the answers of half the rows, drawn anew, change places. One pass over the rows makes all of them; running
+    sums are all that is kept.
     """
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, (len(rows), count), generator=generator).double() * 2 - 1
+    signs = torch.ones(len(rows), count, dtype=torch.float64)
+    for number in range(count):
+        signs[torch.randperm(len(rows), generator=generator)[: len(rows) // 2], number] = -1
     sums = {
         place: torch.zeros(count, len(direction), dtype=torch.float64)
         for place, direction in vector.directions.items()
     }
-    batches = [
-        range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)
-    ]
+    batches = [range(start, min(start + batch_size, len(rows))) for start in range(0, len(rows), batch_size)]
     for batch in watched(batches, list(map(len, batches)), "row", progress):
         differences = _differences(model, vector.places, [rows[row] for row in batch])
         for place, found in differences.items():

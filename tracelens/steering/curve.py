@@ -33,10 +33,10 @@ MONOTONE = 0.9
 class SweepFacts:
     """What a sweep was of.
 
-    ``model``: its name. ``data``, ``digest``, ``part``: the name of the contrast data, their sha256, and which part of them.
-    ``method``: how the vector was made. ``norm``: its length; ``scale``: the mean norm of the activations at its place,
-    if known. ``positions``, ``operator``, ``seed``: of the sweep. ``plainly``: why each strength was a pass of its own.
-    ``refused``: rows without a label, which were left out. ``places``: how many places were swept together.
+    ``model``: its name. ``data``, ``digest``, ``part``: the name of the contrast data, their sha256, and which part of
+    them. ``method``: how the vector was made. ``norm``: its length; ``scale``: the mean norm of the activations at its
+    place, if known. ``positions``, ``operator``, ``seed``: of the sweep. ``plainly``: why each strength was a pass of
+    its own. ``refused``: rows without a label, which were left out. ``places``: how many places were swept together.
     """
 
     model: str | None
@@ -59,12 +59,12 @@ class SweepFacts:
 class SteeringCurve(Shown):
     """What a steering vector does to the choice between two answers, at each multiplier [K] and for each row [N].
 
-    ``place``: the site and layer. ``multipliers`` [K], rising. ``propensity`` [N, K]: the logit of the answer that shows
-    the behaviour less that of the other one, at the decision position, which is also the difference of their
+    ``place``: the site and layer. ``multipliers`` [K], rising. ``propensity`` [N, K]: the logit of the answer that
+    shows the behaviour less that of the other one, at the decision position, which is also the difference of their
     log-probabilities; ``unsteered`` [N] without the vector. ``mass`` [N, K], ``unsteered_mass`` [N]: the probability of
-    all label tokens together. ``correct`` [N]: whether the positive label is the likeliest one, unsteered. ``rows`` [N]:
-    numbers within the data; ``labels`` [N]: what the positive label spells. ``controls``: by name the mean curves of
-    vectors of the same norm [vectors, K], ``"random"`` and ``"shuffled"``. ``damage``: to neutral texts, if asked.
+    all label tokens together. ``correct`` [N]: whether the positive label is the likeliest one, unsteered. ``rows``
+    [N]: numbers within the data; ``labels`` [N]: what the positive label spells. ``controls``: by name the mean curves
+    of vectors of the same norm [vectors, K], ``"random"`` and ``"shuffled"``. ``damage``: to neutral texts, if asked.
 
     The definitions are those of Tan et al. 2024 (arXiv:2407.12404). Intervals are of 95%: of means by 10,000 bootstrap
     draws of rows, of shares by Wilson's formula. In a notebook it shows itself as a figure, in a terminal as tables.
@@ -123,7 +123,7 @@ class SteeringCurve(Shown):
 
     @property
     def relative_slope(self) -> float | None:
-        """The slope for a vector as long as the activations at its place are on average; ``None`` if that is unknown."""
+        """The slope for a vector as long as activations at its place are on average; ``None`` if unknown."""
         scale, norm = self.facts.scale, self.facts.norm
         return None if scale is None or not norm else self.slope * scale / norm
 
@@ -199,7 +199,9 @@ class SteeringCurve(Shown):
     # --- looks and files -----------------------------------------------------------------------------------------
 
     def _view(self) -> View:
-        return Stack((Line(self._title()), Table(("", "", "95% interval"), self._numbers()), self._by_strength()))
+        return Stack(
+            (Line(self._title()), Table(("", "", "95% interval"), self._numbers()), self._by_strength())
+        )
 
     def _title(self) -> str:
         facts = self.facts
@@ -214,14 +216,18 @@ class SteeringCurve(Shown):
         rows = [("slope", f"{self.slope:.3f}", str(self.interval))]
         if self.relative_slope is not None and facts.scale is not None:
             ratio = facts.norm / facts.scale
-            rows.append(("slope at the activations' norm", f"{self.relative_slope:.3f}", f"|v| is {ratio:.3g} of it"))
+            rows.append(
+                ("slope at the activations' norm", f"{self.relative_slope:.3f}", f"|v| is {ratio:.3g} of it")
+            )
         rows.append(("anti-steerable", f"{self.anti_steerable:.0%}", str(self.anti_steerable_interval)))
         if len(self.by_label) > 1:
             rows += [
                 (f"slope where {label!r} is positive", f"{slope:.3f}", f"{interval}, {count} rows")
                 for label, (count, slope, interval) in self.by_label.items()
             ]
-        rows.append(("mean rises at every step", "yes" if self.increasing else "no", f"Spearman {self.spearman:.2f}"))
+        rows.append(
+            ("mean rises at every step", "yes" if self.increasing else "no", f"Spearman {self.spearman:.2f}")
+        )
         rows.append((f"rows with Spearman above {MONOTONE}", f"{self.monotone:.0%}", ""))
         rows.append(("R² of the mean", f"{self.r_squared:.3f}", ""))
         for name in self.controls:
@@ -247,7 +253,10 @@ class SteeringCurve(Shown):
         ]
         if self.damage is not None:
             heads += ["KL on neutral text", f"perplexity ({self.damage.unsteered:.1f})"]
-            columns += [[f"{kl:.3f}" for kl in self.damage.kl], [f"{one:.1f}" for one in self.damage.perplexity]]
+            columns += [
+                [f"{kl:.3f}" for kl in self.damage.kl],
+                [f"{one:.1f}" for one in self.damage.perplexity],
+            ]
         return Table(tuple(heads), tuple(zip(*columns, strict=True)))
 
     def _repr_html_(self) -> str:

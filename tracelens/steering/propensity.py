@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import groupby
+from itertools import groupby, pairwise
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -47,9 +47,9 @@ class End:
 class Readings:
     """What was read for each row and end, [rows, ends].
 
-    ``propensity``: the logit of the positive label less that of the negative one. ``mass``: the probability of all label
-    tokens together, nan for ends that did not ask. ``first``: whether the positive label is the likeliest of them.
-    ``plainly``: why every end was a pass of its own; ``None`` where many were computed in one.
+    ``propensity``: the logit of the positive label less that of the negative one. ``mass``: the probability of all
+    label tokens together, nan for ends that did not ask. ``first``: whether the positive label is the likeliest of
+    them. ``plainly``: why every end was a pass of its own; ``None`` where many were computed in one.
     """
 
     propensity: Numbers
@@ -91,7 +91,7 @@ def readings(
         else:
             read = _alone(model, own, chosen[0], positions, operator, given)
         for name, numbers in read.items():
-            getattr(found, name)[np.ix_(batch, part)] = numbers.cpu().numpy()
+            getattr(found, name)[np.ix_(batch, part)] = numbers.numpy()
     return found
 
 
@@ -122,7 +122,7 @@ def _parts(count: int, most: int) -> list[range]:
     """Runs of numbers, of about one length."""
     parts = -(-count // most)
     edges = [round(part * count / parts) for part in range(parts + 1)]
-    return [range(start, stop) for start, stop in zip(edges, edges[1:], strict=False)]
+    return [range(start, stop) for start, stop in pairwise(edges)]
 
 
 # --- passes ----------------------------------------------------------------------------------------------------------

@@ -104,10 +104,11 @@ def sweep(
     the result is a mapping of places to curves.
 
     ``controls``: so many random vectors of the same norm, and as many mean differences of these very rows with their
-    labels shuffled, of the same norm too; ``True`` for 20 of each. ``damage``: texts about nothing in particular, on which
-    KL from the unsteered model and perplexity are taken at every multiplier; there the vector is applied at every
-    position where only the decision is steered. ``positions``: ``"decision"``, or what ``v.apply`` takes, in the prompt;
-    ``operator`` and ``settings`` as there. ``seed``: of controls and of bootstrap draws. ``batch_size``: prompts in a pass.
+    labels shuffled, of the same norm too; ``True`` for 20 of each. ``damage``: texts about nothing in particular, on
+    which KL from the unsteered model and perplexity are taken at every multiplier; there the vector is applied at every
+    position where only the decision is steered. ``positions``: ``"decision"``, or what ``v.apply`` takes, in the
+    prompt; ``operator`` and ``settings`` as there. ``seed``: of controls and of bootstrap draws. ``batch_size``:
+    prompts in a pass.
 
     With ``positions="decision"`` everything before that position is computed once for all multipliers, places and
     controls, and the numbers are those of a pass for each, up to rounding; ``quick=False`` runs them one by one.
@@ -156,7 +157,9 @@ def sweep(
         found: dict[Place, SteeringCurve] = {}
         width = len(grid) * (1 + sum(map(len, kinds.values())))
         for number, place in enumerate(vector.places):
-            curve = curves.at(place, 1 + number * width, {name: len(several) for name, several in kinds.items()})
+            curve = curves.at(
+                place, 1 + number * width, {name: len(several) for name, several in kinds.items()}
+            )
             if damage is not None:
                 own = vector.at(sites=place[0], layers=place[1])
                 there = "all" if isinstance(positions, str) and positions == "decision" else positions
@@ -234,7 +237,10 @@ class _Curves:
             "plainly": read.plainly,
             "refused": 0 if known is None else len(known) - len(rows),
             "places": len(vector),
-            "settings": {name: value if isinstance(value, int | float | str) else repr(value) for name, value in settings.items()},
+            "settings": {
+                name: value if isinstance(value, int | float | str) else repr(value)
+                for name, value in settings.items()
+            },
         }
 
     def at(self, place: Place, first: int, controls: Mapping[str, int]) -> SteeringCurve:
@@ -271,4 +277,4 @@ class _Curves:
 
 def _spelt(model: Model, token: int) -> str:
     tokenizer = model.tokenizer
-    return str(token) if tokenizer is None else tokenizer.decode([token])
+    return str(token) if tokenizer is None else str(tokenizer.decode([token]))

@@ -1,0 +1,292 @@
+"""Sweeps: exact on a linear model, the same in one pass and in many, and held against hooks written by hand."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch.testing import assert_close
+
+import tracelens as tl
+from tests.steering.toy_models import drawn_rows, linear_model, rows_of
+from tests.support.families import D_MODEL, FAMILIES
+from tests.support.tokenizers import byte_level_bpe
+from tracelens import errors
+from tracelens.steering import Contrast, Facts, SteeringCurve, SteeringCurves, SteeringVector, sweep
+from tracelens.steering.controls import random_vectors, shuffled_vectors
+from tracelens.steering.measuring import MULTIPLIERS
+
+ROWS = drawn_rows(10)
+
+
+def vector(*places: tuple[str, int], seed: int = 0, size: float = 1.0) -> SteeringVector:
+    generator = torch.Generator().manual_seed(seed)
+    return SteeringVector({place: size * torch.randn(D_MODEL, generator=generator) for place in places})
+
+
+def one(found: SteeringCurve | SteeringCurves) -> SteeringCurve:
+    assert isinstance(found, SteeringCurve)
+    return found
+
+
+@pytest.fixture(scope="module")
+def llama() -> tl.Model:
+    return tl.wrap(FAMILIES["llama"].build())
+
+
+# --- what is known beforehand ----------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("quick", [None, False])
+def test_the_slope_of_a_linear_model_is_the_dot_product(quick: bool | None) -> None:
+    model, unembedding = linear_model()
+    v = vector(("resid_post", 1), size=0.1)
+    along = (unembedding @ v["resid_post", 1].double()).tolist()
+    # Three of ten rows are answered by a token that the vector speaks against.
+    labels = []
+    for number, row in enumerate(ROWS):
+        pair = sorted((row.positive_token, row.negative_token), key=lambda token: along[token])
+        labels.append((pair[0], pair[1]) if number in (2, 5, 6) else (pair[1], pair[0]))
+    rows = rows_of([list(row.prompt) for row in ROWS], labels)
+    expected = np.array([along[positive] - along[negative] for positive, negative in labels])
+
+    curve = one(sweep(model, v, rows, controls=False, quick=quick))
+    assert (curve.facts.plainly is None) == (quick is None)
+    np.testing.assert_allclose(curve.slopes, expected, atol=1e-6)
+    assert curve.slope == pytest.approx(expected.mean(), abs=1e-6)
+    assert curve.line.slope == pytest.approx(expected.mean(), abs=1e-6)
+    assert curve.anti_steerable == 0.3
+    assert 0.3 in curve.anti_steerable_interval
+    assert curve.r_squared == pytest.approx(1.0, abs=1e-9)
+    assert curve.increasing
+    assert curve.monotone == 0.7
+    assert sorted(np.sign(curve.row_spearman).tolist()) == [-1.0] * 3 + [1.0] * 7
+    np.testing.assert_allclose(curve.propensity[:, MULTIPLIERS.index(0.0)], curve.unsteered, atol=1e-9)
+
+
+# --- the same as by hand ---------------------------------------------------------------------------------------------
+
+
+def by_hand(hf: Any, prompt: tuple[int, ...], layer: int, added: torch.Tensor) -> torch.Tensor:
+    """The last logits with something added to the last position after a layer, by a hook of torch."""
+
+    def hook(_module: Any, _args: Any, output: Any) -> Any:
+        hidden = output[0] if isinstance(output, tuple) else output
+        hidden = hidden.clone()
+        hidden[:, -1] += added
+        return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
+
+    handle = hf.model.layers[layer].register_forward_hook(hook)
+    try:
+        with torch.no_grad():
+            return hf(input_ids=torch.tensor([prompt])).logits[0, -1]
+    finally:
+        handle.remove()
+
+
+def test_propensities_label_mass_and_accuracy_are_those_of_a_hook_by_hand(llama: tl.Model) -> None:
+    v = vector(("resid_post", 1), size=3.0)
+    rows = rows_of(
+        [list(row.prompt) for row in ROWS], [(row.positive_token, row.negative_token) for row in ROWS], (1,)
+    )
+    curve = one(sweep(llama, v, rows, [1.5, -1.0, 0.0], controls=False, batch_size=4))
+    assert curve.multipliers.tolist() == [-1.0, 0.0, 1.5]
+    for number, row in enumerate(rows):
+        for column, multiplier in enumerate(curve.multipliers.tolist()):
+            logits = by_hand(llama.hf, row.prompt, 1, multiplier * v["resid_post", 1])
+            expected = logits[row.positive_token] - logits[row.negative_token]
+            assert curve.propensity[number, column] == pytest.approx(expected.item(), abs=2e-4)
+            options = logits.softmax(-1)[list(row.options)]
+            assert curve.mass[number, column] == pytest.approx(options.sum().item(), abs=1e-5)
+            if multiplier == 0.0:
+                assert curve.unsteered[number] == pytest.approx(expected.item(), abs=2e-4)
+                assert curve.correct[number] == (options.argmax().item() == 0)
+    assert 0 < curve.accuracy < 1  # rows of both kinds, or the line above says little
+    assert np.abs(curve.propensity[:, 2] - curve.unsteered).min() > 1e-3  # the vector matters in every row
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+def test_many_ends_in_one_pass_are_as_many_passes(name: str) -> None:
+    model = tl.wrap(FAMILIES[name].build())
+    rows = drawn_rows(6, longest=4)  # within the window of Gemma-3
+    v = vector(("resid_post", 0), ("attn_out", 2), size=2.0)
+    quick = sweep(model, v, rows, [-1.0, 0.0, 2.0], controls=2, batch_size=4, quick=True)
+    plain = sweep(model, v, rows, [-1.0, 0.0, 2.0], controls=2, batch_size=4, quick=False)
+    assert isinstance(quick, SteeringCurves)
+    assert isinstance(plain, SteeringCurves)
+    assert [*quick] == [("resid_post", 0), ("attn_out", 2)] == [*plain]
+    for place in quick:
+        one_, other = quick[place], plain[place]
+        for field in ("propensity", "unsteered", "mass", "unsteered_mass"):
+            np.testing.assert_allclose(getattr(one_, field), getattr(other, field), atol=2e-5, rtol=1e-5)
+        assert (one_.correct == other.correct).all()
+        for kind in ("random", "shuffled"):
+            np.testing.assert_allclose(one_.controls[kind], other.controls[kind], atol=2e-5, rtol=1e-5)
+            assert np.ptp(one_.controls[kind]) > 1e-3
+        assert np.abs(one_.propensity[:, 2] - one_.unsteered).max() > 1e-2
+    both = [quick[place].slopes for place in quick]
+    assert np.abs(both[0] - both[1]).max() > 1e-2
+
+
+def test_ends_are_dealt_out_over_passes(llama: tl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    v = vector(("resid_post", 1))
+    whole = one(sweep(llama, v, ROWS, controls=3))
+    monkeypatch.setattr("tracelens.steering.propensity.ENDS", 5)
+    parts = one(sweep(llama, v, ROWS, controls=3, batch_size=3))
+    np.testing.assert_allclose(parts.propensity, whole.propensity, atol=2e-5)
+    np.testing.assert_allclose(parts.mass, whole.mass, atol=1e-6)
+    np.testing.assert_allclose(parts.controls["shuffled"], whole.controls["shuffled"], atol=2e-5)
+
+
+def test_other_positions_run_plainly_and_longer_prompts_than_a_window_too(llama: tl.Model) -> None:
+    v = vector(("resid_post", 1))
+    everywhere = one(sweep(llama, v, ROWS, [-1.0, 1.0], controls=False, positions="all"))
+    assert everywhere.facts.plainly == "not only the decision position is changed"
+    with llama.trace([list(ROWS[3].prompt)]):
+        llama.layers[1].resid_post += v["resid_post", 1]
+        logits = llama.logits[0, -1].save()
+    expected = logits.value[ROWS[3].positive_token] - logits.value[ROWS[3].negative_token]
+    assert everywhere.propensity[3, 1] == pytest.approx(expected.item(), abs=2e-5)
+    with pytest.raises(errors.PromptError, match="not only the decision"):
+        sweep(llama, v, ROWS, controls=False, positions="all", quick=True)
+
+    gemma = tl.wrap(FAMILIES["gemma3"].build())
+    curve = one(sweep(gemma, v, ROWS, [-1.0, 1.0], controls=False))
+    assert curve.facts.plainly is not None
+    assert "sliding window" in curve.facts.plainly
+    with gemma.trace([list(ROWS[4].prompt)]):
+        gemma.layers[1].resid_post[:, -1] += v["resid_post", 1]
+        logits = gemma.logits[0, -1].save()
+    expected = logits.value[ROWS[4].positive_token] - logits.value[ROWS[4].negative_token]
+    assert curve.propensity[4, 1] == pytest.approx(expected.item(), abs=2e-5)
+
+
+# --- controls --------------------------------------------------------------------------------------------------------
+
+
+def test_random_vectors_have_the_norms_and_nothing_else() -> None:
+    v = vector(("resid_post", 0), ("attn_out", 2), size=2.5)
+    found = random_vectors(v, 30, seed=3)
+    for place, norm in v.norms.items():
+        for control in found:
+            assert control.norms[place] == pytest.approx(norm, rel=1e-6)
+        stacked = torch.stack([control.unit(place) for control in found])
+        cosines = stacked @ stacked.T - torch.eye(30)
+        assert cosines.abs().max() < 0.7  # evenly drawn from 48 dimensions
+    assert torch.equal(random_vectors(v, 2, seed=3)[1][v.places[0]], found[1][v.places[0]])
+    assert not torch.equal(random_vectors(v, 1, seed=4)[0][v.places[0]], found[0][v.places[0]])
+
+
+def test_shuffled_vectors_are_mean_differences_with_half_the_labels_exchanged(llama: tl.Model) -> None:
+    v = vector(("resid_post", 1), size=2.0)
+    found = shuffled_vectors(llama, v, ROWS, 4, seed=1, batch_size=3)
+    with llama.trace([list(row.positive) for row in ROWS]):
+        one_ = llama.layers[1].resid_post[:, -1].save()
+    with llama.trace([list(row.negative) for row in ROWS]):
+        other = llama.layers[1].resid_post[:, -1].save()
+    differences = (one_.value - other.value).double()
+    signs = torch.ones(10, 4, dtype=torch.float64)
+    generator = torch.Generator().manual_seed(1)
+    for number in range(4):
+        signs[torch.randperm(10, generator=generator)[:5], number] = -1
+    for number, control in enumerate(found):
+        expected = signs[:, number] @ differences
+        expected *= v.norms["resid_post", 1] / expected.norm()
+        assert_close(control["resid_post", 1].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+# --- damage ----------------------------------------------------------------------------------------------------------
+
+
+def test_damage_is_kl_and_perplexity_of_texts_by_themselves(llama: tl.Model) -> None:
+    texts = [[5, 9, 33, 12], [4, 80, 7, 7, 61, 30]]
+    v = vector(("resid_post", 1), size=2.0)
+    hurt = one(sweep(llama, v, ROWS[:2], [-1.0, 0.0, 1.0], controls=False, damage=texts)).damage
+    assert hurt is not None
+    assert (hurt.texts, hurt.tokens, hurt.positions) == (2, 8, "all")
+    plain, steered = [], {-1.0: [], 1.0: []}
+    for text in texts:
+        with torch.no_grad():
+            plain.append(llama.hf(input_ids=torch.tensor([text])).logits[0, :-1].double().log_softmax(-1))
+        for multiplier, into in steered.items():
+            with llama.trace([text]):
+                llama.layers[1].resid_post += multiplier * v["resid_post", 1]
+                logits = llama.logits.save()
+            into.append(logits.value[0, :-1].double().log_softmax(-1))
+
+    def lost(found: list[torch.Tensor]) -> float:
+        said = [
+            one_.gather(1, torch.tensor(text[1:])[:, None]).sum()
+            for one_, text in zip(found, texts, strict=True)
+        ]
+        return float((-torch.stack(said).sum() / 8).exp())
+
+    assert hurt.unsteered == pytest.approx(lost(plain), rel=1e-5)
+    assert hurt.perplexity[1] == pytest.approx(hurt.unsteered, rel=1e-6)
+    assert hurt.kl[1] == pytest.approx(0.0, abs=1e-6)
+    for column, multiplier in ((0, -1.0), (2, 1.0)):
+        apart = (
+            sum(float((p.exp() * (p - q)).sum()) for p, q in zip(plain, steered[multiplier], strict=True)) / 8
+        )
+        assert hurt.kl[column] == pytest.approx(apart, rel=1e-4)
+        assert hurt.perplexity[column] == pytest.approx(lost(steered[multiplier]), rel=1e-5)
+        assert apart > 1e-2
+
+
+# --- data and refusals -----------------------------------------------------------------------------------------------
+
+
+def test_contrast_data_say_what_was_measured() -> None:
+    tokenizer = byte_level_bpe(answers=True)
+    model = tl.wrap(
+        FAMILIES["llama"].build(vocab_size=len(tokenizer), max_position_embeddings=256), tokenizer
+    )
+    pairs = [
+        (
+            f"Is {number} large?\n (A) yes\n (B) no\n\nAnswer:",
+            *((" (A)", " (B)") if number % 2 else (" (B)", " (A)")),
+        )
+        for number in range(8)
+    ]
+    data = Contrast.pairs(
+        [*pairs, ("Or?", " this way", " that way round")], name="sizes", split=(0.25, 0.25, 0.5)
+    )
+    v = vector(("resid_post", 1))
+    v = SteeringVector(
+        v.directions, Facts.of(model, method="drawn", scale={("resid_post", 1): 2 * v.norms["resid_post", 1]})
+    )
+    curve = one(sweep(model, v, data, [-1.0, 0.0, 1.0], controls=2, seed=3))
+    facts = curve.facts
+    assert (facts.data, facts.digest, facts.part) == ("sizes", data.digest, "all")
+    assert (facts.method, facts.seed, facts.refused, facts.operator) == ("drawn", 3, 1, "add")
+    assert curve.rows == tuple(range(8))
+    assert set(curve.labels) == {"A", "B"}
+    assert {label: count for label, (count, _, _) in curve.by_label.items()} == {"A": 4, "B": 4}
+    assert curve.relative_slope == pytest.approx(2 * curve.slope)
+    labelled = data.tokens(model)
+    again = one(sweep(model, v, labelled, [-1.0, 0.0, 1.0], controls=False, seed=3))
+    np.testing.assert_allclose(again.propensity, curve.propensity, atol=2e-5)
+    assert again.facts.refused == 1
+
+
+def test_what_makes_no_sweep_is_refused(llama: tl.Model) -> None:
+    v = vector(("resid_post", 1))
+    for multipliers in ([1.0], [1.0, 1.0], [0.0, float("nan")], ["a", "b"]):
+        with pytest.raises(errors.SteeringSweepError, match="make no line"):
+            sweep(llama, v, ROWS, multipliers)  # pyright: ignore[reportArgumentType]  # that is what is tested
+    with pytest.raises(errors.SteeringSweepError, match="no rows"):
+        sweep(llama, v, [])
+    with pytest.raises(errors.SteeringSweepError, match="is none"):
+        sweep(llama, v, ["a text"])  # pyright: ignore[reportArgumentType]  # as above
+    with pytest.raises(errors.SteeringSweepError, match="no texts"):
+        sweep(llama, v, ROWS[:1], controls=False, damage=[])
+    with pytest.raises(errors.SteeringSweepError, match=r"text 1 .* second token"):
+        sweep(llama, v, ROWS[:1], controls=False, damage=[[5, 6], [7]])
+    with pytest.raises(errors.SteeringSweepError, match="fewer than none"):
+        sweep(llama, v, ROWS, controls=-1)
+    with pytest.raises(errors.SteeringMismatchError):
+        sweep(llama, SteeringVector({("resid_post", 7): torch.ones(D_MODEL)}), ROWS)
+    with pytest.raises(errors.SteeringSweepError, match="no place"):
+        SteeringCurves({})["resid_post", 1]
