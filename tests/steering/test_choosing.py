@@ -12,7 +12,7 @@ import tracelens as tl
 from tests.support.families import D_MODEL, FAMILIES
 from tests.support.tokenizers import byte_level_bpe
 from tracelens import errors
-from tracelens.steering import Contrast, SteeringCurves, SteeringVector, choose, sweep
+from tracelens.steering import Contrast, SteeringCurve, SteeringCurves, SteeringVector, choose, sweep
 
 TEXTS = [[5, 9, 33, 12], [4, 80, 7, 7, 61, 30]]
 
@@ -82,7 +82,9 @@ def test_damage_bounds_the_strength(model: tl.Model, data: Contrast, v: Steering
     grid = [-1.0, 0.25, 0.5, 1.0, 2.0]
     place = v.at(sites="resid_post", layers=1)
     free = choose(model, place, data.validation, grid)
-    hurt = sweep(model, place, data.validation, grid, controls=False, damage=TEXTS).damage
+    swept = sweep(model, place, data.validation, grid, controls=False, damage=TEXTS)
+    assert isinstance(swept, SteeringCurve)
+    hurt = swept.damage
     assert hurt is not None
     most = float(np.sort(hurt.kl)[1])
     bound = choose(model, place, data.validation, grid, damage=TEXTS, most_kl=most)
