@@ -8,7 +8,7 @@ from torch.testing import assert_close
 
 import tracelens as tl
 from tests.support.families import D_MODEL, FAMILIES
-from tracelens.errors import PromptError
+from tracelens.errors import PromptError, PromptTooLongError
 
 IDS = [[3, 14, 15], [9, 26], [5, 35, 8, 9]]
 STEPS = (-2.0, 0.0, 0.5, 3.0)
@@ -100,3 +100,58 @@ def test_what_cannot_branch_says_so(llama: tl.Model) -> None:
     flexible = tl.wrap(FAMILIES["llama"].build(attn="flex_attention"))
     with pytest.raises(PromptError, match="flex_attention"):
         flexible.prepare(IDS, branches=2)
+
+
+# --- tokens that may come next ---------------------------------------------------------------------------------------
+
+ENDS = [[7, 8, 9], [10, 11, 10], [12, 7, 13]]
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("name", FAMILIES)
+def test_each_token_that_may_come_next_is_as_if_it_came_alone(name: str, attn: str) -> None:
+    model = tl.wrap(FAMILIES[name].build(attn=attn))
+    with model.trace(model.prepare([row[:3] for row in IDS], branches=ENDS)) as t:
+        model.layers[:].resid_post.tok[-3:].save("h")
+        model.logits.tok[-3:].save("logits")
+    for way in range(3):
+        with model.trace([[*row[:3], ends[way]] for row, ends in zip(IDS, ENDS, strict=True)]) as plain:
+            model.layers[:].resid_post[:, -1].save("h")
+            model.logits[:, -1].save("logits")
+        for key, at in (("h", (slice(None), slice(None), way)), ("logits", (slice(None), way))):
+            assert_close(t[key][at], plain[key], atol=1e-5, rtol=1e-5)
+    assert (t["h"][..., 0, :] - t["h"][..., 1, :]).abs().max() > 0.1
+
+
+def test_of_several_tokens_none_is_the_next(llama: tl.Model) -> None:
+    with llama.trace(llama.prepare(IDS, branches=[[7, 8], [9, 9], [7, 8]])) as t:
+        llama.next_tokens.save("next")
+    assert [row.tolist() for row in t["next"]] == [
+        [[14, 15, -1, -1, -1]],
+        [[26, 9, -1, -1]],
+        [[35, 8, 9, -1, -1, -1]],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("ends", "says"),
+    [
+        ([[7, 8]], "are not equally many tokens for each of 3 rows"),
+        ([[7, 8], [7], [7, 8]], "are not equally many tokens"),
+        ([[], [], []], "are not equally many tokens"),
+        ([[7.0], [7], [7]], "are not equally many tokens"),
+        ([[-1], [7], [7]], "are not equally many tokens"),
+        ([[7], [7], [97]], "has the id 97, and the vocabulary has 97"),
+    ],
+)
+def test_tokens_that_cannot_come_next(llama: tl.Model, ends: list[list[int]], says: str) -> None:
+    with pytest.raises(PromptError, match=says) as caught:
+        llama.prepare(IDS, branches=ends)
+    assert caught.value.at is not None
+    assert caught.value.at.filename == __file__
+
+
+def test_no_position_is_left_for_a_next_token(llama: tl.Model) -> None:
+    llama.prepare([[3] * 63], branches=[[4, 5]])
+    with pytest.raises(PromptTooLongError, match="beyond the model's 64 positions"):
+        llama.prepare([[3] * 64], branches=[[4, 5]])

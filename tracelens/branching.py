@@ -12,10 +12,10 @@ from tracelens.batch import Batch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Branched(Batch):
-    """A batch whose rows end in ``branches`` copies of their last token.
+    """A batch whose rows end in ``branches`` copies of their last token, or in so many tokens that may come next.
 
-    The copies have the position of the one that they are copies of, and see the tokens before it and themselves, not
-    each other. So each is computed as if the row ended with it alone. ``kind`` is the dtype of the mask that says so:
+    They have one position, and see the tokens before it and themselves, not each other. So each is computed as if the
+    row ended with it alone. ``kind`` is the dtype of the mask that says so:
     bool, or the model's own where attention adds the mask to the scores.
     """
 
@@ -24,7 +24,11 @@ class Branched(Batch):
 
     @property
     def followed(self) -> Tensor:
-        return self.mask & ~self._copies
+        found = self.mask & ~self._copies
+        # Of several tokens that may come next none is the one that does.
+        ends = self.input_ids[:, -self.branches :]
+        found[:, -self.branches - 1 : -self.branches] &= (ends == ends[:, :1]).all(1, keepdim=True)
+        return found
 
     @property
     def _copies(self) -> Tensor:
@@ -67,6 +71,24 @@ def branched(batch: Batch, branches: int, kind: torch.dtype) -> Branched:
         tuple(length + more for length in batch.lengths),
     )
     return with_copies(batch, branches, kind)
+
+
+def ending(batch: Batch, ends: Tensor, kind: torch.dtype) -> Branched:
+    """The batch with each row followed by its tokens of ``ends`` [B, K], each of them as the one that comes next.
+
+    >>> from tracelens.batch import prepare
+    >>> made = ending(prepare([[5, 6], [8]], max_positions=16), torch.tensor([[3, 4], [9, 7]]), torch.bool)
+    >>> made.input_ids.tolist(), made.position_ids.tolist()
+    ([[5, 6, 3, 4], [0, 8, 9, 7]], [[0, 1, 2, 2], [0, 0, 1, 1]])
+    """
+    ways = ends.shape[1]
+    longer = Batch(
+        torch.cat([batch.input_ids, ends], 1),
+        torch.cat([batch.mask, torch.ones(ends.shape, dtype=torch.bool)], 1),
+        torch.cat([batch.position_ids, (batch.position_ids[:, -1:] + 1).expand(-1, ways)], 1),
+        tuple(length + ways for length in batch.lengths),
+    )
+    return with_copies(longer, ways, kind)
 
 
 def with_copies(batch: Batch, branches: int, kind: torch.dtype) -> Branched:

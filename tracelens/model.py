@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -229,11 +230,14 @@ class Model(Methods, Shown):
         with Blaming(here()):
             return Stream(block, owning(graph_of(graph)), here())
 
-    def prepare(self, prompt: Any, *, room: int = 0, branches: int | None = None) -> Prompt:
+    def prepare(
+        self, prompt: Any, *, room: int = 0, branches: int | Sequence[Sequence[int]] | None = None
+    ) -> Prompt:
         """The prompt as the model will see it: token ids, padded on the left, with a mask and positions.
 
         ``trace`` and programs take it in place of a prompt. ``branches=7``: the last token stands there seven times,
         ``.tok[-7:]``, each as if it were alone: one pass with so many ends, the tokens before them computed once.
+        ``branches=[[319, 347]]``: for each row the ids of tokens that may come next, each as if it came alone.
         """
         if branches is not None:
             return with_branches(self.anatomy, self.prepare(prompt), branches)

@@ -114,6 +114,29 @@ def test_padding_makes_no_difference(family: str, batch_size: int) -> None:
             assert vector.facts.scale[place] == pytest.approx(norms[layer], rel=1e-5)
 
 
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_what_comes_before_the_label_is_computed_once(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A pair is one row with two ends; but two rows where a sliding window does not let it be."""
+    settings = {"vocab_size": len(TOKENIZER), "max_position_embeddings": 128}
+    model = tl.wrap(FAMILIES[family].build(**settings), TOKENIZER)
+    labels = ROWS.tokens(model)
+    sizes: list[tuple[int, int]] = []
+    trace = tl.Model.trace
+
+    def watched(self: tl.Model, prompt: Any, **options: Any) -> Any:
+        block = trace(self, prompt, **options)
+        sizes.append((block._prompt.sizes["B"], block._prompt.sizes["P"]))
+        return block
+
+    with monkeypatch.context() as patched:
+        patched.setattr(tl.Model, "trace", watched)
+        vector = extract(model, ROWS, sites="resid_post", batch_size=len(ROWS))
+    longest = max(row.label for row in labels)
+    sizes.remove((1, 1))  # by which the model is known
+    assert sizes == [(11, longest + 2) if family == "llama" else (22, longest + 1)]
+    near(stacked(vector), np.subtract(*solo(model, labels, "label", "resid_post")).mean(0))
+
+
 @pytest.mark.parametrize("positions", ["last", "mean"])
 def test_answers_of_free_text(positions: str) -> None:
     with pytest.raises(LabelError):

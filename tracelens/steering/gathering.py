@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor
 
-from tracelens.errors import ExtractionError
+from tracelens.errors import ExtractionError, PromptError
 from tracelens.progress import watched
+from tracelens.prompted import Prompt
 from tracelens.steering.contrast import Contrast, name_of
 from tracelens.steering.directions import width_of
 from tracelens.steering.labels import Labelled, LabelledRow, labelled
@@ -122,9 +123,14 @@ def gathered(
     if sides.paired:
         lengths = [max(len(one.ids), len(other.ids)) for one, other in zip(positive, negative, strict=True)]
         for numbers in _batches(lengths, each, "pair", progress):
-            texts = [positive[number] for number in numbers] + [negative[number] for number in numbers]
-            for site, read in _activations(model, places, texts):
-                found[site].add(numbers, read[:, : len(numbers)], read[:, len(numbers) :])
+            one, other = [positive[number] for number in numbers], [negative[number] for number in numbers]
+            prompt = _in_one(model, one, other)
+            if prompt is None:
+                for site, read in _activations(model, places, one + other):
+                    found[site].add(numbers, read[:, : len(numbers)], read[:, len(numbers) :])
+            else:
+                for site, read in _ends(model, places, prompt):
+                    found[site].add(numbers, read[:, :, 0], read[:, :, 1])
     else:
         for which, texts in enumerate((positive, negative)):
             for numbers in _batches([len(text.ids) for text in texts], each, "text", progress):
@@ -137,6 +143,37 @@ def _batches(lengths: Sequence[int], each: int, unit: str, progress: bool | None
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batches = [order[start : start + each] for start in range(0, len(order), each)]
     yield from watched(batches, list(map(len, batches)), unit, progress)
+
+
+def _in_one(model: Model, one: Sequence[Text], other: Sequence[Text]) -> Prompt | None:
+    """Pairs that differ in their last token alone as rows with two ends, so that the rest is computed once.
+
+    ``None`` where they differ in more, or the model cannot do that: then each text is a row.
+    """
+    starts = [list(text.ids[:-1]) for text in one]
+    if any(
+        text.ids[:-1] != pair.ids[:-1] or text.read + pair.read > 2
+        for text, pair in zip(one, other, strict=True)
+    ):
+        return None
+    if not all(starts):
+        return None
+    ends = [[text.ids[-1], pair.ids[-1]] for text, pair in zip(one, other, strict=True)]
+    try:
+        return model.prepare(starts, branches=ends)
+    except PromptError:  # another kind of attention, or a window that is shorter than the prompts
+        return None
+
+
+def _ends(
+    model: Model, places: Mapping[str, tuple[int, ...]], prompt: Prompt
+) -> Iterator[tuple[str, Tensor]]:
+    """For each site, what the model has there at both ends of each row: [layers, rows, 2, width]."""
+    with model.trace(prompt) as t:
+        for site, layers in places.items():
+            getattr(model.layers[list(layers)], site).tok[-2:].save(site)
+    for site in places:
+        yield site, t[site]
 
 
 def _activations(
