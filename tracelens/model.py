@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
 from functools import cached_property
 from types import TracebackType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +11,7 @@ import torch
 from torch import nn
 
 from tracelens.backends.anatomy import ModelAnatomy
-from tracelens.backends.branching import with_branches
+from tracelens.backends.branching import Branches, with_branches
 from tracelens.backends.generation_options import require_count, require_own
 from tracelens.batch import prepare
 from tracelens.compiling import Compiler, owning
@@ -230,9 +229,7 @@ class Model(Methods, Shown):
         with Blaming(here()):
             return Stream(block, owning(graph_of(graph)), here())
 
-    def prepare(
-        self, prompt: Any, *, room: int = 0, branches: int | Sequence[Sequence[int]] | None = None
-    ) -> Prompt:
+    def prepare(self, prompt: Any, *, room: int = 0, branches: Branches | None = None) -> Prompt:
         """The prompt as the model will see it: token ids, padded on the left, with a mask and positions.
 
         ``trace`` and programs take it in place of a prompt. ``branches=7``: the last token stands there seven times,

@@ -16,7 +16,11 @@ from tracelens.location import here
 from tracelens.prompted import Prompt
 
 
-def with_branches(anatomy: ModelAnatomy, prompt: Prompt, branches: int | Sequence[Sequence[int]]) -> Prompt:
+Branches = int | Sequence[Sequence[int]]
+"""How many copies of the last token, or for each row the tokens that may come next."""
+
+
+def with_branches(anatomy: ModelAnatomy, prompt: Prompt, branches: Branches) -> Prompt:
     """The prompt with so many of the last token of each row, or with tokens that may come next, each as if alone.
 
     Raises :class:`~tracelens.errors.PromptError` where the model would not compute them so.
