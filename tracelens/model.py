@@ -233,8 +233,7 @@ class Model(Methods, Shown):
         """The prompt as the model will see it: token ids, padded on the left, with a mask and positions.
 
         ``trace`` and programs take it in place of a prompt. ``branches=7``: the last token stands there seven times,
-        ``.tok[-7:]``, each as if it were alone: one pass with so many ends, the tokens before them computed once.
-        ``branches=[[319, 347]]``: for each row the ids of tokens that may come next, each as if it came alone.
+        ``.tok[-7:]``, each as if alone, in one pass; ``branches=[[319, 347]]``: so do tokens that may come next.
         """
         if branches is not None:
             return with_branches(self.anatomy, self.prepare(prompt), branches)

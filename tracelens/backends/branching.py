@@ -15,7 +15,6 @@ from tracelens.errors import PromptError, PromptTooLongError
 from tracelens.location import here
 from tracelens.prompted import Prompt
 
-
 Branches = int | Sequence[Sequence[int]]
 """How many copies of the last token, or for each row the tokens that may come next."""
 
