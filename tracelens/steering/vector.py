@@ -345,7 +345,7 @@ class SteeringVector(Shown):
         """Writes a control vector of llama.cpp and repeng: ``direction.k`` for ``layers[k].resid_post``.
 
         llama.cpp adds it to what leaves block k, counted from 0, at every position; it has none for block 0. Gives the
-        path; needs the extra ``demo``. Raises :class:`~tracelens.errors.SteeringVectorError` for other sites and layer 0.
+        path; needs the extra ``demo``. Raises :class:`~tracelens.errors.SteeringVectorError` for other sites, and 0.
         """
         from tracelens.steering.interchange import write_gguf
 
