@@ -118,6 +118,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("parallel_check", 5),
     ("compiled", 5),
     ("generation_plan", 5),
+    ("fitting", 5),
     ("compiling", 5),
     ("reusable", 5),
     ("gathered", 5),

@@ -9,9 +9,10 @@ import torch
 
 from tracelens.backends.nnsight_bridge import forward_through, module_of
 from tracelens.backends.transfer import inputs_on
-from tracelens.compiling import check_fits, owning
+from tracelens.compiling import owning
 from tracelens.constants import Captured
 from tracelens.errors import Blaming, OptionError
+from tracelens.fitting import check_fits
 from tracelens.ir.graph import Graph
 from tracelens.ir.passes.as_reached import as_reached
 from tracelens.leaving import Members, leave

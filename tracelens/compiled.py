@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -85,9 +85,12 @@ class Compiled(OfRecorded):
         """What each save holds."""
         return tuple(describe(self.recorded, save) for save in self.recorded.saves)
 
-    def held(self, graph: Graph, sizes: Sizes) -> tuple[ExtraMemory, ...]:
-        """The most that a run of ``graph`` for these sizes holds on each device beside the model."""
-        return extra_memory(self.programs, self.plan, sizes, self.lent(graph))
+    def held(self, graph: Graph, sizes: Sizes, apart: Collection[int] = ()) -> tuple[ExtraMemory, ...]:
+        """The most that a run of ``graph`` for these sizes holds on each device beside the model.
+
+        ``apart``: the numbers of constants that are counted elsewhere.
+        """
+        return extra_memory(self.programs, self.plan, sizes, self.lent(graph), apart)
 
     def lent(self, graph: Graph) -> Mapping[int, tuple[Lent, ...]]:
         """The offloaded weights that the functions of ``graph`` have for the time of a call, by function."""

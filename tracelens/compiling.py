@@ -34,40 +34,34 @@ from tracelens.constants import Captured, from_payload
 from tracelens.errors import (
     LayerRangeError,
     ModelMovedError,
-    PositionAxisError,
-    SpecialisedGraphError,
     TracelensError,
     VerificationError,
     WriteTargetError,
 )
-from tracelens.generation_plan import CompiledGeneration, compile_steps
+from tracelens.fitting import check_fits
+from tracelens.generation_plan import CompiledGeneration, Deferring, compile_steps, nothing_waits
 from tracelens.inputs import Inputs
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import (
     Apply,
     Const,
-    IndexPut,
     Param,
     Read,
     Write,
-    operands,
 )
-from tracelens.ir.padding import has_keys
 from tracelens.ir.passes.at_steps import in_steps
+from tracelens.ir.passes.defer_lenses import defer_lenses
 from tracelens.ir.passes.newest_logits import newest_logits
 from tracelens.ir.retype import retype, sizes_of
 from tracelens.ir.step_flow import names_steps
-from tracelens.ir.text import op_text
 from tracelens.ir.verify import verify, verify_steps
 from tracelens.leaving import Copies, Members, collect, copies_of, elsewhere, leave
-from tracelens.misaligned import graph_misaligned
 from tracelens.plan import Plan, make_plan
 from tracelens.program import Program, lower
 from tracelens.prompted import Prompt
 from tracelens.report import RunReport
 from tracelens.skipping import refuse_unseen_in
 from tracelens.steps import Steps
-from tracelens.subject import PADS
 
 _KEPT_PROGRAMS = 256
 _Made = TypeVar("_Made", Compiled, CompiledGeneration)
@@ -92,6 +86,10 @@ class Compiler:
     def compile_generation(self, graph: Graph) -> CompiledGeneration:
         """The programs for a graph that text is generated with: one for each run of steps that do the same."""
         return self._kept(graph, self._compiled_generation)
+
+    def compile_stream(self, graph: Graph) -> CompiledGeneration:
+        """The same for a generation of which each step is told when it is made: nothing waits for other steps."""
+        return self._kept(graph, self._compiled_stream)
 
     def _kept(self, graph: Graph, make: Callable[[Graph], _Made]) -> _Made:
         anatomy = self.anatomy
@@ -125,11 +123,16 @@ class Compiler:
         return self._planned(self._at_home(graph, generating=False), generating=False)
 
     def _compiled_generation(self, graph: Graph) -> CompiledGeneration:
+        there = placement(self.anatomy).places
+        spread = len(there) > 1 or any(place.ranks > 1 for place in there)
+        return self._compiled_stream(graph, partial(defer_lenses, spread=spread))
+
+    def _compiled_stream(self, graph: Graph, defer: Deferring = nothing_waits) -> CompiledGeneration:
         anatomy = self.anatomy
         recorded = self._at_home(graph, generating=True)
         verify_steps(recorded)
         planned = newest_logits(recorded) if keeps_logits(anatomy.model) else recorded
-        compiled = compile_steps(in_steps(planned), partial(self._planned, generating=True))
+        compiled = compile_steps(in_steps(planned), partial(self._planned, generating=True), defer)
         return replace(compiled, recorded=recorded)  # ranks are told what was recorded
 
     def _at_home(self, graph: Graph, *, generating: bool) -> Graph:
@@ -154,10 +157,14 @@ class Compiler:
         self,
         recorded: Graph,
         settled: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
+        afterwards: bool = False,
         *,
         generating: bool,
     ) -> Compiled:
-        """The programs of one forward pass; ``settled``: the places from which some saves leave, whole."""
+        """The programs of one forward pass; ``settled``: the places from which some saves leave, whole.
+
+        ``afterwards``: of what is done when some passes are over.
+        """
         anatomy, there = self.anatomy, placement(self.anatomy)
         plan = make_plan(
             recorded,
@@ -165,6 +172,7 @@ class Compiler:
             carries=anatomy.family.carries,
             type_of=anatomy.type_of,
             generating=generating,
+            afterwards=afterwards,
             reached=anatomy.family.reached,
             settled=settled,
         )
@@ -399,51 +407,3 @@ def check_constants(graph: Graph) -> None:
 def _capturing(graph: Graph, index: int) -> int:
     """The operation that captured constant number ``index``."""
     return next(number for number, op in enumerate(graph.ops) if isinstance(op, Const) and op.index == index)
-
-
-def check_fits(graph: Graph, compiled: Compiled | CompiledGeneration, prompt: Prompt) -> None:
-    """Refuses a prompt of other sizes than the graph is right for."""
-    for pin in graph.pins:
-        size = prompt.lengths_digest if pin.symbol == PADS else prompt.sizes[pin.symbol]
-        if size == pin.size:
-            continue
-        if pin.symbol == PADS:
-            problem = "the graph addresses tokens by a mask that was made for prompts of other lengths"
-        else:
-            what = {"B": "rows", "P": "positions", "S": "attended positions"}.get(pin.symbol, pin.symbol)
-            problem = f"the graph was recorded for {pin.size} {what}, and this prompt has {size}"
-        raise graph.blame(
-            SpecialisedGraphError(
-                problem, instead="record again for this prompt, or record without using the size as a number"
-            ),
-            max(pin.op, 0),
-        )
-    for number, selector in compiled.selectors:
-        try:
-            selection = prompt.select(selector)
-            if selection.repeats and isinstance(graph.ops[number], IndexPut):
-                raise WriteTargetError(
-                    "a token is selected twice in a row, so that assigning to it has no one meaning",
-                    instead="each token once",
-                )
-        except TracelensError as error:
-            raise graph.blame(error, number) from None
-    if prompt.ragged and compiled.mixing:
-        number = compiled.mixing[0]
-        raise graph.blame(
-            graph_misaligned(
-                op_text(graph.ops[number]),
-                has_keys(graph.types[value] for value in operands(graph.ops[number])),
-            ),
-            number,
-        )
-    if prompt.ragged and compiled.padded:
-        number, saved = compiled.padded[0]
-        raise graph.blame(
-            PositionAxisError(
-                f"the rows of this prompt differ in length, and a {saved} that is saved holds the positions of all "
-                "rows together, padding included",
-                instead="prompts of one length; or a tensor that is [B, P, ...], such as a named site",
-            ),
-            number,
-        )

@@ -13,14 +13,14 @@ from tracelens.ir.ops import Apply, Write
 from tracelens.ir.step_flow import uncapturable
 from tracelens.ir.text import op_text
 from tracelens.ir.types import bytes_text
-from tracelens.ir.windows import PREFILL
+from tracelens.ir.windows import PREFILL, StepWindow
 from tracelens.plan import Plan
 from tracelens.prompted import Prompt
 from tracelens.subject import INPUTS
 
 if TYPE_CHECKING:
     from tracelens.compiled import Compiled
-    from tracelens.generation_plan import CompiledGeneration
+    from tracelens.generation_plan import CompiledGeneration, CompiledTail
 
 
 def explain(model: str, graph: Graph, compiled: Compiled, prompt: Prompt | None) -> str:
@@ -56,7 +56,7 @@ def explain_generation(
     sections = [f"{model}{over}{most}", _graph(graph), *_tokens(graph, prompt)]
     if compiled.courses:
         sections.append("\n".join(["saves, over all steps", *_courses(compiled, prompt, steps)]))
-    for window, part in zip(compiled.stepped.segments, compiled.parts, strict=True):
+    for window, part, tail in zip(compiled.stepped.segments, compiled.parts, compiled.tails, strict=True):
         sizes = None if prompt is None else prompt.sizes
         if sizes is not None and window.start:
             sizes = {**sizes, "P": 1, "S": sizes["P"] + window.start}
@@ -66,7 +66,24 @@ def explain_generation(
         lines.append(f"  can be captured in a CUDA graph: {captured}")
         lines += [shortened(program.text()) for program in part.programs if program.blocks]
         sections.append("\n".join(lines))
+        if tail is not None:
+            sections.append(_later(window, tail, prompt))
     return "\n\n".join(sections)
+
+
+def _later(window: StepWindow, tail: CompiledTail, prompt: Prompt | None) -> str:
+    """What is done for several steps at once."""
+    sizes, which = None, "several steps"
+    if prompt is not None:
+        steps, positions = tail.together(prompt.sizes)
+        sizes = {**prompt.sizes, "P": steps}
+        size = bytes_text(sum(tail.bytes_kept(sizes).values()))
+        which = "each step" if steps == 1 else f"up to {steps} steps, whose operands wait ({size})"
+        if 0 in window:
+            which += f", and for {positions} positions of the prompt" if positions < prompt.sizes["P"] else ""
+    lines = [f"{window.words}, at once for {which}", tail.compiled.plan.text(sizes)]
+    lines += [shortened(program.text()) for program in tail.compiled.programs if program.blocks]
+    return "\n".join(lines)
 
 
 def _tokens(graph: Graph, prompt: Prompt | None) -> list[str]:

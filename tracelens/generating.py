@@ -27,8 +27,9 @@ from tracelens.backends.stepping import SteppedRun
 from tracelens.backends.transfer import inputs_on, moved
 from tracelens.backends.windows import refuse_forgotten
 from tracelens.compiled import Compiled, relocate
-from tracelens.compiling import Compiler, check_fits
+from tracelens.compiling import Compiler
 from tracelens.errors import OptionError, TracelensError
+from tracelens.fitting import check_fits
 from tracelens.gathered import Generated, ends_of, finished, from_ranks
 from tracelens.generation_plan import CompiledGeneration, bound_to_steps
 from tracelens.ir.graph import Graph
@@ -189,12 +190,14 @@ class _Generation:
             # One pass, over the prompt alone.
             self.hf(**inputs, use_cache=False)
             run.chosen(None)
+            run.catch_up()
             return inputs["input_ids"]
         with refusing(self.given, lambda: run.begun):
             found = self.hf.generate(**inputs, **self.options, return_dict_in_generate=True)
         if self.include_last:
             self._last_pass(inputs, found)
             run.chosen(None)
+        run.catch_up()
         return found.sequences
 
     def _last_pass(self, inputs: Mapping[str, Any], found: Any) -> None:

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
+from math import prod
 
+from tracelens.backends.deferring import Tail
 from tracelens.backends.gathering import Course
 from tracelens.backends.local import LocalCode
 from tracelens.backends.stepping import Segment
 from tracelens.compiled import Compiled, OfRecorded, digest, document, keeps_padding
 from tracelens.errors import ExtraMemoryError
-from tracelens.ir.dims import KEY, POSITION, Sizes
+from tracelens.ir.dims import KEY, POSITION, Sizes, evaluate
 from tracelens.ir.graph import Graph
-from tracelens.ir.ops import WHOLE, Call, Index, IndexPut, Op, Save, Write, operands, results
+from tracelens.ir.ops import WHOLE, Call, Const, Index, IndexPut, Op, Ref, Save, Write, operands, results
 from tracelens.ir.padding import has_keys
 from tracelens.ir.passes.at_steps import Stepped
+from tracelens.ir.passes.defer_lenses import Deferred, Kept
 from tracelens.ir.retype import retype, site_types, sizes_of
+from tracelens.ir.rules_lens import DISTANCE, LENS, PART
 from tracelens.ir.text import op_text
 from tracelens.ir.types import TensorType, bytes_text
 from tracelens.ir.windows import PREFILL
@@ -24,13 +28,86 @@ from tracelens.misaligned import misaligned
 from tracelens.plan import Plan
 from tracelens.results import SavedTensor, describe
 
+READING = (LENS, DISTANCE, PART)
+"""What reads the unembedding."""
+ROWS = 512
+"""So many states go through the unembedding together, where a step has fewer: more make a product no faster."""
+MOST_STEPS = 32
+"""So many steps wait for each other at most."""
+WAITING = 32 * 2**20
+"""Bytes that they may keep."""
+
+
+def at_once(rows: int, kept: int) -> tuple[int, int]:
+    """How many steps wait for each other, and how many positions of a prompt are done at once.
+
+    ``rows``, ``kept``: how many states a position has, and how many bytes are kept of it.
+    """
+    positions = max(1, WAITING // kept)
+    return min(MOST_STEPS, -(-ROWS // rows), positions), positions
+
+
+@dataclass(frozen=True)
+class CompiledTail:
+    """What is done for several steps at once, made ready, and what each step keeps for it."""
+
+    compiled: Compiled
+    kept: tuple[Kept, ...]
+
+    def together(self, sizes: Sizes) -> tuple[int, int]:
+        """How many steps wait for each other, and how many positions of a prompt are done at once."""
+        one = {**sizes, "P": 1}
+        return at_once(self._rows(one), sum(each.whole.nbytes(one) for each in self.kept))
+
+    def bytes_kept(self, sizes: Sizes) -> Mapping[str, int]:
+        """What waits on each device, for so many positions as ``sizes`` say."""
+        places = self.compiled.plan.placement.places
+        found: dict[str, int] = {}
+        for one in self.kept:
+            for place in self.places[one.index]:
+                device = places[place].device
+                found[device] = found.get(device, 0) + one.whole.nbytes(sizes)
+        return found
+
+    def held(self, graph: Graph, sizes: Sizes) -> Mapping[str, int]:
+        """The most that each device holds beside that, while so many positions are done."""
+        apart = {one.index for one in self.kept}
+        return {extra.place.device: extra.bytes for extra in self.compiled.held(graph, sizes, apart)}
+
+    def _rows(self, sizes: Sizes) -> int:
+        """How many states one position has."""
+        graph = self.compiled.plan.graph
+        states = (
+            graph.types[op.args[0].id].shape[:-1]
+            for op in graph.ops
+            if isinstance(op, Call) and op.function in READING and isinstance(op.args[0], Ref)
+        )
+        return sum(prod(evaluate(dim, sizes) for dim in shape) for shape in states)
+
+    @property
+    def places(self) -> Mapping[int, tuple[int, ...]]:
+        """Where what is kept is needed, by the number of the constant."""
+        return {
+            one.index: tuple(sorted(place for index, place in self.compiled.used if index == one.index))
+            for one in self.kept
+        }
+
+    @property
+    def code(self) -> Tail:
+        """What runs."""
+        return Tail(self.compiled.plan, self.compiled.code, self.kept, self.places, self.together)
+
 
 @dataclass(frozen=True)
 class CompiledGeneration(OfRecorded):
-    """A graph made ready to generate with: one :class:`~tracelens.compiled.Compiled` for each segment of its steps."""
+    """A graph made ready to generate with: one :class:`~tracelens.compiled.Compiled` for each segment of its steps.
+
+    ``tails``: for each of them what is done for several of its steps at once, if there is any such thing.
+    """
 
     stepped: Stepped
     parts: tuple[Compiled, ...]
+    tails: tuple[CompiledTail | None, ...]
 
     @property
     def spread(self) -> object:
@@ -51,9 +128,17 @@ class CompiledGeneration(OfRecorded):
     def segments(self) -> tuple[Segment, ...]:
         """What runs in which steps."""
         return tuple(
-            Segment(window, part.plan, part.code)
-            for window, part in zip(self.stepped.segments, self.parts, strict=True)
+            Segment(window, part.plan, part.code, None if tail is None else tail.code)
+            for window, part, tail in zip(self.stepped.segments, self.parts, self.tails, strict=True)
         )
+
+    @property
+    def everything(self) -> Iterator[Compiled]:
+        """All that is compiled, the tail of a segment behind its steps."""
+        for part, tail in zip(self.parts, self.tails, strict=True):
+            yield part
+            if tail is not None:
+                yield tail.compiled
 
     @cached_property
     def courses(self) -> tuple[Course, ...]:
@@ -75,8 +160,8 @@ class CompiledGeneration(OfRecorded):
     @cached_property
     def plan_digest(self) -> str:
         """Two have it in common if and only if they do the same in every step."""
-        parts = zip(self.stepped.segments, self.parts, strict=True)
-        return digest("\n".join(f"steps {window}\n{document(part.plan.graph)}" for window, part in parts))
+        texts = [document(part.plan.graph) for part in self.everything]
+        return digest("\n".join([*(f"steps {window}" for window in self.stepped.segments), *texts]))
 
     @cached_property
     def inputs(self) -> frozenset[str]:
@@ -86,8 +171,11 @@ class CompiledGeneration(OfRecorded):
     @cached_property
     def used(self) -> tuple[tuple[int, int], ...]:
         """The captured constants that some step needs, by their numbers and those of the places that need them."""
-        held = set(self.stepped.held.values())
-        return tuple(dict.fromkeys(pair for part in self.parts for pair in part.used if pair[0] not in held))
+        own = set(self.stepped.held.values())
+        own.update(one.index for tail in self.tails if tail is not None for one in tail.kept)
+        return tuple(
+            dict.fromkeys(pair for part in self.everything for pair in part.used if pair[0] not in own)
+        )
 
     @cached_property
     def any_passes(self) -> bool:
@@ -123,13 +211,16 @@ class CompiledGeneration(OfRecorded):
     def held(self, graph: Graph, sizes: Sizes, steps: int, *, include_last: bool) -> Mapping[str, int]:
         """The most that a generation holds on each device beside the model and its cache."""
         found: dict[str, int] = {}
-        for window, part in zip(self.stepped.segments, self.parts, strict=True):
+        for window, part, tail in zip(self.stepped.segments, self.parts, self.tails, strict=True):
             if window.start >= steps:
                 continue
-            own = sizes if window.start == 0 else {**sizes, "P": 1, "S": sizes["P"] + steps - 1}
-            for extra in part.held(graph, own):
-                device = extra.place.device
-                found[device] = max(found.get(device, 0), extra.bytes)
+            later = {**sizes, "P": 1, "S": sizes["P"] + steps - 1}
+            for own in [sizes] * (window.start == 0) + [later] * (window.start > 0 or not window.single):
+                now = {extra.place.device: extra.bytes for extra in part.held(graph, own)}
+                for device, size in (
+                    now if tail is None else self._with_tail(now, tail, graph, own, steps)
+                ).items():
+                    found[device] = max(found.get(device, 0), size)
         for course in self.courses:
             homes = self._homes(course.save.name)
             size = course.nbytes(sizes, steps, include_last=include_last)
@@ -138,6 +229,20 @@ class CompiledGeneration(OfRecorded):
             for device in homes:
                 found[device] = found.get(device, 0) + size // len(homes)
         return found
+
+    @staticmethod
+    def _with_tail(
+        now: Mapping[str, int], tail: CompiledTail, graph: Graph, sizes: Sizes, most: int
+    ) -> Mapping[str, int]:
+        """What a step holds on each device, or else its tail; and what waits, for as many positions as there is room.
+
+        ``sizes``: those of a step, which has one position unless it is over the prompt. ``most``: how many there are.
+        """
+        steps, positions = tail.together(sizes)
+        room = sizes["P"] if sizes["P"] > 1 else min(steps, most)
+        kept = tail.bytes_kept({**sizes, "P": room})
+        then = tail.held(graph, {**sizes, "P": min(room, positions)})
+        return {device: kept.get(device, 0) + max(size, then.get(device, 0)) for device, size in now.items()}
 
     def require_room(self, graph: Graph, sizes: Sizes, steps: int, most: int, *, include_last: bool) -> None:
         """Raises :class:`~tracelens.errors.ExtraMemoryError` for a generation that would hold more than ``most``."""
@@ -161,7 +266,7 @@ class CompiledGeneration(OfRecorded):
 
     def _homes(self, name: str) -> list[str]:
         """The device of each member of a save."""
-        for part in self.parts:
+        for part in self.everything:
             for save in part.plan.graph.saves:
                 if save.name == name:
                     places = part.plan.placement.places
@@ -172,38 +277,59 @@ class CompiledGeneration(OfRecorded):
 Settled = Mapping[str, tuple[int, ...]]
 """By the name of a save, the places from which its members leave, whole."""
 
-Making = Callable[[Graph, Settled], Compiled]
+Making = Callable[[Graph, Settled, bool], Compiled]
 
 
-def compile_steps(stepped: Stepped, make: Making) -> CompiledGeneration:
+Deferring = Callable[[Graph, int], "Deferred | None"]
+"""Takes out of a step what can wait for others; from the number on that it is given, constants are free."""
+
+
+def nothing_waits(graph: Graph, first: int) -> None:
+    """All of a step is done in it."""
+
+
+def compile_steps(stepped: Stepped, make: Making, defer: Deferring) -> CompiledGeneration:
     """Compiles each segment; what is saved in several of them leaves each from the same places.
 
-    ``make``: compiles a graph, of which some saves leave from given places, where they are made whole.
+    ``make``: compiles a graph, of which some saves leave from given places, where they are made whole; is it about
+    steps that are over?  ``defer``: takes out of a graph what waits for other steps.
     """
     _require_apart(stepped)
     settled: dict[str, tuple[int, ...]] = {}
-    found = _compiled(stepped, make, settled)
+    found = _compiled(stepped, make, defer, settled)
     # What else a step does with a value decides where it is, and whether ranks have added it up: mostly the same, and
     # what one save has made whole another one may take.
     while more := _differing(found):
         assert not more.keys() & settled.keys(), "a save leaves from other places than it was told to"
         settled |= more
-        found = _compiled(stepped, make, settled)
+        found = _compiled(stepped, make, defer, settled)
     return found
 
 
-def _compiled(stepped: Stepped, make: Making, settled: Settled) -> CompiledGeneration:
+def _compiled(stepped: Stepped, make: Making, defer: Deferring, settled: Settled) -> CompiledGeneration:
     """The later segments first: they say at which places they need what is held for them."""
     held = set(stepped.held.values())
     places: dict[int, set[int]] = {}
     parts: list[Compiled] = []
+    tails: list[CompiledTail | None] = []
+    free = 1 + max((op.index for op in stepped.graph.ops if isinstance(op, Const)), default=-1)
+    free = max([free, *(index + 1 for index in held)])
     for segment in reversed(stepped.segments):
-        part = make(stepped.at(segment, places), settled)
-        for index, place in part.used:
+        graph = stepped.at(segment, places)
+        # The positions of a prompt are there together.
+        deferred = None if segment.single else defer(graph, free)
+        tail = None
+        if deferred is not None:
+            free += len(deferred.kept)
+            tail = CompiledTail(make(deferred.tail, settled, True), deferred.kept)
+            graph = deferred.step(tail.places)
+        part = make(graph, settled, False)
+        for index, place in (*part.used, *(() if tail is None else tail.compiled.used)):
             if index in held:
                 places.setdefault(index, set()).add(place)
         parts.append(part)
-    return CompiledGeneration(stepped.graph, stepped, tuple(reversed(parts)))
+        tails.append(tail)
+    return CompiledGeneration(stepped.graph, stepped, tuple(reversed(parts)), tuple(reversed(tails)))
 
 
 def _differing(compiled: CompiledGeneration) -> dict[str, tuple[int, ...]]:
@@ -212,7 +338,7 @@ def _differing(compiled: CompiledGeneration) -> dict[str, tuple[int, ...]]:
     The last of those where one is: the values of all steps are there before the pass has gone on.
     """
     lying: dict[str, set[tuple[tuple[int, object], ...]]] = {}
-    for part in compiled.parts:
+    for part in compiled.everything:
         for save in part.plan.graph.saves:
             lies = tuple((part.plan.home[value], part.plan.layouts[value]) for value in save.values)
             lying.setdefault(save.name, set()).add(lies)

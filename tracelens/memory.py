@@ -12,7 +12,7 @@ Of a place that several ranks have together it is what the first of them holds, 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 from tracelens.errors import ExtraMemoryError, OptionError
@@ -88,14 +88,19 @@ class ExtraMemory:
 
 
 def extra_memory(
-    programs: Sequence[Program], plan: Plan, sizes: Sizes, lent: Mapping[int, Sequence[Lent]]
+    programs: Sequence[Program],
+    plan: Plan,
+    sizes: Sizes,
+    lent: Mapping[int, Sequence[Lent]],
+    apart: Collection[int] = (),
 ) -> tuple[ExtraMemory, ...]:
     """The most that each place holds, for a prompt of these sizes; the programs are those of ``plan``.
 
-    ``lent``: what is loaded for functions that the graph applies, by their numbers.
+    ``lent``: what is loaded for functions that the graph applies, by their numbers. ``apart``: the numbers of
+    constants that are counted elsewhere.
     """
     places = plan.placement.places
-    walk = _Walk(plan, sizes, lent)
+    walk = _Walk(plan, sizes, lent, apart)
     for block in merged(programs):
         walk.block(block)
     walk.gathered()
@@ -144,7 +149,10 @@ def bytes_of(size: int | str) -> int:
 
 
 class _Walk:
-    def __init__(self, plan: Plan, sizes: Sizes, lent: Mapping[int, Sequence[Lent]]) -> None:
+    def __init__(
+        self, plan: Plan, sizes: Sizes, lent: Mapping[int, Sequence[Lent]], apart: Collection[int]
+    ) -> None:
+        self.apart = apart
         self.graph = plan.graph
         self.places = plan.placement.places
         self.layouts = plan.layouts
@@ -198,6 +206,8 @@ class _Walk:
                     self._save(op, op.values[part], step.number)
             case Transfer() | Redistribute():
                 self._made(op.out)
+            case Hold() if op.part is not None:
+                pass  # it goes into a tensor that is there for several steps
             case Hold():
                 self.copies -= 1
                 self.users[self.copies] = 1
@@ -208,7 +218,8 @@ class _Walk:
                     self._made(out)
             case Const():
                 self._own(op.out)
-                if self.devices[self.home[op.out]] != "cpu":  # there it is the user's own tensor
+                # On the host it is the user's own tensor.
+                if self.devices[self.home[op.out]] != "cpu" and op.index not in self.apart:
                     self._hold(self.home[op.out], op.out, op.out)
             case _:
                 if isinstance(op, Call) and (size := workspace_of(op, self._local, self.sizes)):

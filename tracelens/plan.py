@@ -75,6 +75,8 @@ class Plan:
     """For every value, the number of the place that holds it."""
     layouts: Mapping[int, Layout] = field(default_factory=dict[int, Layout], compare=False)
     """For every value, how it lies on the ranks of its place."""
+    gathers: bool = False
+    """Is it one of the plans of a generation, which are carried out again and again?"""
 
     @cached_property
     def sites(self) -> frozenset[Site]:
@@ -326,14 +328,16 @@ def make_plan(
     carries: tuple[Carry, ...],
     type_of: TypeOf,
     generating: bool,
+    afterwards: bool = False,
     reached: tuple[str, ...] = (),
     settled: Mapping[str, tuple[int, ...]] = MappingProxyType({}),
     verify_each: bool = False,
 ) -> Plan:
     """Improves ``graph`` and decides where it runs and how far the forward pass has to go.
 
-    ``reached``: sites of one level that the model reaches in another order than the vocabulary has them. ``settled``:
-    by name, the places from which the members of some saves leave, whole; others leave as they lie.
+    ``afterwards``: it is about passes of a generation that are over. ``reached``: sites of one level that the model
+    reaches in another order than the vocabulary has them. ``settled``: by name, the places from which the members of
+    some saves leave, whole; others leave as they lie.
     """
     marked = mark_leaves(improve(graph, verify_each=verify_each, keep_writes=generating))
     if reached:
@@ -353,11 +357,12 @@ def make_plan(
         placed.graph,
         placement,
         None if generating else stop,
-        generating,
+        generating and not afterwards,
         frozenset(carried),
         placed.at,
         placed.home,
         laid.layouts,
+        generating,
     )
 
 

@@ -17,13 +17,14 @@ from tracelens.backends.ranks.owner import Reply, Request
 from tracelens.backends.ranks.pool import Ranks
 from tracelens.collectives import journeys
 from tracelens.compiled import Compiled, Ran, relocate
-from tracelens.compiling import Compiler, check_constants, check_fits
+from tracelens.compiling import Compiler, check_constants
 from tracelens.errors import (
     ModelClosedError,
     OptionError,
     RankFailedError,
     UntrustedApplyError,
 )
+from tracelens.fitting import check_fits
 from tracelens.gathered import Generated, ends_of, has_file, missed
 from tracelens.generation_plan import CompiledGeneration
 from tracelens.ir.graph import Graph

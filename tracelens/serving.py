@@ -138,7 +138,7 @@ def generate(served: Served, request: Message) -> Message:
 
 def stream(served: Served, request: Message) -> Message:
     """New tokens as they are made: the first rank says what each step has given, and all wait to hear of another."""
-    asked = _asked(served, request, Compiler.compile_generation)
+    asked = _asked(served, request, Compiler.compile_stream)
     if asked is None:
         return Message({"unknown": True})
     model, graph, compiled, prompt = asked

@@ -13,9 +13,10 @@ import torch
 from tracelens.backends.gathering import Course
 from tracelens.backends.generation_options import require_plain, resolved
 from tracelens.compiled import Compiled, Ran
-from tracelens.compiling import Compiler, check_constants, check_fits
+from tracelens.compiling import Compiler, check_constants
 from tracelens.constants import Captured
 from tracelens.errors import OptionError, RowsMeetError
+from tracelens.fitting import check_fits
 from tracelens.gathered import Ends, Generated, ends_of, has_file, missed, missing_number
 from tracelens.generating import generate
 from tracelens.generation_plan import CompiledGeneration

@@ -161,7 +161,7 @@ class Stream:
     def _begin(self) -> None:
         own = self._generation
         assert own._prompt is not None
-        compiled = own._compiler.compile_generation(self._graph)
+        compiled = own._compiler.compile_stream(self._graph)
         self._pieces = _Pieces(own._model.tokenizer, own._prompt)
         # Nothing there leads back to the stream, so that one that is let go of ends its thread.
         self._waiting.add(threading.get_ident())

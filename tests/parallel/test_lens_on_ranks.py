@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -13,7 +14,9 @@ import tracelens as tl
 from tests.parallel.cells import KNOWS_EP
 from tests.support.ranks import PoolOf
 from tests.support.spread_models import Both, both
+from tracelens import compiling
 from tracelens.collectives import collectives
+from tracelens.generation_plan import CompiledGeneration
 from tracelens.ir.ops import Call
 
 ROWS = [[5, 6, 7, 8, 9, 10, 4, 3], [11, 12, 90, 2, 3, 4, 5, 6]]
@@ -104,3 +107,39 @@ def test_generations_on_ranks_say_what_one_process_says(models: Both) -> None:
             assert_close(x, y, atol=2e-5, rtol=2e-5, equal_nan=True)
             if name == "next":
                 assert x.flatten().tolist() == [*rows[row][1:], *one.tokens[row]]
+
+
+def written(model: tl.Model, **options: Any) -> tl.Generation:
+    """More steps than wait for each other."""
+    rows = [[5, 6, 7, 8], [11, 12]]
+    with model.generate(rows, **{"max_new_tokens": 40, "eos_token_id": None, **options}) as t:
+        lens = model.lens(model.layers[:].resid_post)
+        lens.topk(3).save("top")
+        lens.log_prob(model.next_tokens).save("log_prob")
+        lens.rank(model.next_tokens).save("rank")
+        lens.kl().save("kl")
+        lens.js().save("js")
+        model.layers[1].mlp_act[..., :9].save("neurons")
+    return t
+
+
+def test_steps_that_wait_for_each_other_on_ranks(models: Both) -> None:
+    with patch.object(compiling, "defer_lenses", lambda *_, **__: None):
+        plain = written(models.one)
+    tokens: Any = plain.tokens
+    end = tokens[0][4]
+    for options in ({}, {"eos_token_id": end, "pad_token_id": 0, "include_last": True}, {"use_cache": False}):
+        one = written(models.one, **options) if options else plain
+        spread = written(models.spread, **options)
+        compiled = spread._compiled()
+        assert isinstance(compiled, CompiledGeneration)
+        (tail,) = compiled.tails
+        assert tail is not None
+        assert tail.together({"B": 2, "P": 4, "S": 4})[0] < 40
+        assert one.tokens == spread.tokens
+        for name in one.results:
+            for found, wanted in zip(spread[name], one[name], strict=True):
+                if name in ("top.indices", "rank"):
+                    assert torch.equal(found, wanted), name
+                else:
+                    assert_close(found, wanted, atol=2e-5, rtol=2e-5, equal_nan=True, msg=name)

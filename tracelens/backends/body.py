@@ -256,6 +256,9 @@ class _Writer:
                 )
             case Redistribute():
                 self._redistribute(op)
+            case Hold() if op.part is not None:
+                key = self.name((op.index, op.place))
+                self.line(f"state.deferred[{key}][{op.part}].copy_({self.ref(op.value)})")
             case Hold():
                 # A copy: the model may go on to change what lies in its own memory.
                 key = self.name((op.index, op.place))

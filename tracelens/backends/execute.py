@@ -46,6 +46,7 @@ class State:
     __slots__ = (
         "_foreign",
         "constants",
+        "deferred",
         "departures",
         "failure",
         "functions",
@@ -87,6 +88,8 @@ class State:
         self.inputs: Mapping[str, torch.Tensor] = {}
         # In a generation, by name, where each member of a save goes.
         self.into: Mapping[str, Sequence[Any]] = {}
+        # By constant and place, where members of it go that are kept for several steps together.
+        self.deferred: Mapping[tuple[int, int], Sequence[Any]] = {}
         self.shapes: Sequence[tuple[int, ...]] = ()
         # By name: the tensors, each with the version that was saved. Those of later layers come later.
         self.saved: dict[str, list[Any]] = {}

@@ -98,7 +98,7 @@ class Course:
         shape = own.sizes(self.of_step(sizes, step))
         tensor = torch.empty(shape, dtype=torch_dtype(self.dtype), device=device)
         if self.axis is not None and step > 0 and not cached:
-            return _Newest(tensor, self.axis), tensor
+            return Newest(tensor, self.axis), tensor
         return tensor, tensor
 
     def lies(self, layout: Layout) -> Layout:
@@ -129,7 +129,7 @@ class Nowhere:
         pass
 
 
-class _Newest:
+class Newest:
     """Takes the newest position of a pass over all of the text."""
 
     def __init__(self, target: torch.Tensor, axis: int) -> None:
@@ -259,11 +259,30 @@ class Gathering:
             if step >= self.steps and course.axis is None:
                 found[save.name] = [Nowhere()] * len(save.values)
                 continue
-            if (save.name, 0) not in self.homes:
-                self._begin(course, save, plan, devices)
-            self.reached.add(save.name)
-            found[save.name] = self._opened(course, step)
+            self._reach(course, save, plan, devices)
+            at, width = (0, 1) if course.once else course.place(step, self.sizes)
+            axis = course.axis if step > 0 and not self.cached else None
+            found[save.name] = self._opened(course, at, width, axis)
         return found
+
+    def open_several(
+        self, plan: Plan, devices: Devices, step: int, start: int, width: int
+    ) -> Mapping[str, Sequence[Target]]:
+        """Where positions go that are done together: so many of them, from the one on that is ``start`` behind the
+        first of a step.
+        """
+        found: dict[str, Sequence[Target]] = {}
+        for save in plan.graph.saves:
+            course = self.courses[save.name]
+            self._reach(course, save, plan, devices)
+            at, _ = course.place(step, self.sizes)
+            found[save.name] = self._opened(course, at + start, width, None)
+        return found
+
+    def _reach(self, course: Course, save: Save, plan: Plan, devices: Devices) -> None:
+        if (save.name, 0) not in self.homes:
+            self._begin(course, save, plan, devices)
+        self.reached.add(save.name)
 
     def _begin(self, course: Course, save: Save, plan: Plan, devices: Devices) -> None:
         """Makes the tensors of a save, where its members are: those of this process."""
@@ -282,11 +301,10 @@ class Gathering:
             for number, part in enumerate(parts):
                 self._where[save.name, part] = series, number
 
-    def _opened(self, course: Course, step: int) -> Sequence[Target]:
-        at, width = (0, 1) if course.once else course.place(step, self.sizes)
+    def _opened(self, course: Course, at: int, width: int, axis: int | None) -> Sequence[Target]:
+        """For each member where so many positions go; with an ``axis`` only the newest of those that a pass has."""
         name, members = course.save.name, len(course.save.values)
         opened = {series: series.open(at, width) for series in self._series[name]}
-        axis = course.axis if step > 0 and not self.cached else None
         if axis is None and len(opened) == 1:
             (views,) = opened.values()
             if len(views) == members:  # all of them in one tensor, in their order
@@ -297,7 +315,7 @@ class Gathering:
                 found.append(Nowhere())  # a member of another process
                 continue
             target = opened[there[0]][there[1]]
-            found.append(target if axis is None else _Newest(target, axis))
+            found.append(target if axis is None else Newest(target, axis))
         return found
 
     def series(self, name: str) -> list[_Series]:

@@ -94,7 +94,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
     """Compiles the programs of all places for a model whose devices this process owns."""
     graph = plan.graph
     places = tuple(torch.device(place.device) for place in plan.placement.places)
-    gathers = plan.whole  # a generation, which makes many passes
+    gathers = plan.gathers
     departing = _departing(programs, places) if anatomy.mesh is None and not gathers else {}
     lying = plan.placement.layout_of
     views = _views(graph)
@@ -316,6 +316,10 @@ class Run:
                 if self.code.devices.mesh is None:
                     raise missed(what)
                 remember(self.state, missed(what))
+
+    def do_before(self) -> None:
+        """Does what needs no site."""
+        self._do(self.code.before)
 
     def finish(self) -> None:
         """Does what is left when the pass is over."""

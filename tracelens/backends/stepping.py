@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from tracelens.backends.deferring import Tail, Waiting
 from tracelens.backends.enduring import remember
 from tracelens.backends.execute import State
 from tracelens.backends.gathering import Gathering
@@ -27,6 +28,8 @@ class Segment(NamedTuple):
     window: StepWindow
     plan: Plan
     code: LocalCode
+    tail: Tail | None = None
+    """What is done for several of the steps together."""
 
 
 class SteppedRun(Run):
@@ -38,6 +41,7 @@ class SteppedRun(Run):
 
     __slots__ = (
         "_awaiting",
+        "_waiting",
         "any_passes",
         "begun",
         "cached",
@@ -82,6 +86,8 @@ class SteppedRun(Run):
         """Of the pass that comes next, or that runs."""
         self._awaiting: tuple[LocalCode, list[Any]] | None = None
         """What a step that is over does when its tokens are there, and its values."""
+        self._waiting: Waiting | None = None
+        """The positions that steps have left for later."""
         self.staged: StagedGeneration | None = None
         """What leads a pass through the stages of a pipeline."""
 
@@ -129,6 +135,12 @@ class SteppedRun(Run):
                 self.state.inputs = _inputs(ids, real)
         segment = self.segments[self.segment]
         self.state.into = self.gathering.open(segment.plan, self.code.devices, self.step)
+        if segment.tail is not None:
+            if self._waiting is None or self._waiting.tail is not segment.tail:
+                self._waiting = Waiting(
+                    segment.tail, self.sizes, self.gathering.steps, self.code.devices, cached=self.cached
+                )
+            self.state.deferred = self._waiting.open(self.step)
         self.begin({"B": rows, "P": columns, "S": text})
         return None if given is kwargs else (args, given)
 
@@ -140,6 +152,8 @@ class SteppedRun(Run):
         self.vote()
         if self.code.tail is not None:
             self._awaiting = self.code, self.state.values
+        else:
+            self._over(self.step)
         self.step += 1
         if self.step in self.segments[self.segment].window:
             return
@@ -175,6 +189,40 @@ class SteppedRun(Run):
             self.end()
         finally:
             self.code, self.state.values, self.state.shapes = current
+        self._over(self.step - 1)
+
+    def _over(self, step: int) -> None:
+        """A step has done all that it does alone."""
+        waiting = self._waiting
+        if waiting is None:
+            return
+        waiting.add(step)
+        window = next(segment.window for segment in self.segments if step in segment.window)
+        if waiting.is_due(step) or step + 1 not in window:
+            self.catch_up()
+
+    def catch_up(self) -> None:
+        """Does what steps have left for later."""
+        waiting = self._waiting
+        if waiting is None or not waiting.count:
+            return
+        state, tail = self.state, waiting.tail
+        current = self.code, state.values, state.shapes, state.sizes, state.into
+        try:
+            for start, width, kept in waiting.take():
+                self.code = tail.code
+                state.values = [None] * tail.code.count
+                state.sizes = {**self.sizes, "P": width}
+                state.shapes = tail.code.sizes_of(state.sizes)
+                state.constants.update(kept)
+                state.into = self.gathering.open_several(
+                    tail.plan, tail.code.devices, waiting.first, start, width
+                )
+                self.do_before()
+        finally:
+            self.code, state.values, state.shapes, state.sizes, state.into = current
+            for key in [key for key in state.constants if key[0] in tail.places]:
+                del state.constants[key]
 
 
 def _inputs(ids: torch.Tensor, real: torch.Tensor) -> Mapping[str, torch.Tensor]:

@@ -289,11 +289,15 @@ class Redistribute:
 
 @dataclass(frozen=True, slots=True)
 class Hold:
-    """A place keeps a value of one generation step for later ones, as their constant ``index``. Only plans hold it."""
+    """A place keeps a value of a generation step for later, as the constant ``index``. Only plans hold it.
+
+    ``part``: it is one of the members of that constant, which has the positions of several steps.
+    """
 
     value: int
     index: int
     place: int
+    part: int | None = None
 
 
 Op = (

@@ -95,7 +95,9 @@ def op_text(op: Op) -> str:
         case Redistribute():
             return f"%{op.out} = {redistribution(op.source, op.target)} %{op.value} : {op.type}"
         case Hold():
-            return f"hold #{op.index} <- %{op.value} at place {op.place} for later steps"
+            if op.part is None:
+                return f"hold #{op.index} <- %{op.value} at place {op.place} for later steps"
+            return f"hold #{op.index}[{op.part}] <- %{op.value} at place {op.place}, behind earlier positions"
 
 
 def redistribution(source: Layout, target: Layout) -> str:

@@ -9,12 +9,13 @@ from tracelens.ir.passes.drop_dead import drop_dead
 from tracelens.ir.passes.fold_writes import fold_writes
 from tracelens.ir.passes.forward_order import forward_order
 from tracelens.ir.passes.join_lenses import join_lenses
+from tracelens.ir.passes.join_members import join_members
 from tracelens.ir.passes.share_values import share_values
 from tracelens.ir.verify import verify
 
 Pass = Callable[[Graph], Graph]
 
-PASSES: tuple[Pass, ...] = (share_values, fold_writes, drop_dead, join_lenses, forward_order)
+PASSES: tuple[Pass, ...] = (share_values, fold_writes, drop_dead, join_lenses, join_members, forward_order)
 
 
 def improve(graph: Graph, *, verify_each: bool = False, keep_writes: bool = False) -> Graph:
