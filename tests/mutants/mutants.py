@@ -39,6 +39,10 @@ OFFLOAD = ("tests/test_offload.py",)
 SLICES = ("tests/test_slices.py", "-k", "not random and not any_batch and not ranks")
 SPREAD = ("tests/test_spread.py",)
 BRANCHING = ("tests/test_branching.py",)
+CONTRAST = ("tests/steering/test_contrast.py",)
+LABELS = ("tests/steering/test_labels.py",)
+EXTRACT = ("tests/steering/test_extract.py", "-k", "not grow")
+ESTIMATORS = ("tests/steering/test_estimators.py",)
 LENS_COMMAND = ("tests/test_lens_command.py", "-k", "ranges or name or table")
 STEPS_ON_DEVICES = ("tests/properties/test_generation_on_devices.py", "-k")
 STEPS_ON_RANKS = ("tests/parallel/test_generation_on_ranks.py", "-k")
@@ -2591,5 +2595,131 @@ MUTANTS = (
         "if longest > shortest:",
         "if longest > shortest + 1:",
         BRANCHING,
+    ),
+    Mutant(
+        "tokens that may come next stand where the one before them does",
+        "branching.py",
+        "(batch.position_ids[:, -1:] + 1)",
+        "batch.position_ids[:, -1:]",
+        BRANCHING,
+    ),
+    Mutant(
+        "one of several tokens that may come next is the next",
+        "branching.py",
+        "(ends == ends[:, :1]).all(1, keepdim=True)",
+        "(ends == ends[:, :1]).any(1, keepdim=True)",
+        BRANCHING,
+    ),
+    Mutant(
+        "a label one token too early",
+        "steering/labels.py",
+        "next((at for at, (one, other) in pairs if one != other), None)",
+        "next((at - 1 for at, (one, other) in pairs if one != other), None)",
+        LABELS,
+    ),
+    Mutant(
+        "an answer may change the tokens of its prompt",
+        "steering/labels.py",
+        "all(whole[: len(prompt)] == prompt and len(whole) > len(prompt) for whole in wholes)",
+        "all(len(whole) > len(prompt) for whole in wholes)",
+        LABELS,
+    ),
+    Mutant(
+        "answers of several tokens have a label",
+        "steering/labels.py",
+        "if not found.single:",
+        "if not found.single and joined:",
+        LABELS,
+    ),
+    Mutant(
+        "every letter but A is B",
+        "steering/choices.py",
+        'ord(found[1]) - ord("A")',
+        'min(1, ord(found[1]) - ord("A"))',
+        CONTRAST,
+    ),
+    Mutant(
+        "the letter follows the word",
+        "steering/contrast_files.py",
+        "turn = 1 - turn",
+        "turn = 0",
+        CONTRAST,
+    ),
+    Mutant(
+        "validation rows are test rows",
+        "steering/contrast.py",
+        '"test": order[second:third]',
+        '"test": order[first:third]',
+        CONTRAST,
+    ),
+    Mutant(
+        "the digest does not know what a template makes",
+        "steering/contrast.py",
+        "told.append(self.rendered(row))",
+        "told.append([])",
+        CONTRAST,
+    ),
+    Mutant(
+        "principal components about the mean",
+        "steering/estimators.py",
+        "differences = moments.rows_of(0, layer)",
+        "differences = moments.rows_of(0, layer) - moments.rows_of(0, layer).mean(0)",
+        ESTIMATORS,
+    ),
+    Mutant(
+        "a direction with a sign of its own",
+        "steering/estimators.py",
+        "return along * unit, told",
+        "return along.abs() * unit, told",
+        ESTIMATORS,
+    ),
+    Mutant(
+        "a random direction that heeds no seed",
+        "steering/estimators.py",
+        'f"{seed} {place}"',
+        "place",
+        EXTRACT,
+    ),
+    Mutant(
+        "a discriminant of classes that share a mean",
+        "steering/estimators.py",
+        "[part - part.mean(0) for part in",
+        "[part for part in",
+        EXTRACT,
+    ),
+    Mutant(
+        "long differences agree more",
+        "steering/moments.py",
+        "(differences / lengths.where(lengths > 0, 1.0))",
+        "differences",
+        EXTRACT,
+    ),
+    Mutant(
+        "vectors of rounding are only warned of",
+        "steering/extraction.py",
+        "if len(short) == len(compared):",
+        "if len(short) > len(compared):",
+        EXTRACT,
+    ),
+    Mutant(
+        "the mean over an answer takes in its prompt",
+        "steering/gathering.py",
+        "Text(one, len(one) - label)",
+        "Text(one, len(one))",
+        EXTRACT,
+    ),
+    Mutant(
+        "two texts with other beginnings are one row",
+        "steering/gathering.py",
+        "text.ids[:-1] != pair.ids[:-1]",
+        "len(text.ids) < 0",
+        EXTRACT,
+    ),
+    Mutant(
+        "fewer labels are exchanged",
+        "steering/gathering.py",
+        "draw.sample(range(most), most // 2)",
+        "draw.sample(range(most), most // 3)",
+        EXTRACT,
     ),
 )

@@ -58,6 +58,7 @@ TAILS: dict[str, tuple[str, tuple[str, str], dict[str, str], tuple[str, ...]]] =
         (),
     ),
     "Answer: with a space behind": ("Is it? Answer: ", (" A", " B"), dict.fromkeys(ALL, "A"), ALL),
+    "parentheses behind a space": ("Is it? Answer: ", (" (A)", " (B)"), dict.fromkeys(ALL, "(A)"), ALL),
     "in parentheses": ("Is it? Answer:", (" (A)", " (B)"), dict.fromkeys(ALL, " (A)"), ()),
     "an open parenthesis": ("Is it? Answer: (", (" (A)", " (B)"), dict.fromkeys(ALL, "A)"), PIECES),
     "a new line": ("Is it? Answer:\n", (" A", " B"), dict.fromkeys(ALL, "A"), ()),
