@@ -39,6 +39,11 @@ OFFLOAD = ("tests/test_offload.py",)
 SLICES = ("tests/test_slices.py", "-k", "not random and not any_batch and not ranks")
 SPREAD = ("tests/test_spread.py",)
 BRANCHING = ("tests/test_branching.py",)
+# On one device: the pools of ranks take longer to start than all of this.
+OPERATORS = ("tests/steering/test_operators.py", "-k", "not tp2 and not pp2 and not device_map")
+APPLYING = ("tests/steering/test_applying.py", "-k", "not tp2 and not pp2 and not device_map")
+VECTORS = ("tests/steering/test_vector.py",)
+VECTOR_FILES = ("tests/steering/test_vector_files.py",)
 CONTRAST = ("tests/steering/test_contrast.py",)
 LABELS = ("tests/steering/test_labels.py",)
 EXTRACT = ("tests/steering/test_extract.py", "-k", "not grow")
@@ -2721,5 +2726,152 @@ MUTANTS = (
         "draw.sample(range(most), most // 2)",
         "draw.sample(range(most), most // 3)",
         EXTRACT,
+    ),
+    Mutant(
+        "a relative strength is one of the direction's own length",
+        "steering/operators.py",
+        "return wide + _norm(wide) * (k * vector.unit(place))",
+        "return wide + _norm(wide) * (k * vector[place])",
+        OPERATORS,
+    ),
+    Mutant(
+        "a preserved norm is that of what was moved",
+        "steering/operators.py",
+        "_norm(wide) / _norm(moved)",
+        "_norm(moved) / _norm(wide)",
+        OPERATORS,
+    ),
+    Mutant(
+        "an affine reference is forgotten",
+        "steering/operators.py",
+        "(kept - _along(wide, u)) * u",
+        "-_along(wide, u) * u",
+        OPERATORS,
+    ),
+    Mutant(
+        "a clamp's limits are exchanged",
+        "steering/operators.py",
+        "wanted = torch.maximum(wanted, _number(least, like=found))",
+        "wanted = torch.minimum(wanted, _number(least, like=found))",
+        OPERATORS,
+    ),
+    Mutant(
+        "a rotation takes the longer way round",
+        "steering/operators.py",
+        "torch.remainder(wanted - torch.atan2(y, x) + math.pi, 2 * math.pi) - math.pi",
+        "wanted - torch.atan2(y, x)",
+        OPERATORS,
+    ),
+    Mutant(
+        "an adaptive rotation turns everything",
+        "steering/operators.py",
+        "return where(x > 0, turned, wide) if adaptive else turned",
+        "return turned",
+        OPERATORS,
+    ),
+    Mutant(
+        "half an ablation is a whole one",
+        "steering/operators.py",
+        "if not isinstance(k, Tensor) or bool((k != 1).any()):",
+        "if not isinstance(k, Tensor):",
+        OPERATORS,
+    ),
+    Mutant(
+        "operators compute in the model's dtype",
+        "steering/operators.py",
+        "return h if h.dtype in (torch.float32, torch.float64) else h.to(torch.float32)",
+        "return h",
+        (*OPERATORS[:2], "bfloat16"),
+    ),
+    Mutant(
+        "what is assigned to tokens keeps its dtype",
+        "backends/body.py",
+        'value += f".to({self.ref(op.base)}.dtype)"',
+        'value += ""',
+        ("tests/conformance/test_writes.py", "-k", "cast_once"),
+    ),
+    Mutant(
+        "the strengths of a mask go to the rows in turn",
+        "steering/applying.py",
+        "return factor[rows][:, None]",
+        "return factor[torch.arange(len(rows)) % len(factor)][:, None]",
+        APPLYING,
+    ),
+    Mutant(
+        "what is for the generated tokens is for all steps",
+        "steering/applying.py",
+        'return _block(t, "positions=").decode, _WHOLE',
+        "return scope, _WHOLE",
+        APPLYING,
+    ),
+    Mutant(
+        "the last token of the prompt is that of every step",
+        "steering/applying.py",
+        'scope = _block(t, "positions=").prefill',
+        "scope = scope",
+        APPLYING,
+    ),
+    Mutant(
+        "a vector is applied in another block than its own",
+        "steering/applying.py",
+        "if recorder is None or (isinstance(t, Recording) and t._recorder is not recorder):",
+        "if recorder is None:",
+        APPLYING,
+    ),
+    Mutant(
+        "a vector of another model is applied",
+        "steering/applying.py",
+        "    vector.check(model)\n",
+        "",
+        APPLYING,
+    ),
+    Mutant(
+        "a direction is the user's own tensor",
+        "steering/directions.py",
+        "tensor.detach().cpu().to(torch.float32, copy=True)",
+        "tensor.detach().cpu().to(torch.float32)",
+        VECTORS,
+    ),
+    Mutant(
+        "vectors of two models are added",
+        "steering/facts.py",
+        "return any(other.weights.get(name) == digest for name, digest in self.weights.items())",
+        "return True",
+        VECTORS,
+    ),
+    Mutant(
+        "an opposite vector keeps its diagnostics",
+        "steering/facts.py",
+        "diagnostics=self.diagnostics if number > 0 else {}",
+        "diagnostics=self.diagnostics",
+        VECTORS,
+    ),
+    Mutant(
+        "a changed file is read",
+        "steering/vector_files.py",
+        'if _digest(tensors) != said["digest"]:',
+        'if not said["digest"]:',
+        VECTOR_FILES,
+    ),
+    Mutant(
+        "a file's vector is given to any model",
+        "steering/vector_files.py",
+        "            vector.check(model)\n",
+        "            pass\n",
+        VECTOR_FILES,
+    ),
+    Mutant(
+        "block 0 is written for llama.cpp",
+        "steering/interchange.py",
+        "if 0 in vector.layers:",
+        "if not vector.layers:",
+        VECTOR_FILES,
+    ),
+    Mutant(
+        "pickled code is run",
+        "steering/interchange.py",
+        "weights_only=True",
+        "weights_only=False",
+        VECTOR_FILES,
     ),
 )

@@ -444,3 +444,12 @@ def test_a_vector_of_several_sites_and_of_other_models_is_refused(model: tl.Mode
     ):
         with pytest.raises(errors.SteeringMismatchError), model.trace(ROWS) as t:
             wrong.apply(t)
+
+
+def test_a_model_without_named_sites_has_no_place_for_a_vector() -> None:
+    plain = tl.wrap(torch.nn.Linear(4, 4))
+    with (
+        pytest.raises(errors.NotALanguageModelError, match="modules alone"),
+        plain.trace(torch.ones(2, 4)) as t,
+    ):
+        V.apply(t)

@@ -50,6 +50,10 @@ def test_directions_are_copies_in_float32_on_the_host_by_layer_and_site() -> Non
     assert torch.equal(v["post_ln", 2], v["mlp_norm", 2])
     assert ("post_ln", 2) in v
     assert ("post_ln", 1) not in v
+    alike = drawn()  # of the very dtype that is kept
+    w = SteeringVector({("resid_post", 2): alike})
+    alike += 1
+    assert torch.equal(w["resid_post", 2], before)
     with pytest.raises(TypeError):
         v.directions["resid_post", 2] = mine  # pyright: ignore[reportIndexIssue]  # that is what is tested
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from tracelens.errors import NoTraceError, OptionError, SteeringSelectionError
+from tracelens.errors import NotALanguageModelError, NoTraceError, OptionError, SteeringSelectionError
 from tracelens.model import Model
 from tracelens.open_recordings import open_recorder
 from tracelens.operand import Operand
@@ -86,10 +86,14 @@ def _open(t: Any) -> tuple[Model, Recorder]:
 
 
 def _model_of(t: Any) -> Model:
+    model = t._model if isinstance(t, Recording) else t
+    if isinstance(model, Model):
+        return model
     if isinstance(t, Recording):
-        return t._model
-    if isinstance(t, Model):
-        return t
+        raise NotALanguageModelError(
+            "a steering vector belongs to a site of a layer, and this model has modules alone",
+            instead="model.module(path).output += 2.0 * direction",
+        )
     if isinstance(t, StepScope | PromptPart):
         raise OptionError(
             f"a vector is applied in a block, and {t!r} is a part of one",
