@@ -163,6 +163,14 @@ def test_gguf_of_others(model: tl.Model, tmp_path: Path) -> None:
     assert (alone.facts.architecture, alone.facts.weights) == ("llama", {})
     with pytest.raises(errors.SteeringMismatchError, match="llama"):
         S.load(path, tl.wrap(FAMILIES["gpt2"].build()))
+    for family, hint in (
+        ("gemma3", "gemma3"),
+        ("mistral", "llama"),
+        ("mistral", "mistral"),
+        ("qwen3_moe", "qwen3moe"),
+    ):
+        named = written_by_others(tmp_path / "named.gguf", tensors, hint=hint)
+        assert S.load(named, tl.wrap(FAMILIES[family].build())).layers == (1, 2)
     wrong: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         "two axes": ({"direction.1": np.ones((2, 3), dtype=np.float32)}, {}),
         "half": ({"direction.1": np.ones(32, dtype=np.float16)}, {}),

@@ -82,15 +82,22 @@ def read_gguf(path: Path, model: Model | None) -> SteeringVector:
 
 
 def _require_architecture(hint: str | None, model: Model | None, what: str) -> None:
-    if model is not None and hint and _plain(hint) != _plain(model.config.model_type):
+    if model is None or not hint:
+        return
+    kind: str = model.config.model_type
+    known = {_plain(kind), _plain(kind.removesuffix("_text")), _plain(_LLAMA_CPP.get(kind, kind))}
+    if _plain(hint) not in known:
         raise SteeringMismatchError(
-            f"{what} is for a {hint}, and the model is a {model.config.model_type}",
-            instead="a vector of this model",
+            f"{what} is for a {hint}, and the model is a {kind}", instead="a vector of this model"
         )
 
 
+_LLAMA_CPP = {"mistral": "llama", "mixtral": "llama"}
+"""What llama.cpp calls kinds of models that have another name in transformers."""
+
+
 def _plain(name: str) -> str:
-    """llama.cpp and transformers write names of architectures with and without marks between the words."""
+    """Names of architectures are written with and without marks between the words."""
     return re.sub(r"[^a-z0-9]", "", name.lower())
 
 
