@@ -10,6 +10,7 @@ __all__ = [
     "ContrastFileError",
     "ExtractionError",
     "LabelError",
+    "LeftOutWarning",
     "SteeringFileError",
     "SteeringMismatchError",
     "SteeringSelectionError",
@@ -43,6 +44,10 @@ class ExtractionError(TracelensError, ValueError):
 
 class ZeroVectorError(TracelensError):
     """The two answers do not differ where their activations were read, so every vector is nothing but rounding."""
+
+
+class LeftOutWarning(UserWarning):
+    """Some rows of the contrast data have no label, so a steering vector is made of the others."""
 
 
 class ZeroVectorWarning(UserWarning):

@@ -21,6 +21,7 @@ from tracelens.errors import (
     ContrastError,
     ExtractionError,
     LabelError,
+    LeftOutWarning,
     NestedTraceError,
     OptionError,
     ZeroVectorError,
@@ -415,6 +416,27 @@ def test_places_without_a_difference_are_told() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         extract(MODEL, pairs, sites=["resid_pre", "resid_post"], layers=[1, 2])
+
+
+def test_rows_that_are_left_out_are_told() -> None:
+    data = Contrast.pairs([("It is", " Paris", " Rome"), ("It is", " Paris then", " Rome now")])
+    with pytest.warns(LeftOutWarning, match=r"1 of 2 rows are left out: the answers .* \(1\)") as caught:
+        vector = made("mean_difference", data)
+    assert caught[0].filename == __file__
+    assert vector.facts.rows == 1
+    assert torch.equal(stacked(vector), stacked(made("mean_difference", data[:1])))
+
+
+def test_ids_that_were_put_together_are_told() -> None:
+    data = Contrast.pairs([("It is: ", " A", " B"), ("It is:", " A", " B")])
+    assert made("mean_difference", data).facts.template == "none, with ids put together in 1 of 2 rows"
+
+
+def test_activations_that_are_not_finite() -> None:
+    hf = FAMILIES["llama"].build(vocab_size=len(TOKENIZER), max_position_embeddings=128)
+    hf.model.layers[1].mlp.down_proj.weight.data.fill_(float("inf"))
+    with pytest.raises(ExtractionError, match=r"layers\[1\].resid_post are not finite"):
+        extract(tl.wrap(hf, TOKENIZER), ROWS, sites="resid_post")
 
 
 # --- what is refused -------------------------------------------------------------------------------------------------

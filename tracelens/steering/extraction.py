@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, cast, get_args
 
 from torch import Tensor
 
-from tracelens.errors import Blaming, ExtractionError, ZeroVectorError, ZeroVectorWarning
+from tracelens.errors import Blaming, ExtractionError, LeftOutWarning, ZeroVectorError, ZeroVectorWarning
 from tracelens.location import Location, here
 from tracelens.slices import require_rows
 from tracelens.steering.contrast import Contrast
@@ -74,7 +74,8 @@ def extract(
     Raises :class:`~tracelens.errors.LabelError` if no pair has a label, :class:`~tracelens.errors.ExtractionError` for
     what the method cannot be made of, and :class:`~tracelens.errors.ZeroVectorError` if the answers do not differ where
     they were read: every vector is shorter than 1e-3 of the mean activation. Where some are, it warns
-    (:class:`~tracelens.errors.ZeroVectorWarning`).
+    (:class:`~tracelens.errors.ZeroVectorWarning`), as where rows without a label are left out
+    (:class:`~tracelens.errors.LeftOutWarning`).
 
     >>> v = tl.steering.extract(model, data.train, sites=["post_ln"], layers=range(10, 20))   # doctest: +SKIP
     >>> v["post_ln", 12].shape                                                                # doctest: +SKIP
@@ -110,6 +111,11 @@ def extract(
             moments = found[site]
             for row, layer in enumerate(numbers):
                 place = (site, layer)
+                if not moments.norms[row].isfinite():
+                    raise ExtractionError(
+                        f"the activations at {written(place)} are not finite numbers",
+                        instead="a dtype with room for them, such as torch.bfloat16 in place of torch.float16",
+                    )
                 vector, told = vector_of(moments, row, method, seed, written(place))
                 directions[place] = vector
                 size = scale[place] = float(moments.scale[row])
@@ -123,6 +129,10 @@ def extract(
                 length = moments.mean[row] if method in CONTROLS else vector
                 compared[place] = float(length.norm()) / size if size > 0 else 0.0
         _guard(compared, positions, at)
+        if sides.left_out:
+            left, kept = sum(sides.left_out.values()), len(sides.positive)
+            reasons = "; ".join(f"{reason} ({count})" for reason, count in sides.left_out.items())
+            _warn(LeftOutWarning(f"{left} of {left + kept} rows are left out: {reasons}"), at)
         return SteeringVector(
             directions,
             Facts.of(
@@ -184,12 +194,14 @@ def _guard(compared: dict[Place, float], positions: str, at: Location) -> None:
             f"{NOTHING} of the mean activation, at {told}",
             instead='positions="label", where the answers differ; data.show(model) marks it',
         )
-    warnings.warn_explicit(
+    _warn(
         ZeroVectorWarning(
             f"the vectors of {len(short)} of {len(compared)} places have less than {NOTHING} of the mean activation "
             f"there, which is nothing to steer with: {told}"
         ),
-        None,
-        at.filename,
-        at.line,
+        at,
     )
+
+
+def _warn(warning: Warning, at: Location) -> None:
+    warnings.warn_explicit(warning, None, at.filename, at.line)

@@ -35,13 +35,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Sides:
-    """The texts of both classes, and what they are called; ``paired``: the two of one number are a pair."""
+    """The texts of both classes, and what they are called.
+
+    ``paired``: the two of one number are a pair. ``left_out``: how many rows have no place among them, by reason.
+    """
 
     positive: tuple[Text, ...]
     negative: tuple[Text, ...]
     paired: bool
     digest: str
     template: str | None
+    left_out: Mapping[str, int]
 
 
 def sides_of(data: Any, model: Model, positions: Positions) -> Sides:
@@ -56,7 +60,7 @@ def sides_of(data: Any, model: Model, positions: Positions) -> Sides:
             tuple(_text(ids, positions) for prompt in prompts for ids in _ids(model, prompt))
             for prompts in (data.positive, data.negative)
         ]
-        return Sides(*classes, paired=False, digest=data.digest, template=None)
+        return Sides(*classes, paired=False, digest=data.digest, template=None, left_out={})
     free = positions in ("last", "mean")
     if isinstance(data, Labelled):
         found = labelled(data.data, model, free=True) if free else data
@@ -64,7 +68,10 @@ def sides_of(data: Any, model: Model, positions: Positions) -> Sides:
         found = labelled(data if isinstance(data, Contrast) else Contrast.pairs(data), model, free=free)
     pairs = [_pair(row, positions) for row in found]
     positive, negative = zip(*pairs, strict=True)
-    return Sides(positive, negative, True, found.digest, name_of(found.data.template))
+    template = name_of(found.data.template)
+    if found.joined:
+        template += f", with ids put together in {found.joined} of {len(found)} rows"
+    return Sides(positive, negative, True, found.digest, template, found.reasons)
 
 
 def _ids(model: Model, prompt: Any) -> list[tuple[int, ...]]:
