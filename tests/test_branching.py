@@ -8,6 +8,7 @@ from torch.testing import assert_close
 
 import tracelens as tl
 from tests.support.families import D_MODEL, FAMILIES
+from tests.support.more_families import ALL, EAGER_ALONE
 from tracelens.errors import PromptError, PromptTooLongError
 
 IDS = [[3, 14, 15], [9, 26], [5, 35, 8, 9]]
@@ -15,10 +16,16 @@ STEPS = (-2.0, 0.0, 0.5, 3.0)
 V = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0))
 
 
+BY_DISTANCE = ("bloom", "falcon_sequential")
+"""Families whose attention adds the distance of two tokens, counted in the row, to their score."""
+
+
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize("name", [name for name in ALL if name not in BY_DISTANCE])
 def test_each_branch_is_the_prompt_that_ends_with_it_alone(name: str, attn: str) -> None:
-    model = tl.wrap(FAMILIES[name].build(attn=attn))
+    if attn == "sdpa" and name in EAGER_ALONE:
+        attn = "eager"
+    model = tl.wrap(ALL[name].build(attn=attn))
     with model.trace(model.prepare(IDS, branches=len(STEPS))) as t:
         model.layers[1].resid_post.tok[-len(STEPS) :] += torch.tensor(STEPS)[:, None] * V
         model.logits.tok[-len(STEPS) :].save("logits")
@@ -97,6 +104,9 @@ def test_what_cannot_branch_says_so(llama: tl.Model) -> None:
     gemma.prepare([1, 2, 3, 4], branches=9)
     with pytest.raises(PromptError, match="window of 4, the longest prompt has 5"):
         gemma.prepare([1, 2, 3, 4, 5], branches=9)
+    for name in BY_DISTANCE:
+        with pytest.raises(PromptError, match="the distance"):
+            tl.wrap(ALL[name].build(attn="eager")).prepare(IDS, branches=2)
     flexible = tl.wrap(FAMILIES["llama"].build(attn="flex_attention"))
     with pytest.raises(PromptError, match="flex_attention"):
         flexible.prepare(IDS, branches=2)

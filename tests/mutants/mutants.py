@@ -38,6 +38,7 @@ CHAT = ("tests/test_chat.py",)
 OFFLOAD = ("tests/test_offload.py",)
 SLICES = ("tests/test_slices.py", "-k", "not random and not any_batch and not ranks")
 SPREAD = ("tests/test_spread.py",)
+SWEEP = ("tests/steering/test_sweep.py",)
 BRANCHING = ("tests/test_branching.py",)
 # On one device: the pools of ranks take longer to start than all of this.
 OPERATORS = ("tests/steering/test_operators.py", "-k", "not tp2 and not pp2 and not device_map")
@@ -2873,5 +2874,89 @@ MUTANTS = (
         "weights_only=True",
         "weights_only=False",
         VECTOR_FILES,
+    ),
+    Mutant(
+        "branches of a model that goes by distance",
+        "backends/branching.py",
+        'if getattr(anatomy.config, "alibi", False) or',
+        "if",
+        (*BRANCHING, "-k", "cannot"),
+    ),
+    Mutant(
+        "a sweep: an end writes to its neighbour",
+        "steering/propensity.py",
+        "return slice(first - count, first - count + length or None)",
+        "return slice(first - count - 1, first - count - 1 + length or None)",
+        (*SWEEP, "-k", "hook or many"),
+    ),
+    Mutant(
+        "a sweep: rows come back in the order of their lengths",
+        "steering/propensity.py",
+        "own, chosen = [rows[row] for row in batch]",
+        "own, chosen = [rows[row] for row in sorted(batch)]",
+        (*SWEEP, "-k", "hook or many"),
+    ),
+    Mutant(
+        "a sweep: accuracy looks at the first option alone",
+        "steering/propensity.py",
+        "return mass, stacked[0] > others",
+        "return mass, stacked[0] > float('-inf')",
+        (*SWEEP, "-k", "hook"),
+    ),
+    Mutant(
+        "a sweep: controls of another place",
+        "steering/measuring.py",
+        "own = vector.at(sites=place[0], layers=place[1])\n            ends",
+        "own = vector.at(sites=vector.places[0][0], layers=vector.places[0][1])\n            ends",
+        (*SWEEP, "-k", "many"),
+    ),
+    Mutant(
+        "a sweep: shuffled labels keep their share",
+        "steering/controls.py",
+        "[: len(rows) // 2], number] = -1",
+        "[: len(rows) // 4], number] = -1",
+        (*SWEEP, "-k", "shuffled"),
+    ),
+    Mutant(
+        "damage: the divergence is taken the other way round",
+        "steering/damage.py",
+        "apart = lens.kl(before)",
+        "apart = before.kl(lens)",
+        (*SWEEP, "-k", "damage"),
+    ),
+    Mutant(
+        "choosing on test rows",
+        "steering/choosing.py",
+        'if source.part == "validation":',
+        'if source.part in ("validation", "test"):',
+        ("tests/steering/test_choosing.py", "-k", "refused"),
+    ),
+    Mutant(
+        "the strength is the largest multiplier",
+        "steering/choosing.py",
+        "best.mean, -np.inf).argmax()",
+        "grid, -np.inf).argmax()",
+        ("tests/steering/test_choosing.py",),
+    ),
+    Mutant(
+        "a slope of zero is steerable",
+        "steering/curve.py",
+        "return float((self.slopes <= 0).mean())",
+        "return float((self.slopes < 0).mean())",
+        ("tests/steering/test_curve.py",),
+    ),
+    Mutant(
+        "equal numbers have the lowest rank",
+        "steering/steerability.py",
+        "+ 0.5 * (other == one).sum(-1)",
+        "+ 0.5",
+        ("tests/steering/test_steerability.py",),
+    ),
+    Mutant(
+        "Wilson's interval is centred on the share",
+        "steering/intervals.py",
+        "centre = share + z * z / (2 * count)",
+        "centre = share",
+        ("tests/steering/test_intervals.py",),
     ),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import cast
 
@@ -34,6 +35,13 @@ def with_branches(anatomy: ModelAnatomy, prompt: Prompt, branches: Branches) -> 
             "what keeps branches apart",
             at=here(),
             instead='model.hf.set_attn_implementation("sdpa"), or one prompt for each',
+        )
+    takes = inspect.signature(type(anatomy.model).forward).parameters
+    if getattr(anatomy.config, "alibi", False) or "position_ids" not in takes:
+        raise PromptError(
+            "this model's attention goes by the distance of two tokens in the row, and branches stand at one place",
+            at=here(),
+            instead="one prompt for each branch",
         )
     longest = max(prompt.lengths) + (ends is not None)
     windows = {window_of(anatomy.config, layer) for layer in range(anatomy.n_layers)} - {None}
