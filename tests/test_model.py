@@ -133,8 +133,8 @@ def test_sites_lists_what_there_is_and_why_the_rest_is_not() -> None:
 def test_sites_are_known_before_weights_are_loaded(tmp_path) -> None:
     family = FAMILIES["qwen3"]
     family.build().save_pretrained(tmp_path)
-    empty = tl.load(tmp_path, weights=False)
     full = tl.load(tmp_path)
+    empty = tl.load(tmp_path, weights=False)
     assert repr(empty.sites()) == repr(full.sites())
     assert empty.anatomy.device.type == "meta"
     with empty.record() as r:

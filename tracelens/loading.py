@@ -14,6 +14,7 @@ from torch import nn
 
 from tracelens.backends.architectures.lookup import no_table
 from tracelens.backends.places import look_at
+from tracelens.deriving import derived, held_to
 from tracelens.errors import Blaming, OptionError, UnknownArchitectureError
 from tracelens.location import here
 from tracelens.model import Model
@@ -42,6 +43,7 @@ def load(
     ranks: Ranks | None = None,
     timeout: float | None = None,
     parallelize: str | None = None,
+    probe: bool = True,
     **options: Any,
 ) -> Model:
     """Loads a model and its tokenizer: ``tl.load("smollm2-135m")``, ``tl.load("Qwen/Qwen3-4B")``, ``tl.load("./dir")``.
@@ -66,7 +68,7 @@ def load(
     ``"my_plans:tutorial"`` for ``def tutorial(model, mesh)`` in the module ``my_plans``. Every rank imports it, reads
     the whole model into the host's memory, and calls it with a mesh of ``tp`` ranks; it calls ``parallelize_module``.
 
-    A family without a table gives a :class:`PlainModel`. Raises :class:`~tracelens.errors.OptionError` for a folder
+    ``probe``: as for :func:`wrap`. Raises :class:`~tracelens.errors.OptionError` for a folder
     that is not there and for options that have no effect, and what transformers raises where a model cannot be found on
     the hub or does not fit.
     """
@@ -122,7 +124,7 @@ def load(
     if embedded:
         found.config.name_or_path = str(name)  # not the folder in the cache, whose name has a version of ours
     tokenizer = tokenizer_of(source)
-    return wrap(found, tokenizer)
+    return wrap(found, tokenizer, probe=probe)
 
 
 @contextmanager
@@ -160,17 +162,27 @@ if TYPE_CHECKING:
 
     @overload
     def wrap(  # pyright: ignore[reportOverlappingOverload]  # one of a family without a table is the exception
-        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None
+        model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None = None, *, probe: bool = True
     ) -> Model: ...
     @overload
-    def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> PlainModel: ...
+    def wrap(
+        model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, probe: bool = True
+    ) -> PlainModel: ...
 
 
-def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> Model | PlainModel:
+def wrap(
+    model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None, *, probe: bool = True
+) -> Model | PlainModel:
     """Takes a model that is already loaded. Nothing in it is replaced or patched.
 
     A language model of transformers of a family that has a table gives a :class:`Model`; without a tokenizer, prompts
     are token ids. Any other module gives a :class:`PlainModel`, whose submodules are read and changed by path.
+
+    ``probe``: hold the sites to what they are called, by a forward pass of six tokens (:meth:`Model.check_sites`). It
+    is done once for models that are built alike, and kept in a file beside the embedded model's. A site that fails is
+    refused at use, and a :class:`~tracelens.errors.RefutedSitesWarning` says which. A language model of a type without
+    a table gets the table that fits its modules, if one does, and of that the sites which are shown to be right;
+    without ``probe`` it gives a :class:`PlainModel`.
 
     Under ``torchrun`` the model may be spread over the ranks, by transformers or by ``parallelize_module``; then all of
     its ranks call this together, and run one forward pass to see how its tensors lie on them.
@@ -192,8 +204,10 @@ def wrap(model: nn.Module, tokenizer: PreTrainedTokenizerBase | None = None) -> 
         )
     reason = no_table(model)
     if reason is not None:
-        return PlainModel(model, reason)
+        return (derived(model, tokenizer) if probe else None) or PlainModel(model, reason)
     found = Model(model, tokenizer)
     with Blaming(here()):
         look_at(found.anatomy)
+    if probe:
+        held_to(found)
     return found

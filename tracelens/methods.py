@@ -10,6 +10,8 @@ from tracelens.handles import recorder_of
 from tracelens.lens.attribution import logit_attribution
 from tracelens.lens.logit_lens import logit_lens
 from tracelens.lens_value import Lens, Translator, lens_of
+from tracelens.parallel_check import ParallelReport, check_parallel
+from tracelens.proving import SiteProof, prove
 from tracelens.splicing import Splice
 from tracelens.values import Value
 
@@ -92,6 +94,32 @@ class Methods:
         """
         recorder_of(cast("Model", self).anatomy, "model.splice(...)")
         return splice_at(cast("Model", self), module, site=site, to=to, keep_error=keep_error)
+
+    def check_parallel(self, prompt: Any, *, tolerance: float | None = None) -> ParallelReport:
+        """Compares every site of every layer, and the logits, with those of the same model in one process.
+
+        Loads the model once more for that time, whole and on one device, where it has to fit. The report is a table:
+        for each site the largest error of all layers, relative to the largest number there, where it is, and whether
+        it is within ``tolerance``. That is 1e-5, or 8 times the precision of the model's dtype if this is more.
+
+        >>> model.check_parallel("The capital of France is").ok                      # doctest: +SKIP
+        True
+
+        Raises :class:`~tracelens.errors.OptionError` for a model that is not on ranks of this process.
+        """
+        return check_parallel(cast("Model", self), prompt, tolerance)
+
+    def check_sites(self) -> SiteProof:
+        """Holds the model's sites to what they are called: a forward pass of six tokens, and the sums between sites.
+
+        The result is a table of identities (``resid_mid + mlp_add == resid_post``, ``pattern @ v == z``, ...) with the
+        largest relative error of each, and says which sites are verified by one, refuted, or taken from the table of
+        the family alone. ``tl.load`` and ``tl.wrap`` do this by themselves, once for models that are built alike.
+
+        >>> model.check_sites().ok                                                   # doctest: +SKIP
+        True
+        """
+        return prove(cast("Model", self))
 
     logit_lens = logit_lens
     logit_attribution = logit_attribution

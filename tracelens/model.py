@@ -24,7 +24,6 @@ from tracelens.location import here
 from tracelens.memory import bytes_of
 from tracelens.methods import Methods
 from tracelens.module_handle import ModuleHandle
-from tracelens.parallel_check import ParallelReport, check_parallel
 from tracelens.placement import Placement
 from tracelens.prompt_tokens import PromptTokens
 from tracelens.prompted import Prompt
@@ -39,6 +38,7 @@ from tracelens.view import Fold, Line, Shown, Stack, View, display, html
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+    from tracelens.backends.base import Family
     from tracelens.backends.ranks.pool import Ranks
 
 _OWN = ("_compiler", "_hf", "_latest", "_parts", "_tokenizer", "anatomy", "layers")
@@ -60,9 +60,10 @@ class Model(Methods, Shown):
         tokenizer: PreTrainedTokenizerBase | None = None,
         _parts: Parts | None = None,
         _elsewhere: Placement | None = None,
+        _family: Family | None = None,
     ) -> None:
         with Blaming(here()):
-            anatomy = ModelAnatomy(hf_model)
+            anatomy = ModelAnatomy(hf_model, _family)
         anatomy.elsewhere = _elsewhere
         compiler = Compiler(anatomy) if _parts is None else RankedCompiler(anatomy, _parts)
         layers = Layers(LayerHandle(anatomy, index) for index in range(anatomy.n_layers))
@@ -287,20 +288,6 @@ class Model(Methods, Shown):
         """
         if self._parts is not None:
             self._parts.close()
-
-    def check_parallel(self, prompt: Any, *, tolerance: float | None = None) -> ParallelReport:
-        """Compares every site of every layer, and the logits, with those of the same model in one process.
-
-        Loads the model once more for that time, whole and on one device, where it has to fit. The report is a table:
-        for each site the largest error of all layers, relative to the largest number there, where it is, and whether
-        it is within ``tolerance``. That is 1e-5, or 8 times the precision of the model's dtype if this is more.
-
-        >>> model.check_parallel("The capital of France is").ok                      # doctest: +SKIP
-        True
-
-        Raises :class:`~tracelens.errors.OptionError` for a model that is not on ranks of this process.
-        """
-        return check_parallel(self, prompt, tolerance)
 
     @property
     def ranks(self) -> Ranks | None:

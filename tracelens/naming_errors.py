@@ -9,6 +9,7 @@ __all__ = [
     "AmbiguousSiteError",
     "HeadRangeError",
     "LayerRangeError",
+    "RefutedSitesWarning",
     "UnknownAttributeError",
     "UnknownModuleError",
     "UnknownParameterError",
@@ -28,6 +29,10 @@ class AmbiguousSiteError(UnknownSiteError):
 
 class AbsentSiteError(TracelensError, AttributeError):
     """The site exists in the vocabulary, but this family of models does not have it."""
+
+
+class RefutedSitesWarning(UserWarning):
+    """Some sites of the model are not what they are called, and cannot be used."""
 
 
 class LayerRangeError(TracelensError, IndexError):

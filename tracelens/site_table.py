@@ -14,7 +14,8 @@ from tracelens.view import Line, Shown, Stack, Table, View
 class SiteRow:
     """One site of a model. ``absent`` is the reason why the model lacks it, or ``None``.
 
-    ``layers``: those that have it, where not all do; ``others``: why the others lack it.
+    ``layers``: those that have it, where not all do; ``others``: why the others lack it. ``status``: ``"verified"`` by
+    an identity that holds in this model, ``"derived"`` from the family's table alone, or ``"absent"``.
     """
 
     name: str
@@ -27,6 +28,7 @@ class SiteRow:
     absent: str | None
     layers: tuple[int, ...] = ()
     others: str | None = None
+    status: str = "derived"
 
     @property
     def writable(self) -> bool:
@@ -64,6 +66,7 @@ class SiteTable(Sequence[SiteRow], Shown):
                 row.shape if row.absent is None else "-",
                 row.dtype if row.absent is None else "-",
                 row.effect.value if row.absent is None else "absent",
+                row.status,
                 row.absent if row.absent is not None else _meaning(row),
             )
             for row in self.rows
@@ -80,7 +83,7 @@ def _meaning(row: SiteRow) -> str:
     return f"{row.meaning} (in {which}; {row.others})"
 
 
-_HEADS = ("site", "alias", "shape", "dtype", "a write changes", "meaning")
+_HEADS = ("site", "alias", "shape", "dtype", "a write changes", "status", "meaning")
 
 
 def site_table(anatomy: ModelAnatomy) -> SiteTable:
@@ -115,6 +118,7 @@ def site_table(anatomy: ModelAnatomy) -> SiteTable:
                 absent,
                 some if absent is None else (),
                 lacking if absent is None else None,
+                "absent" if absent is not None else _status(anatomy, kind.name),
             )
         )
         if kind.name == "z":
@@ -124,8 +128,16 @@ def site_table(anatomy: ModelAnatomy) -> SiteTable:
     )
 
 
+def _status(anatomy: ModelAnatomy, name: str) -> str:
+    return "derived" if anatomy.proof is None or anatomy.proof.skipped else anatomy.proof.status(name)
+
+
 def _head_out(anatomy: ModelAnatomy, dtype: str) -> SiteRow:
     """What is computed from ``z`` where it is read."""
     shape = f"[B, P, {anatomy.widths['H']}, {anatomy.widths['D']}]"
     meaning = "what each head adds to attn_out, computed from z (the bias belongs to no head)"
-    return SiteRow("head_out", (), "layers[i].head_out", shape, dtype, Effect.NONE, meaning, None)
+    absent = anatomy.absence(Site("z"))
+    status = _status(anatomy, "z") if absent is None else "absent"
+    return SiteRow(
+        "head_out", (), "layers[i].head_out", shape, dtype, Effect.NONE, meaning, absent, status=status
+    )

@@ -34,6 +34,15 @@ class HeadOf:
     width: int
 
 
+class Proof(Protocol):
+    """What is known of the sites of a model beyond its family's table."""
+
+    @property
+    def skipped(self) -> str | None: ...
+
+    def status(self, site: str) -> str: ...
+
+
 class Anatomy(Protocol):
     """What the recorder needs to know of a model."""
 

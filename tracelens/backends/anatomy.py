@@ -39,7 +39,7 @@ from tracelens.ir.module_sites import INPUT, OUTPUT, Key, ModuleSite
 from tracelens.ir.sites import KIND, KINDS, TEXT, Scope, Site, near
 from tracelens.ir.types import TensorType
 from tracelens.placement import Placement, Probed, Seen
-from tracelens.subject import HeadOf
+from tracelens.subject import HeadOf, Proof
 
 
 class ModelAnatomy:
@@ -55,6 +55,8 @@ class ModelAnatomy:
     """How named sites lie there, where only that tells."""
     distributed: frozenset[str] = frozenset()
     """The paths of modules that return DTensors on this rank, as far as that has been looked at."""
+    proof: Proof | None = None
+    """What the identities between sites say of this model."""
     _skeleton: nn.Module | None = None
 
     @property
@@ -62,7 +64,8 @@ class ModelAnatomy:
         """What the model is like as a whole: what one rank has of it is another thing."""
         return self.model if self._skeleton is None else self._skeleton
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, family: Family | None = None) -> None:
+        """``family``: a table that is tried on a model of a type without one."""
         self.model = model
         config: Any = getattr(model, "config", None)
         if not isinstance(model, nn.Module) or config is None:  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
@@ -73,7 +76,7 @@ class ModelAnatomy:
         self.mesh = mesh_of(model)
         if self.mesh is not None:
             self._skeleton = skeleton(model)
-        self.family = family_of(config)
+        self.family = family_of(config) if family is None else family
         config = self.config = text_of(config)
         self.n_layers: int = config.num_hidden_layers
         neurons = getattr(config, self.family.neurons, None)
@@ -155,6 +158,10 @@ class ModelAnatomy:
 
     def has(self, site: Site) -> bool:
         return self.absence(site) is None
+
+    def withhold(self, reasons: Mapping[str, str]) -> None:
+        """Sites that the table names, and that are not to be used in this model."""
+        self._withheld |= reasons
 
     def type_of(self, site: Site) -> TensorType:
         if isinstance(site, ModuleSite):

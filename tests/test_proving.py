@@ -1,0 +1,220 @@
+"""Sites held to what they are called: the identities between them, at load and on demand."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import warnings
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.testing import assert_close
+from transformers import AutoModelForCausalLM, BitNetConfig, GraniteConfig, SmolLM3Config
+
+import tracelens as tl
+from tests.support.families import EVERY, FAMILIES, randomise
+from tracelens import loading, proving
+from tracelens.backends.anatomy import family_of
+from tracelens.backends.base import Family
+from tracelens.errors import AbsentSiteError, RefutedSitesWarning
+from tracelens.ir.sites import KIND
+from tracelens.model import Model
+
+IDS = [[3, 4, 5, 9]]
+TINY: dict[str, Any] = {
+    "vocab_size": 97,
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+
+
+@pytest.fixture
+def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Nothing is known of any model, and what is found is kept in a folder of the test's."""
+    monkeypatch.setenv("TRACELENS_CACHE", str(tmp_path))
+    monkeypatch.setattr(proving, "_known", {})
+    return tmp_path
+
+
+def built(config: Any) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    randomise(model, 0)
+    return model.eval()
+
+
+def tried(hf: nn.Module, family: Family, **taps: Any) -> proving.SiteProof:
+    return proving.prove(Model(hf, None, _family=replace(family, taps={**family.taps, **taps})))
+
+
+@pytest.mark.parametrize("name", EVERY)
+def test_every_site_of_every_family_is_verified(name: str) -> None:
+    model = tl.wrap(EVERY[name].build(), probe=False)
+    found = model.check_sites()
+    assert found.ok
+    assert found.derived == ()
+    assert all(check.holds and check.error < 1e-5 for check in found.checks)
+    assert set(found.verified) == {row.name for row in model.sites() if row.absent is None} - {"head_out"}
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_other_dtypes(dtype: torch.dtype) -> None:
+    assert tl.wrap(FAMILIES["qwen3"].build(dtype=dtype), probe=False).check_sites().ok
+
+
+SAME = {
+    frozenset(pair)
+    for pair in (
+        ("attn_norm", "attn_in"),
+        ("mlp_norm", "mlp_in"),
+        ("attn_out", "attn_add"),
+        ("mlp_out", "mlp_add"),
+        # Only their sum is anywhere in the model.
+        ("embed", "pos_embed"),
+    )
+}
+"""Sites that are one tensor in some families."""
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "gpt2"])
+def test_sites_that_are_exchanged_are_found_out(name: str) -> None:
+    hf = FAMILIES[name].build()
+    family = family_of(hf.config)
+    inside = ("scores", "pattern", "q_rot", "k_rot")  # known by their names and not by the table
+    exchanged = 0
+    for one, other in itertools.combinations([site for site in family.taps if site not in inside], 2):
+        alike = KIND[one].shape == KIND[other].shape and KIND[one].scope is KIND[other].scope
+        if not alike or family.taps[one] == family.taps[other] or {one, other} in SAME:
+            continue
+        try:
+            found = tried(hf, family, **{one: family.taps[other], other: family.taps[one]})
+        except (tl.TracelensError, RuntimeError, AssertionError):
+            continue  # the tables' own checks have found it
+        exchanged += 1
+        assert {one, other} & set(found.refuted), (one, other)
+    assert exchanged > 40
+
+
+def test_a_refuted_site_is_refused_and_the_others_are_there(
+    forgotten: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hf = FAMILIES["llama"].build()
+    family = family_of(hf.config)
+    wrong = replace(family, taps={**family.taps, "attn_add": family.taps["attn_in"]})
+    monkeypatch.setattr(loading, "Model", lambda hf, tokenizer: Model(hf, tokenizer, _family=wrong))
+    with pytest.warns(
+        RefutedSitesWarning, match=r"attn_add: in this model resid_pre \+ attn_add == resid_mid"
+    ):
+        model = tl.wrap(hf)
+    rows = {row.name: row for row in model.sites()}
+    assert rows["attn_add"].status == "absent"
+    assert rows["attn_add"].absent is not None
+    assert rows["mlp_add"].status == "verified"
+    with pytest.raises(AbsentSiteError, match="does not hold"), model.trace(IDS):
+        model.layers[0].attn_add.save()
+    with model.trace(IDS):
+        model.layers[0].mlp_add.save("x")
+
+
+def test_models_that_are_built_alike_are_looked_at_once(
+    forgotten: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    real = proving.prove
+    monkeypatch.setattr(proving, "prove", lambda model: (passes.append(1), real(model))[1])
+    first = tl.wrap(FAMILIES["llama"].build(seed=0))
+    second = tl.wrap(FAMILIES["llama"].build(seed=1))
+    assert len(passes) == 1
+    assert first.anatomy.proof is second.anatomy.proof
+    tl.wrap(EVERY["llama_bias"].build())
+    assert len(passes) == 2
+    # Another process finds the file.
+    monkeypatch.setattr(proving, "_known", {})
+    third = tl.wrap(FAMILIES["llama"].build(seed=2))
+    assert len(passes) == 2
+    assert third.anatomy.proof == first.anatomy.proof
+    (file, *_) = sorted((forgotten / "sites").iterdir())
+    file.write_text("{")
+    for file in (forgotten / "sites").iterdir():
+        file.write_text(json.dumps({"checks": 1}))
+    monkeypatch.setattr(proving, "_known", {})
+    tl.wrap(FAMILIES["llama"].build(seed=2))
+    assert len(passes) == 3
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_when_nothing_is_run() -> None:
+    training = FAMILIES["llama"].build().train()
+    model = tl.wrap(training)
+    assert model.anatomy.proof is not None
+    assert model.anatomy.proof.skipped == "the model is in training mode"
+    assert {row.status for row in model.sites()} == {"derived", "absent"}
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(FAMILIES["llama"].config())
+    found = tl.wrap(empty.eval()).anatomy.proof
+    assert found is not None
+    assert found.skipped is not None
+    assert "meta" in found.skipped
+    unasked = tl.wrap(FAMILIES["llama"].build(), probe=False)
+    assert unasked.anatomy.proof is None
+
+
+def test_it_shows_itself() -> None:
+    text = str(tl.wrap(FAMILIES["llama"].build()).check_sites())
+    assert text.startswith("26 sites verified, 0 by the family's table alone")
+    assert "pattern @ v == z" in text
+
+
+# --- types without a table --------------------------------------------------------------------------------------------
+
+
+def test_a_type_without_a_table_gets_the_one_that_fits() -> None:
+    hf = built(SmolLM3Config(**TINY))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = tl.wrap(hf)
+    assert isinstance(model, tl.Model)
+    assert repr(model).count("smollm3") == 1
+    rows = {row.name: row.status for row in model.sites()}
+    assert rows["resid_post"] == rows["pattern"] == rows["mlp_act"] == "verified"
+    assert set(rows.values()) == {"verified", "absent"}
+    hidden = hf(torch.tensor(IDS), output_hidden_states=True).hidden_states
+    with model.trace(IDS):
+        stream = model.layers[1].resid_post.save()
+        model.layers[1].attn_add = 0.0
+        logits = model.logits.save()
+    assert_close(logits.value.shape, torch.Size((1, 4, 97)))
+    with model.trace(IDS):
+        stream = model.layers[1].resid_post.save()
+    assert_close(stream.value, hidden[2].detach(), atol=1e-5, rtol=1e-5)
+    assert isinstance(tl.wrap(hf, probe=False), tl.PlainModel)
+
+
+def test_of_a_table_that_fits_in_part_the_rest_is_withheld() -> None:
+    # BitNet norms what its last projections read, so that these are neither z nor the neurons.
+    model = tl.wrap(built(BitNetConfig(**TINY)))
+    assert isinstance(model, tl.Model)
+    rows = {row.name: row for row in model.sites()}
+    assert rows["resid_mid"].status == "verified"
+    for site in ("z", "mlp_act", "head_out"):
+        assert rows[site].status == "absent"
+    with pytest.raises(AbsentSiteError, match="does not hold"), model.trace(IDS):
+        model.layers[0].z.save()
+
+
+def test_a_table_without_the_head_is_none() -> None:
+    # The logits are divided by a number of which no table knows, so a lens would be wrong.
+    config = GraniteConfig(**TINY, logits_scaling=8.0, residual_multiplier=0.2)
+    assert isinstance(tl.wrap(built(config)), tl.PlainModel)
