@@ -17,8 +17,9 @@ from transformers import AutoModelForCausalLM, BitNetConfig, GraniteConfig, Smol
 
 import tracelens as tl
 from tests.support.families import EVERY, FAMILIES, randomise
+from tests.support.more_families import ALL, EAGER_ALONE
 from tracelens import loading, proving
-from tracelens.backends.anatomy import family_of
+from tracelens.backends.architectures.lookup import family_of
 from tracelens.backends.base import Family
 from tracelens.errors import AbsentSiteError, RefutedSitesWarning
 from tracelens.ir.sites import KIND
@@ -59,14 +60,29 @@ def tried(hf: nn.Module, family: Family, **taps: Any) -> proving.SiteProof:
     return proving.prove(Model(hf, None, _family=replace(family, taps={**family.taps, **taps})))
 
 
-@pytest.mark.parametrize("name", EVERY)
-def test_every_site_of_every_family_is_verified(name: str) -> None:
-    model = tl.wrap(EVERY[name].build(), probe=False)
+UNSPOKEN = {
+    # Their attention gives no scores and no pattern.
+    **dict.fromkeys(
+        ("falcon_sequential", "falcon_one_norm", "falcon_two_norms", "falcon_new_one_norm"),
+        ("q", "k", "v", "z"),
+    ),
+    # The same; and its activation function is in no configuration.
+    "bloom": ("q", "k", "v", "z", "mlp_pre", "mlp_act"),
+}
+"""Sites for which no identity speaks, by family: the conformance tests compare these."""
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_the_sites_of_every_family_are_verified(name: str) -> None:
+    model = tl.wrap(ALL[name].build(attn="eager" if name in EAGER_ALONE else "sdpa"), probe=False)
     found = model.check_sites()
     assert found.ok
-    assert found.derived == ()
-    assert all(check.holds and check.error < 1e-5 for check in found.checks)
-    assert set(found.verified) == {row.name for row in model.sites() if row.absent is None} - {"head_out"}
+    assert found.derived == UNSPOKEN.get(name, ())
+    assert all(check.holds and check.error < 2e-5 for check in found.checks)
+    assert set(found.verified) == {row.name for row in model.sites() if row.absent is None} - {
+        "head_out",
+        *found.derived,
+    }
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])

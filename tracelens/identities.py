@@ -37,14 +37,16 @@ class Identity:
 class Facts:
     """What an identity needs of the configuration.
 
-    ``activation``: the MLP's function. ``softcap``: what bends the head's logits. ``capped_scores``: are attention
-    scores bent, too? ``sinks``: has attention something else to look at than tokens?
+    ``activation``: the MLP's function. ``softcap``: what bends the head's logits. ``score_cap``: what bends
+    attention's scores. ``sinks``: has attention something else to look at than tokens?
+    ``epsilon``: what norms add to the mean square of a row.
     """
 
     activation: Callable[[Tensor], Tensor] | None = None
     softcap: float | None = None
-    capped_scores: bool = False
+    score_cap: float | None = None
     sinks: bool = False
+    epsilon: float = 0.0
 
 
 def error(one: Tensor, other: Tensor) -> float:
@@ -83,15 +85,14 @@ def _mixed(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
     return torch.einsum("bhqk,bkhd->bqhd", pattern, values), read["z"]
 
 
-def _scored(queries: str, keys: str) -> Callable[[Read, Facts], tuple[Tensor, Tensor] | None]:
-    """Scores are products of queries and keys, all times one number."""
+def _scored(queries: str, keys: str) -> Callable[[Read, Facts], tuple[Tensor, Tensor]]:
+    """Scores are products of queries and keys, all times one number, before they are bent."""
 
-    def both(read: Read, facts: Facts) -> tuple[Tensor, Tensor] | None:
-        if facts.capped_scores:
-            return None
+    def both(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
         each = read[keys].repeat_interleave(read[queries].shape[2] // read[keys].shape[2], dim=2)
         products = torch.einsum("bqhd,bkhd->bhqk", read[queries], each)[_seen(read)]
-        scores = read["scores"][_seen(read)]
+        scores, cap = read["scores"][_seen(read)], facts.score_cap
+        scores = scores if cap is None else cap * (scores / cap).atanh()
         return products * ((products @ scores) / (products @ products)), scores
 
     return both
@@ -117,9 +118,9 @@ def _normed(before: str, after: str) -> Callable[[Read, Facts], tuple[Tensor, Te
         found: list[tuple[float, tuple[Tensor, Tensor]]] = []
         for start in {2, read[before].ndim - 1}:
             rows, normed = read[before].flatten(start), read[after].flatten(start)
-            unit = rows / rows.norm(dim=-1, keepdim=True)
+            unit = rows / (rows.square().mean(-1, keepdim=True) + facts.epsilon).sqrt()
             axes = tuple(range(unit.ndim - 1))
-            sides = unit * ((unit * normed).sum(axes) / (unit * unit).sum(axes)), normed
+            sides = unit * ((unit * normed).sum(axes) / unit.square().sum(axes)), normed
             found.append((error(*sides), sides))
         return min(found, key=lambda one: one[0])[1]
 
@@ -138,9 +139,13 @@ def _returned(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
     return (found if cap is None else cap * (found / cap).tanh()), read["logits"]
 
 
-def _same(one: str, other: str) -> Identity:
+def _same(one: str, other: str, *unless: str) -> Identity:
     return Identity(
-        f"{one} == {other}", (one, other), (one, other), lambda read, facts: (read[one], read[other])
+        f"{one} == {other}",
+        (one, other),
+        (one, other),
+        lambda read, facts: (read[one], read[other]),
+        unless=unless,
     )
 
 
@@ -186,6 +191,9 @@ PARALLEL = (
 IN_A_LAYER = (
     _same("attn_norm", "attn_in"),
     _same("mlp_norm", "mlp_in"),
+    _same("resid_pre", "attn_in", "attn_norm"),
+    _same("resid_mid", "mlp_in", "mlp_norm"),
+    _same("attn_norm", "mlp_in", "mlp_norm", "resid_mid"),
     _along("attn_out", "attn_add", "attn_post_norm"),
     _along("mlp_out", "mlp_add", "mlp_post_norm"),
     _same("attn_post_norm", "attn_add"),

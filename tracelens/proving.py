@@ -15,12 +15,13 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from tracelens import identities
+from tracelens.backends.functions_between import facts_of
 from tracelens.errors import TracelensError
 from tracelens.identities import IN_A_LAYER, OF_THE_MODEL, PARALLEL, STREAM, Facts, Identity, error
 from tracelens.ir.sites import KIND, KINDS, TEXT, Scope, Site
@@ -203,19 +204,6 @@ def _read(model: Model, layers: Sequence[int]) -> tuple[dict[int, dict[str, Tens
     of_layers = tuple(f"{layer} " for layer in range(model.n_layers))
     whole = {name: value.double() for name, value in t.results.items() if not name.startswith(of_layers)}
     return read, whole
-
-
-def facts_of(config: Any, *, softcap: float | None) -> Facts:
-    """What a configuration says of the functions between the sites."""
-    from transformers.activations import ACT2FN
-
-    words = ("hidden_activation", "hidden_act", "activation_function", "activation")
-    name = next((found for word in words if isinstance(found := getattr(config, word, None), str)), None)
-    return Facts(
-        activation=ACT2FN[name] if name is not None and name in ACT2FN else None,
-        softcap=softcap,
-        capped_scores=getattr(config, "attn_logit_softcapping", None) is not None,
-    )
 
 
 # --- what is known already --------------------------------------------------------------------------------------------

@@ -12,7 +12,7 @@ from torch import nn
 
 from tracelens.backends import users_plan
 from tracelens.backends.architectures.lookup import family_of
-from tracelens.backends.base import Side, Tap, head_of, text_of
+from tracelens.backends.base import Family, Side, Tap, head_of, text_of
 from tracelens.backends.layouts import (
     expert_ranks,
     parameter_layouts,

@@ -1,0 +1,21 @@
+"""What a configuration says of the functions between the sites."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from tracelens.identities import Facts
+
+
+def facts_of(config: Any, *, softcap: float | None) -> Facts:
+    """The functions, and the numbers that they take."""
+    from transformers.activations import ACT2FN  # heavy
+
+    words = ("hidden_activation", "hidden_act", "activation_function", "activation")
+    name = next((found for word in words if isinstance(found := getattr(config, word, None), str)), None)
+    return Facts(
+        activation=ACT2FN[name] if name is not None and name in ACT2FN else None,
+        softcap=softcap,
+        epsilon=getattr(config, "rms_norm_eps", None) or 0.0,
+        score_cap=getattr(config, "attn_logit_softcapping", None),
+    )
