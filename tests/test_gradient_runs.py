@@ -222,14 +222,14 @@ def test_nothing_of_the_graph_outlives_the_trace() -> None:
 
 
 @pytest.mark.slow
-def test_a_thousand_traces_leave_no_tensors_behind() -> None:
+def test_hundreds_of_traces_leave_no_tensors_behind() -> None:
     def tensors() -> int:
         gc.collect()
         return sum(issubclass(type(thing), torch.Tensor) for thing in gc.get_objects())
 
     gradients(rows=[[5, 6, 7]])
     before = tensors()
-    for _ in range(1000):
+    for _ in range(300):
         gradients(rows=[[5, 6, 7]])
     assert tensors() <= before + 2
 
