@@ -18,6 +18,7 @@ from tests.properties.drawn import programs, traceable_sites
 from tests.properties.programs import perform
 from tests.support.batches import EVEN, RAGGED, SINGLE, random_rows
 from tests.support.families import FAMILIES, WITH_NEURONS
+from tests.support.more_families import MORE
 from tests.support.plain import hook_point
 from tests.support.tokenizers import words
 from tracelens import errors
@@ -74,6 +75,25 @@ def test_an_edit_matters_and_agrees(family: str, site: str) -> None:
         model.logits.save("logits")
     assert (t["logits"] - plain["logits"]).abs().max() > 1e-2
     agree(tl.run_with_nnsight(t.graph, NNSIGHT[family], IDS), t.results)
+
+
+@pytest.mark.parametrize("family", ["falcon_one_norm", "pythia", "phi3"])
+def test_fused_and_parallel_blocks_agree(family: str) -> None:
+    """Falcon's block goes on to compute in the memory of what its MLP returned."""
+    hf = MORE[family].build()
+    model = tl.wrap(hf)
+    path = model.anatomy.module_path(model.anatomy.family.taps["mlp_out"], 1)
+    with model.trace(IDS) as t:
+        layer = model.layers[0]
+        layer.mlp_out.save("mlp_out")
+        new = layer.mlp_out * 2
+        layer.mlp_out = new
+        new.save("new")
+        layer.k *= 2
+        layer.mlp_pre += 0.5
+        model.module(path).output.save("by path")
+        model.logits.save("logits")
+    agree(tl.run_with_nnsight(t.graph, nnsight.NNsight(hf), IDS), t.results)
 
 
 MODULES = {
@@ -160,7 +180,7 @@ def test_routers_are_refused() -> None:
     with model.record() as r:
         model.layers[1].router_logits += 1.0
         model.logits.save()
-    with pytest.raises(errors.BridgeError, match="what a router returns"):
+    with pytest.raises(errors.BridgeError, match="tokens of all rows one after the other"):
         tl.run_with_nnsight(r, NNSIGHT["qwen3_moe"], IDS)
 
 

@@ -7,6 +7,7 @@ for each family and one run for many sites.
 from __future__ import annotations
 
 import contextlib
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -24,8 +25,9 @@ from tests.support.more_families import EAGER_ALONE, LAYERS, MORE
 from tests.support.more_forwards import hand_forward
 from tests.support.plain import plain_logits, untouched
 from tracelens.backends.architectures import FAMILIES as TABLES
-from tracelens.errors import AbsentSiteError, PromptError, UnknownArchitectureError
-from tracelens.ir.sites import KINDS, TEXT, Effect, Scope, Site
+from tracelens.backends.base import RowsView, Side
+from tracelens.errors import AbsentSiteError, PromptError, ReplacementError, UnknownArchitectureError
+from tracelens.ir.sites import KINDS, TEXT, Effect, Scope, Site, rows_of
 
 ROWS = random_rows(RAGGED)
 PROMPT = batch(ROWS)
@@ -74,6 +76,32 @@ def test_a_table_names_every_site_once() -> None:
         for kind in KINDS:
             if kind.scope not in TEXT:
                 assert (kind.name in table.taps) != (kind.name in table.absent), (table.name, kind.name)
+
+
+@every_family
+def test_sites_are_reached_in_the_order_that_is_planned_with(family: str) -> None:
+    """By hooks of its own at every module: a site that came earlier in truth would be missing, or too late."""
+    hf, model = built(family)
+    rows = rows_of(model.anatomy.family.reached)
+    reached: list[Site] = []
+    handles: list[Any] = []
+    for site in clean(family):
+        module, tap, _ = model.anatomy.tap(site)
+        if tap.side is Side.IN:
+            handles.append(module.register_forward_pre_hook(lambda *_, site=site: reached.append(site)))
+        elif tap.side is Side.OUT:
+            handles.append(module.register_forward_hook(lambda *_, site=site: reached.append(site)))
+    plain_logits(hf, PROMPT)
+    for handle in handles:
+        handle.remove()
+    # Sites of one hook point are there at once.
+    planned = sorted(reached, key=lambda site: replace(site, row=rows.get(site.name)).sequence)
+    assert [points(model, site) for site in reached] == [points(model, site) for site in planned]
+
+
+def points(model: tl.Model, site: Site) -> tuple[str, str]:
+    _, tap, path = model.anatomy.tap(site)
+    return path, tap.side.value
 
 
 @every_family
@@ -227,6 +255,33 @@ def test_all_writes_in_one_pass_each_seen_by_what_comes_after(family: str) -> No
     same(t["logits after"], expected, Site("logits"))
 
 
+@pytest.mark.parametrize("code", ["layer.mlp_add = y", "layer.replace(mlp_add=y)", "mlp.output = y"])
+@pytest.mark.parametrize("family", ["falcon_one_norm", "falcon_two_norms"])
+def test_a_value_that_a_block_is_given_stays_as_it_is(family: str, code: str) -> None:
+    """Falcon adds to what the MLP returned in place: what is written there is used again later."""
+    hf, model = built(family)
+    held: dict[str, Tensor] = {}
+
+    def intercept(site: Site, tensor: Tensor) -> Tensor:
+        if site == Site("resid_pre", 0):
+            held["y"] = tensor * 2
+        if site == Site("mlp_add", 0):
+            return held["y"]
+        return tensor + held["y"] if site == Site("resid_pre", 1) else tensor
+
+    with torch.no_grad():
+        expected = hand_forward(hf, *PROMPT, intercept)
+    with untouched(hf), model.trace(ROWS) as t:
+        layer, mlp = model.layers[0], model.module("transformer.h.0.mlp")
+        y = layer.resid_pre * 2
+        exec(code, {"layer": layer, "mlp": mlp, "y": y})
+        model.layers[1].resid_pre += y
+        y.save("y")
+        model.logits.save("logits")
+    same(t["logits"], expected, Site("logits"))
+    same(t["y"], held["y"], Site("resid_pre", 0))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["f32", "bf16"])
 @every_family
 def test_the_middle_of_a_block_is_written_bit_for_bit(family: str, dtype: torch.dtype) -> None:
@@ -285,6 +340,66 @@ def test_gradients_are_those_of_autograd(family: str) -> None:
             )
 
 
+@every_family
+def test_what_is_not_run_is_replaced(family: str) -> None:
+    """A layer that is skipped, and sublayers that are not run."""
+    hf, model = built(family)
+    stream: dict[str, Tensor] = {}
+
+    def without_a_layer(site: Site, tensor: Tensor) -> Tensor:
+        if site == Site("resid_pre", 1):
+            stream["pre"] = tensor
+        return stream["pre"] if site == Site("resid_post", 1) else tensor
+
+    with torch.no_grad():
+        expected = hand_forward(hf, *PROMPT, without_a_layer)
+    with untouched(hf), model.trace(ROWS):
+        model.layers[1].skip()
+        logits = model.logits.save()
+    same(logits.value, expected, Site("logits"))
+    for name in ("attn_out", "attn_add", "mlp_out", "mlp_add", "resid_post"):
+        if isinstance(model.anatomy.family.taps[name].view, RowsView):
+            with pytest.raises(ReplacementError, match="not the whole output"), model.trace(ROWS):
+                model.layers[0].replace(**{name: model.layers[0].resid_pre})
+            continue
+        with torch.no_grad():
+            expected = hand_forward(
+                hf,
+                *PROMPT,
+                lambda site, tensor, name=name: (
+                    clean(family)[Site("embed")] if site == Site(name, 0) else tensor
+                ),
+            )
+        with untouched(hf), model.trace(ROWS):
+            model.layers[0].replace(**{name: model.embed})
+            logits = model.logits.save()
+        same(logits.value, expected, Site("logits"))
+
+
+@every_family
+def test_heads_are_read_and_written_by_number(family: str) -> None:
+    hf, model = built(family)
+    site = Site("z", 0)
+    with torch.no_grad():
+        expected = hand_forward(
+            hf,
+            *PROMPT,
+            lambda at, z: torch.cat((z[:, :, :1], 0 * z[:, :, 1:2], z[:, :, 2:]), 2) if at == site else z,
+        )
+    with untouched(hf), model.trace(ROWS):
+        model.layers[0].head(1).z = 0.0
+        added = model.layers[0].head_out.sum(2).save()
+        whole = model.layers[0].attn_out.save()
+        logits = model.logits.save()
+    same(logits.value, expected, Site("logits"))
+    biases = [
+        (one - other)
+        for one, other in zip(real_rows(whole.value, PROMPT), real_rows(added.value, PROMPT), strict=True)
+    ]
+    for bias in biases:
+        torch.testing.assert_close(bias, biases[0][:1].expand_as(bias), atol=1e-5, rtol=1e-5)
+
+
 # --- generation --------------------------------------------------------------------------------------------------
 
 
@@ -301,6 +416,12 @@ def test_generation_is_the_same_with_and_without_a_cache(family: str) -> None:
         pass
     wanted = hf.generate(torch.tensor([row]), max_new_tokens=new, do_sample=False)[0, len(row) :].tolist()
     assert plain.tokens == [wanted]
+    with model.generate(ROWS, max_new_tokens=new) as together:
+        model.layers[0].mlp_out += v
+    for row_alone, tokens in zip(ROWS, together.tokens, strict=True):
+        with model.generate([row_alone], max_new_tokens=new) as alone:
+            model.layers[0].mlp_out += v
+        assert alone.tokens == [tokens]
     runs: list[Any] = []
     for options in ({}, {"use_cache": False}):
         with untouched(hf), model.generate([row], max_new_tokens=new, **options) as t:
@@ -418,6 +539,21 @@ def test_what_a_family_lacks_is_said_with_what_there_is_instead(family: str, sit
     _, model = built(family)
     with pytest.raises(AbsentSiteError, match=says), model.trace(ROWS):
         getattr(model if site == "pos_embed" else model.layers[0], site).save()
+
+
+@pytest.mark.parametrize("family", ["bloom", "falcon_two_norms"])
+def test_a_pattern_that_cannot_be_tapped_is_shown_by_its_path(family: str) -> None:
+    hf, model = built(family, "eager")
+    with pytest.raises(AbsentSiteError, match="output\\[1\\] shows it") as failure, model.trace(ROWS):
+        model.layers[0].pattern.save()
+    assert "model.module('transformer.h.0.self_attention').output[1]" in failure.value.problem
+    with untouched(hf), model.trace(ROWS[:1]) as t:
+        model.module("transformer.h.0.self_attention").output[1].save("pattern")
+        model.layers[0].v.save("v")
+        model.layers[0].z.save("z")
+    values = t["v"].transpose(1, 2)
+    mixed = t["pattern"] @ values.repeat_interleave(4 // values.shape[1], dim=1)
+    torch.testing.assert_close(mixed.transpose(1, 2), t["z"], atol=1e-5, rtol=1e-5)
 
 
 def test_images_are_refused_by_name() -> None:

@@ -427,6 +427,27 @@ MUTANTS = (
         (*MORE_FAMILIES, "all_writes and one_norm"),
     ),
     Mutant(
+        "a module that is stood in for lets the model change the value",
+        "backends/stand_in.py",
+        "            if new.lent:",
+        "            if False:",
+        (*MORE_FAMILIES, "stays_as_it_is"),
+    ),
+    Mutant(
+        "what is written by a path is the model's to change",
+        "backends/module_hooks.py",
+        "found.clone() if self.copies else found)",
+        "found)",
+        (*MORE_FAMILIES, "stays_as_it_is"),
+    ),
+    Mutant(
+        "a norm that is computed before attention is planned for after it",
+        "backends/architectures/falcon.py",
+        '"mlp_norm": Tap("mlp", Side.IN, "x")',
+        '"mlp_norm": Tap("ln_mlp", Side.OUT)',
+        (*MORE_FAMILIES, "reached_in and two_norms"),
+    ),
+    Mutant(
         "all of Falcon's heads have keys of their own",
         "backends/architectures/falcon.py",
         "return 1 if config.multi_query and not config.new_decoder_architecture else config.num_kv_heads",

@@ -44,7 +44,7 @@ class ModuleHook:
     """One hook of a program at a module site: finds the tensor, runs the steps, gives the tensor back.
 
     ``calls``: how often a forward pass calls the module. ``copies``: the tensor is not the pass's own, or will
-    change in place, so the steps are given a copy.
+    change in place, so the steps are given a copy, and the model one of what they make.
     """
 
     __slots__ = ("call", "calls", "code", "copies", "counted", "fired", "key", "seat", "site")
@@ -119,7 +119,7 @@ class ModuleHook:
         here = tensor if device is None else moved(tensor, device)
         found = self.code.steps(run.state, here.clone() if self.copies else here)
         if self.code.writes:
-            return replaced(given, self.key, found)
+            return replaced(given, self.key, found.clone() if self.copies else found)
         # What was brought to the module's device goes on, so that it is not moved there twice.
         handed_on = self.site.side == INPUT and self.code.moves and here is not tensor
         return replaced(given, self.key, here) if handed_on else None

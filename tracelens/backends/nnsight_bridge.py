@@ -57,7 +57,9 @@ def forward_through(
     named |= {Site(name, mid.layer) for mid in stream for name in ("mlp_add", "resid_post")}
     sites = sorted(named, key=lambda site: site.sequence)
     places = {
-        site: _ModulePlace(envoy, site) if isinstance(site, ModuleSite) else _Place(envoy, anatomy, site)
+        site: _ModulePlace(envoy, anatomy, site)
+        if isinstance(site, ModuleSite)
+        else _Place(envoy, anatomy, site)
         for site in sites
         if site.kind.scope not in TEXT
     }
@@ -105,18 +107,21 @@ class _Place:
             )
         if isinstance(tap.view, RowsView):
             raise BridgeError(
-                f"{site} is what a router returns for all tokens in one row, which the bridge does not take apart",
-                instead="mlp_in and mlp_out, or model.compile(graph)(prompt) on a model of tracelens",
+                f"{site} lies in a tensor with the tokens of all rows one after the other, which the bridge does not "
+                "take apart",
+                instead="sites around it, or model.compile(graph)(prompt) on a model of tracelens",
             )
         self.tap: Tap = tap
         self.view = None if tap.view is None else taking_and_putting(tap.view, anatomy.widths)
         self.envoy = _envoy_at(root, path)
 
     def get(self) -> torch.Tensor:
-        whole = self._whole()
+        # nnsight gives the model's own, which may change in place later.
+        whole = self._whole().clone() if self.tap.changes else self._whole()
         return whole if self.view is None else self.view[0](whole)
 
     def put(self, new: torch.Tensor) -> None:
+        new = new.clone() if self.tap.changes else new
         self._replace(new if self.view is None else self.view[1](self._whole(), new))
 
     def _whole(self) -> torch.Tensor:
@@ -145,13 +150,14 @@ class _Place:
 class _ModulePlace:
     """A site by module path in nnsight."""
 
-    def __init__(self, root: Any, site: ModuleSite) -> None:
+    def __init__(self, root: Any, anatomy: ModelAnatomy, site: ModuleSite) -> None:
         if site.call is not None:
             raise BridgeError(
                 f"{site} is one of several calls of its module, which the bridge does not tell apart",
                 instead="model.compile(graph)(prompt), on a model of tracelens",
             )
         self.site = site
+        self.copies = anatomy.sides.leaf(site).lent
         self.envoy = _envoy_at(root, site.path)
 
     def _given(self) -> Any:
@@ -164,10 +170,10 @@ class _ModulePlace:
         found = self._given()
         for part in self.site.key:
             found = found[part]
-        return found
+        return found.clone() if self.copies else found
 
     def put(self, new: torch.Tensor) -> None:
-        given = replaced(self._given(), self.site.key, new)
+        given = replaced(self._given(), self.site.key, new.clone() if self.copies else new)
         if self.site.side != INPUT:
             self.envoy.output = given
             return

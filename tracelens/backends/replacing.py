@@ -21,12 +21,16 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Replacement:
-    """A module that need not run: the moment before it, what it returns, and where the site's tensor lies in that."""
+    """A module that need not run: the moment before it, what it returns, and where the site's tensor lies in that.
+
+    ``lent``: what it returns changes in place later, so that nobody else may hold it.
+    """
 
     begins: ModuleSite
     returns: Any
     key: Key
     type: TensorType
+    lent: bool
 
 
 def replacement(anatomy: ModelAnatomy, site: Site) -> Replacement:
@@ -48,7 +52,7 @@ def replacement(anatomy: ModelAnatomy, site: Site) -> Replacement:
             f"module {call.path!r} cannot be left out, because {reason}, and one tensor is given",
             instead="a module inside that returns one tensor, or a write to its output",
         )
-    return Replacement(call.begins, call.returns, key, type_)
+    return Replacement(call.begins, call.returns, key, type_, call.outputs[key].lent)
 
 
 def _made_by(anatomy: ModelAnatomy, site: Site) -> tuple[ModuleCall, Key]:

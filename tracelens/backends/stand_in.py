@@ -63,6 +63,8 @@ class StandIn:
             found = code.steps(run.state, site)
             if found is site:  # a rank on which a step went wrong goes on, with something
                 found = torch.zeros_like(site)
+            if new.lent:  # the model goes on to change it in place
+                found = found.clone()
             return filled(new.returns, new.key, found)
 
         return forward

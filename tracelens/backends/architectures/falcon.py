@@ -57,7 +57,8 @@ FALCON_TWO_NORMS = replace(
     taps={
         **{name: tap for name, tap in _TAPS.items() if name != "resid_mid"},
         "attn_norm": Tap("ln_attn", Side.OUT),
-        "mlp_norm": Tap("ln_mlp", Side.OUT),
+        # What ln_mlp returned, before attention: seen where the MLP receives it, which is after attention.
+        "mlp_norm": Tap("mlp", Side.IN, "x"),
     },
     absent={**FALCON_SEQUENTIAL.absent, **PARALLEL},
     carries=(),
