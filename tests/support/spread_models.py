@@ -41,7 +41,9 @@ def both(
 ) -> Both:
     """A tiny model, stored in ``folder`` and loaded from there by ``tp * pp`` ranks, and in one process."""
     hf = stored(family, folder, settings)
-    return Both(tl.load(folder, tp=tp, pp=pp, ranks=ranks_of(tp * pp), **more), tl.wrap(hf), hf)
+    return Both(
+        tl.load(folder, tp=tp, pp=pp, ranks=ranks_of(tp * pp), **kernel(family), **more), tl.wrap(hf), hf
+    )
 
 
 def over_devices(family: str, folder: Path, settings: Mapping[str, Any] | None = None) -> Both:
@@ -53,12 +55,17 @@ def over_devices(family: str, folder: Path, settings: Mapping[str, Any] | None =
     experts: dict[str, Any] = (
         {"experts_implementation": "eager"} if family in ("qwen3_moe", "mixtral") else {}
     )
-    return Both(tl.load(folder, device_map=where, **experts), tl.wrap(hf), hf)
+    return Both(tl.load(folder, device_map=where, **experts, **kernel(family)), tl.wrap(hf), hf)
+
+
+def kernel(family: str) -> dict[str, Any]:
+    """What computes attention, where it is not what transformers would choose in all of its versions."""
+    return {"attn_implementation": "eager"} if family in EAGER_ALONE else {}
 
 
 def stored(family: str, folder: Path, settings: Mapping[str, Any] | None = None) -> PreTrainedModel:
     """A tiny model, which now lies in ``folder`` too."""
-    attn = "eager" if family in EAGER_ALONE else "sdpa"
+    attn = kernel(family).get("attn_implementation", "sdpa")
     hf = ALL[family].build(attn=attn, **(settings or {}))
     hf.save_pretrained(folder)
     return hf

@@ -27,6 +27,6 @@ PARALLEL = {
 _TAPPED = "its block computes attention in a way of its own, which cannot be tapped"
 OWN_ATTENTION = {
     "scores": f"{_TAPPED}; use q, k, v and z",
-    "pattern": f"{_TAPPED}; where that is eager, model.module('transformer.h.0.self_attention').output[1] shows it, and "
-    "z can be written",
+    "pattern": f"{_TAPPED}; where that is eager, model.module('transformer.h.0.self_attention').output[1] shows it, "
+    "and z can be written",
 }
