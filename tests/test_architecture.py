@@ -144,6 +144,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("viz", 7),
     ("demo", 7),
     ("lens_command", 7),
+    ("steer_command", 7),
     ("cli", 7),
 )
 # Imports that point upwards on purpose, each with its reason.
@@ -158,6 +159,7 @@ UPWARDS = {
     ("lens.comparison", "viz.lens_picture"): "as above",
     ("steering.report", "viz.cosines"): "as above",
     ("steering.curve", "viz.steering_picture"): "a figure of it; made when a notebook or a file asks for it",
+    ("steering.reading", "viz.steering_picture"): "as above",
 }
 
 

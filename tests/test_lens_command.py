@@ -148,4 +148,4 @@ def test_files_and_ranges_are_looked_at_before_the_model_is_loaded(
 def test_ranges() -> None:
     parts = lens_command._parts("0-3, 7,25-")
     assert parts == [(0, 3), (7, 7), (25, None)]
-    assert lens_command._chosen("--layers", "0-3,2,28-", 30, "layers", ()) == [0, 1, 2, 3, 28, 29]
+    assert lens_command.chosen("--layers", "0-3,2,28-", 30, "layers", ()) == [0, 1, 2, 3, 28, 29]

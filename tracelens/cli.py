@@ -1,4 +1,4 @@
-"""The command-line tool: ``tracelens demo``, ``tracelens lens PROMPT``, ``tracelens sites MODEL``."""
+"""The command-line tool: ``tracelens demo``, ``lens PROMPT``, ``steer extract | sweep | generate``, ``sites MODEL``."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import argparse
 import sys
 from collections.abc import Sequence
 
-from tracelens import lens_command
+from tracelens import lens_command, steer_command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -18,6 +18,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     commands = parser.add_subparsers(dest="command", metavar="command")
     commands.add_parser("demo", help="look inside a small real model and steer it")
     lens_command.add_options(commands.add_parser("lens", help="what every layer of a model would say next"))
+    steer_command.add_options(commands.add_parser("steer", help="make, measure and use a steering vector"))
     sites = commands.add_parser(
         "sites", help="list the sites of a model: names, shapes, what a write changes"
     )
@@ -39,6 +40,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         elif options.command == "lens":
             _quiet()
             print(lens_command.run(options))
+        elif options.command == "steer":
+            _quiet()
+            print(steer_command.run(options))
         elif options.command == "sites":
             from tracelens import load
 
@@ -47,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         else:
             parser.print_help()
     except TracelensError as error:
-        if options.command == "lens":
+        if options.command in ("lens", "steer"):
             error.at = None  # of a command's user there is no line
         print(f"tracelens: {error}", file=sys.stderr)
         return 1

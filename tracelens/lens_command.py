@@ -84,8 +84,8 @@ def run(options: argparse.Namespace) -> str:
         found: Any = model.logit_lens(
             options.prompt,
             components=options.components,
-            layers=_chosen("--layers", options.layers, model.n_layers, "layers", ("all",)),
-            positions=_chosen("--positions", options.positions, length, "tokens of the prompt", _WORDS),
+            layers=chosen("--layers", options.layers, model.n_layers, "layers", ("all",)),
+            positions=chosen("--positions", options.positions, length, "tokens of the prompt", _WORDS),
             top_k=options.top_k,
             track=options.track,
             metrics=metrics,
@@ -170,7 +170,7 @@ def _parts(spec: str) -> list[tuple[int, int | None]]:
     return found
 
 
-def _chosen(option: str, spec: str, count: int, what: str, words: tuple[str, ...]) -> str | list[int]:
+def chosen(option: str, spec: str, count: int, what: str, words: tuple[str, ...]) -> str | list[int]:
     """The numbers that a text names, of ``count``; or a word as it is."""
     from tracelens.errors import LensError
 

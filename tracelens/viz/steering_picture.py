@@ -5,13 +5,18 @@ from __future__ import annotations
 from html import escape
 from typing import TYPE_CHECKING
 
+import torch
+
+from tracelens.lens.statistics import Kind, Statistic
 from tracelens.view import html
 from tracelens.viz.axes import GREY, Axes, room
 from tracelens.viz.drawing import opening, text
-from tracelens.viz.scales import BLUE, RED
+from tracelens.viz.heat_map import Panel, heat_map
+from tracelens.viz.scales import BLUE, RED, scale_of
 
 if TYPE_CHECKING:
     from tracelens.steering.curve import SteeringCurve
+    from tracelens.steering.reading import Reading
 
 _WIDTH = 960
 _TOP = 84
@@ -194,3 +199,28 @@ def _damage(curve: SteeringCurve, top: int) -> list[str]:
 def _beside(number: int) -> float:
     """Where a dot stands beside the middle: spread evenly, and always alike."""
     return ((number * 0.618034) % 1 - 0.5) * 0.5
+
+
+def reading(found: Reading) -> str:
+    """How far the activations of a text point along a vector: a map for each site."""
+    sites = list(dict.fromkeys(site for site, _ in found.places))
+    layers = sorted({layer for _, layer in found.places})
+    cosines = torch.from_numpy(found.cosines)
+    panels: list[Panel] = []
+    for site in sites:
+        values = torch.full((len(layers), len(found.tokens)), float("nan"), dtype=torch.float64)
+        for row, place in enumerate(found.places):
+            if place[0] == site:
+                values[layers.index(place[1])] = cosines[row]
+        words = [["" if one != one else f"{one:.2f}" for one in line] for line in values.tolist()]
+        panels.append(Panel(site, values, words))
+    statistic = Statistic("cosine", "cosine with the vector", Kind.SIGNED)
+    return heat_map(
+        f"{found.model or 'activations'} along a steering vector",
+        panels,
+        layers=layers,
+        positions=range(len(found.tokens)),
+        tokens=found.tokens,
+        statistic=statistic,
+        scale=scale_of(Kind.SIGNED, cosines),
+    ).svg

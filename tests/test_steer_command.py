@@ -1,0 +1,146 @@
+"""``tracelens steer``, on a tiny model: what the commands print is what the functions give."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import tracelens as tl
+from tests.support.families import FAMILIES
+from tests.support.tokenizers import byte_level_bpe
+from tracelens import cli
+from tracelens.steering import SteeringCurve, load_contrast
+
+DATA = Path(__file__).parent / "data" / "contrast_choices.jsonl"
+
+
+@pytest.fixture(scope="module")
+def model() -> tl.Model:
+    tokenizer = byte_level_bpe(answers=True)
+    return tl.wrap(FAMILIES["llama"].build(vocab_size=len(tokenizer), max_position_embeddings=256), tokenizer)
+
+
+@pytest.fixture(autouse=True)
+def one_model(model: tl.Model, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """The commands get the model that is there already; with what they asked for."""
+    asked: list[dict[str, object]] = []
+
+    def load(name: str, **options: object) -> tl.Model:
+        asked.append({"name": name, **options})
+        return model
+
+    monkeypatch.setattr("tracelens.loading.load", load)
+    return asked
+
+
+def test_from_a_file_to_a_report(
+    model: tl.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_model: list[dict[str, object]]
+) -> None:
+    file, page, numbers = tmp_path / "v.safetensors", tmp_path / "out.html", tmp_path / "out.json"
+    extract = [
+        "steer",
+        "extract",
+        str(DATA),
+        "--layers",
+        "1-",
+        "--sites",
+        "resid_post",
+        "attn_out",
+        "--seed",
+        "3",
+    ]
+    assert cli.main([*extract, "--save", str(file), "--model", "some/model", "--tp", "1"]) == 0
+    data = load_contrast(DATA, template="plain", letters="balanced", seed=3)
+    v = tl.steering.extract(model, data.train, sites=["resid_post", "attn_out"], layers=[1, 2], seed=3)
+    assert capsys.readouterr().out == f"{v.report()}\nwrote {file}\n"
+    assert one_model[0] == {"name": "some/model", "device_map": None, "tp": 1, "pp": 1}
+    kept = tl.steering.load(file, model)
+    assert all((kept[place] == v[place]).all() for place in v)
+
+    texts = tmp_path / "texts.txt"
+    texts.write_text("The train leaves at nine.\n\nWater boils.\n", encoding="utf-8")
+    measure = [
+        "steer",
+        "sweep",
+        str(file),
+        str(DATA),
+        "--multipliers",
+        "-1",
+        "0",
+        "1",
+        "--controls",
+        "2",
+        "--seed",
+        "3",
+    ]
+    measure += ["--by", "interval", "--damage", str(texts)]
+    assert cli.main([*measure, "--html", str(page), "--save", str(numbers)]) == 0
+    out = capsys.readouterr().out
+    best = tl.steering.choose(model, v, data.validation, [-1, 0, 1], by="interval", seed=3)
+    curve = SteeringCurve.load(numbers)
+    assert curve.place == best.place
+    assert out == f"{best!r}\n\n{curve!r}\nwrote {page}\nwrote {numbers}\n"
+    right = tl.steering.sweep(model, best.vector, data.test, [-1, 0, 1], controls=2, seed=3)
+    assert isinstance(right, SteeringCurve)
+    np.testing.assert_allclose(curve.propensity, right.propensity, atol=1e-6)
+    assert curve.facts.part == "test"
+    assert curve.damage is not None
+    assert curve.damage.texts == 2
+    assert "<svg" in page.read_text(encoding="utf-8")
+
+
+def test_a_text_for_each_strength(
+    model: tl.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "v.safetensors"
+    extract = [
+        "steer",
+        "extract",
+        str(DATA),
+        "--layers",
+        "1-",
+        "--sites",
+        "resid_post",
+        "attn_out",
+        "--rows",
+        "4",
+    ]
+    assert cli.main([*extract, "--save", str(file)]) == 0
+    capsys.readouterr()
+    asked = [
+        "steer",
+        "generate",
+        str(file),
+        "Town 3 calls.",
+        "--strength",
+        "0",
+        "40",
+        "--max-new-tokens",
+        "5",
+    ]
+    assert cli.main([*asked, "--site", "resid_post", "--layers", "2", "--positions", "generated"]) == 0
+    out = capsys.readouterr().out
+    v = tl.steering.load(file, model).at(sites="resid_post", layers=2)
+    lines: list[str] = []
+    for strength in (0, 40):
+        with model.generate("Town 3 calls.", max_new_tokens=5) as t:
+            v.apply(t, float(strength), positions="generated")
+        lines.append(f"{strength}: Town 3 calls.{t.text}")
+    assert out == "\n".join(lines) + "\n"
+    assert lines[0].partition(": ")[2] != lines[1].partition(": ")[2]
+
+    assert cli.main(asked) == 1  # of two sites it has to be said which
+    assert "directions at 2 sites" in capsys.readouterr().err
+
+
+def test_mistakes_are_one_line_and_come_before_the_model(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], one_model: list[dict[str, object]]
+) -> None:
+    assert cli.main(["steer", "extract", str(DATA), "--save", str(tmp_path / "no" / "v.safetensors")]) == 1
+    assert "there is no folder" in capsys.readouterr().err
+    assert not one_model
+    with pytest.raises(SystemExit):
+        cli.main(["steer"])
+    assert "extract" in capsys.readouterr().err
