@@ -12,6 +12,7 @@ from tracelens.steering.interchange import from_repeng, from_steering_vectors, t
 from tracelens.steering.intervals import Interval
 from tracelens.steering.labels import Labelled, LabelledRow
 from tracelens.steering.measuring import SteeringCurves, sweep
+from tracelens.steering.reading import Reading, read
 from tracelens.steering.steered import Steered
 from tracelens.steering.unpaired import Unpaired
 from tracelens.steering.vector import SteeringVector
@@ -27,6 +28,7 @@ __all__ = [
     "Interval",
     "Labelled",
     "LabelledRow",
+    "Reading",
     "Refusal",
     "Steered",
     "SteeringCurve",
@@ -40,6 +42,7 @@ __all__ = [
     "from_steering_vectors",
     "load",
     "load_contrast",
+    "read",
     "sweep",
     "to_repeng",
     "to_steering_vectors",

@@ -42,7 +42,8 @@ class Reading(Shown):
     def _view(self) -> View:
         heads = ("position", "token", *map(written, self.places))
         rows = tuple(
-            (str(at), repr(token), *(f"{one:.3f}" for one in self.cosines[:, at])) for at, token in enumerate(self.tokens)
+            (str(at), repr(token), *(f"{one:.3f}" for one in self.cosines[:, at]))
+            for at, token in enumerate(self.tokens)
         )
         return Stack((Line("cosine of each activation with the vector"), Table(heads, rows)))
 
