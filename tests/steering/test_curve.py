@@ -84,7 +84,7 @@ def test_a_terminal_has_every_number_in_words() -> None:
     text = repr(found)
     for words in (
         "layers[12].resid_post, add at decision: 6 rows of sizes (test), tiny",
-        f"{found.slope:.3f}",
+        f"{found.slope:.4g}",
         str(found.interval),
         "anti-steerable",
         "slope where 'A' is positive",

@@ -62,7 +62,7 @@ def models(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
 ) -> Iterator[Both]:
     family, more = SPREADS[request.param]
-    found = both(family, tmp_path_factory.mktemp("sweep"), ranks_of, **more)
+    found = both(family, tmp_path_factory.mktemp("sweep"), ranks_of, **more)  # pyright: ignore[reportArgumentType]
     yield found
     found.close()
 

@@ -213,16 +213,16 @@ class SteeringCurve(Shown):
 
     def _numbers(self) -> tuple[tuple[str, str, str], ...]:
         facts = self.facts
-        rows = [("slope", f"{self.slope:.3f}", str(self.interval))]
+        rows = [("slope", f"{self.slope:.4g}", str(self.interval))]
         if self.relative_slope is not None and facts.scale is not None:
             ratio = facts.norm / facts.scale
             rows.append(
-                ("slope at the activations' norm", f"{self.relative_slope:.3f}", f"|v| is {ratio:.3g} of it")
+                ("slope at the activations' norm", f"{self.relative_slope:.4g}", f"|v| is {ratio:.3g} of it")
             )
         rows.append(("anti-steerable", f"{self.anti_steerable:.0%}", str(self.anti_steerable_interval)))
         if len(self.by_label) > 1:
             rows += [
-                (f"slope where {label!r} is positive", f"{slope:.3f}", f"{interval}, {count} rows")
+                (f"slope where {label!r} is positive", f"{slope:.4g}", f"{interval}, {count} rows")
                 for label, (count, slope, interval) in self.by_label.items()
             ]
         rows.append(

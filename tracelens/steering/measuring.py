@@ -55,7 +55,7 @@ class SteeringCurves(Mapping[Place, SteeringCurve], Shown):
         rows = tuple(
             (
                 written(place),
-                f"{curve.slope:.3f}",
+                f"{curve.slope:.4g}",
                 str(curve.interval),
                 str(curve.interval_at(level)),
                 f"{curve.anti_steerable:.0%}",

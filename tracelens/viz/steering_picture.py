@@ -58,7 +58,7 @@ def page(curve: SteeringCurve) -> str:
 def _summary(curve: SteeringCurve) -> str:
     share = curve.anti_steerable_interval
     return (
-        f"slope {curve.slope:.3f} {curve.interval}; {curve.anti_steerable:.0%} of rows anti-steerable "
+        f"slope {curve.slope:.4g} {curve.interval}; {curve.anti_steerable:.0%} of rows anti-steerable "
         f"[{share.low:.0%}, {share.high:.0%}]; {curve.accuracy:.0%} chosen without steering"
     )
 
