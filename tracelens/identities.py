@@ -154,7 +154,9 @@ def _along(one: str, other: str, unless: str) -> Identity:
 
     def both(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
         first, second = read[one], read[other]
-        return first * ((first * second).sum() / (first * first).sum()), second
+        squares = (first * first).sum()
+        # A branch that writes nothing is along anything; what it is compared with must be nothing, too.
+        return first * ((first * second).sum() / squares.where(squares > 0, 1.0)), second
 
     return Identity(f"{one} ~ {other}", (one, other), (one,), both, unless=(unless,))
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from tracelens.progress import watched
 from tracelens.steering.facts import Facts, Place
+from tracelens.steering.gathering import pair_of, read_pairs
 from tracelens.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
@@ -66,16 +67,14 @@ def shuffled_vectors(
 
 def _differences(model: Model, places: Sequence[Place], rows: Sequence[LabelledRow]) -> dict[Place, Tensor]:
     """What is at the label with the positive answer, less that with the negative one, [rows, width] in float64."""
-    ids = [list(row.positive[: row.label + 1]) for row in rows]
-    ids += [list(row.negative[: row.label + 1]) for row in rows]
-    saved = {}
-    with model.trace(ids):
-        for site, layer in places:
-            saved[site, layer] = getattr(model.layers[layer], site)[:, -1].save()
+    layers: dict[str, tuple[int, ...]] = {}
+    for site, layer in places:
+        layers[site] = (*layers.get(site, ()), layer)
+    one, other = zip(*(pair_of(row, "label") for row in rows), strict=True)
     found: dict[Place, Tensor] = {}
-    for place, handle in saved.items():
-        tensor = handle.value.double()
-        found[place] = tensor[: len(rows)] - tensor[len(rows) :]
+    for site, shows, lacks in read_pairs(model, layers, one, other):
+        for number, layer in enumerate(layers[site]):
+            found[site, layer] = shows[number].double() - lacks[number].double()
     return found
 
 

@@ -66,7 +66,7 @@ def sides_of(data: Any, model: Model, positions: Positions) -> Sides:
         found = labelled(data.data, model, free=True) if free else data
     else:
         found = labelled(data if isinstance(data, Contrast) else Contrast.pairs(data), model, free=free)
-    pairs = [_pair(row, positions) for row in found]
+    pairs = [pair_of(row, positions) for row in found]
     positive, negative = zip(*pairs, strict=True)
     template = name_of(found.data.template)
     if found.joined:
@@ -83,7 +83,8 @@ def _text(ids: tuple[int, ...], positions: Positions) -> Text:
     return Text(ids, len(ids) if positions == "mean" else 1)
 
 
-def _pair(row: LabelledRow, positions: Positions) -> tuple[Text, Text]:
+def pair_of(row: LabelledRow, positions: Positions) -> tuple[Text, Text]:
+    """Both texts of a row, as far as they are read."""
     one, other, label = row.positive, row.negative, row.label
     match positions:
         case "label":
@@ -131,13 +132,8 @@ def gathered(
         lengths = [max(len(one.ids), len(other.ids)) for one, other in zip(positive, negative, strict=True)]
         for numbers in _batches(lengths, each, "pair", progress):
             one, other = [positive[number] for number in numbers], [negative[number] for number in numbers]
-            prompt = _in_one(model, one, other)
-            if prompt is None:
-                for site, read in _activations(model, places, one + other):
-                    found[site].add(numbers, read[:, : len(numbers)], read[:, len(numbers) :])
-            else:
-                for site, read in _ends(model, places, prompt):
-                    found[site].add(numbers, read[:, :, 0], read[:, :, 1])
+            for site, shows, lacks in read_pairs(model, places, one, other):
+                found[site].add(numbers, shows, lacks)
     else:
         for which, texts in enumerate((positive, negative)):
             for numbers in _batches([len(text.ids) for text in texts], each, "text", progress):
@@ -150,6 +146,22 @@ def _batches(lengths: Sequence[int], each: int, unit: str, progress: bool | None
     order = sorted(range(len(lengths)), key=lengths.__getitem__)
     batches = [order[start : start + each] for start in range(0, len(order), each)]
     yield from watched(batches, list(map(len, batches)), unit, progress)
+
+
+def read_pairs(
+    model: Model, places: Mapping[str, tuple[int, ...]], one: Sequence[Text], other: Sequence[Text]
+) -> Iterator[tuple[str, Tensor, Tensor]]:
+    """For each site, what the model has there for both texts of each pair, at the layers: [layers, pairs, width] twice.
+
+    One forward pass over all of them.
+    """
+    prompt = _in_one(model, one, other)
+    if prompt is None:
+        for site, read in _activations(model, places, [*one, *other]):
+            yield site, read[:, : len(one)], read[:, len(one) :]
+    else:
+        for site, read in _ends(model, places, prompt):
+            yield site, read[:, :, 0], read[:, :, 1]
 
 
 def _in_one(model: Model, one: Sequence[Text], other: Sequence[Text]) -> Prompt | None:
