@@ -272,7 +272,7 @@ class Model(Methods, Shown):
         tokenizer = self._tokenizer
         for candidate in (
             getattr(tokenizer, "pad_token_id", None),
-            getattr(self.config, "pad_token_id", None),
+            getattr(self.anatomy.config, "pad_token_id", None),
             getattr(tokenizer, "eos_token_id", None),
         ):
             if isinstance(candidate, int):
@@ -317,7 +317,8 @@ class Model(Methods, Shown):
     @property
     def config(self) -> Any:
         """The model's configuration."""
-        return self.anatomy.config
+        hf: Any = self._hf
+        return hf.config
 
     @property
     def n_layers(self) -> int:

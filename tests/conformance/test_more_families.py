@@ -557,7 +557,9 @@ def test_a_pattern_that_cannot_be_tapped_is_shown_by_its_path(family: str) -> No
 
 
 def test_images_are_refused_by_name() -> None:
-    _, model = built("gemma3_images")
+    hf, model = built("gemma3_images")
+    assert model.config is hf.config  # of all of it; the widths of sites are those of the text
+    assert model.sites()["logits"].shape == "[B, P, 97]"
     prompt = {"input_ids": [ROWS[0]], "pixel_values": torch.zeros(1, 3, 16, 16)}
     with pytest.raises(PromptError, match="pixel_values"), model.trace(prompt):
         model.logits.save()
