@@ -48,6 +48,7 @@ def curve(**changes: object) -> SteeringCurve:
             "random": np.array([[0.0, 0.1, 0.2, 0.3], [0.3, 0.2, 0.1, 0.0]]),
             "shuffled": np.zeros((1, 4)),
         },
+        redrawn=np.array([0.9, 1.0, 1.4])[:, None] * GRID,
         damage=Damage(np.array([0.2, 0.0, 0.3, 1.0]), np.array([12.0, 9.0, 14.0, 30.0]), 9.0, 3, 40, "all"),
     )
     return dataclasses.replace(found, **changes)  # pyright: ignore[reportArgumentType]  # by name
@@ -60,6 +61,8 @@ def test_statistics_follow_from_the_numbers() -> None:
     assert found.slope == pytest.approx(np.mean(by_fit))
     assert found.anti_steerable == pytest.approx(3 / 6)  # one falls, one lies flat, and one was bent down
     assert found.relative_slope == pytest.approx(5 * found.slope)
+    assert found.training_interval == pytest.approx(np.quantile([0.9, 1.0, 1.4], (0.025, 0.975)))
+    assert curve(redrawn=None).training_interval is None
     assert found.accuracy == pytest.approx(4 / 6)
     count, slope, interval = found.by_label["B"]
     assert (count, slope) == (3, pytest.approx(np.mean([-0.5, 3.0, 1.5])))
@@ -126,8 +129,9 @@ def test_files_keep_all_of_it(tmp_path: Path) -> None:
     assert said["slope"] == pytest.approx(found.slope)
     assert said["interval"] == pytest.approx(list(found.interval))
     assert said["control_slopes"]["random"] == pytest.approx([0.1, -0.1])
-    bare = curve(damage=None, controls={})
-    assert SteeringCurve.load(bare.save(tmp_path / "bare.json")).damage is None
+    bare = curve(damage=None, controls={}, redrawn=None)
+    bare = SteeringCurve.load(bare.save(tmp_path / "bare.json"))
+    assert (bare.damage, bare.redrawn) == (None, None)
 
 
 @pytest.mark.parametrize("text", ["", "{}", '{"format": "other", "version": 1}', '{"format": 3', "[]"])

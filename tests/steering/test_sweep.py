@@ -15,7 +15,7 @@ from tests.support.families import D_MODEL, FAMILIES
 from tests.support.tokenizers import byte_level_bpe
 from tracelens import errors
 from tracelens.steering import Contrast, Facts, SteeringCurve, SteeringCurves, SteeringVector, sweep
-from tracelens.steering.controls import random_vectors, shuffled_vectors
+from tracelens.steering.controls import random_vectors, redrawn_vectors, shuffled_vectors
 from tracelens.steering.measuring import MULTIPLIERS
 
 ROWS = drawn_rows(10)
@@ -195,6 +195,36 @@ def test_shuffled_vectors_are_mean_differences_with_half_the_labels_exchanged(ll
         expected = signs[:, number] @ differences
         expected *= v.norms["resid_post", 1] / expected.norm()
         assert_close(control["resid_post", 1].double(), expected, atol=1e-4, rtol=1e-4)
+
+
+def test_the_vector_is_made_anew_of_other_draws_of_its_rows(llama: tl.Model) -> None:
+    made = shuffled_vectors(llama, vector(("resid_post", 1)), ROWS, 1, seed=0)  # about something else
+    with llama.trace([list(row.positive) for row in ROWS]):
+        one_ = llama.layers[1].resid_post[:, -1].save()
+    with llama.trace([list(row.negative) for row in ROWS]):
+        other = llama.layers[1].resid_post[:, -1].save()
+    differences = (one_.value - other.value).double()
+    v = SteeringVector({("resid_post", 1): 3 * differences.mean(0)})
+    times = np.random.default_rng(4).multinomial(10, np.full(10, 0.1), size=20)
+    for number, drawn in enumerate(redrawn_vectors(llama, v, ROWS, 20, seed=4, batch_size=4)):
+        expected = 3 * torch.from_numpy(times[number] / 10) @ differences
+        assert_close(drawn["resid_post", 1].double(), expected, atol=1e-4, rtol=1e-4)
+
+    test = drawn_rows(6, seed=9)
+    curve = one(sweep(llama, v, test, [-1.0, 1.0], controls=2, train=ROWS, seed=4))
+    assert curve.redrawn is not None
+    assert set(curve.controls) == {"random", "shuffled"}
+    slopes = []
+    for number in (0, 7, 19):
+        again = SteeringVector({("resid_post", 1): 3 * torch.from_numpy(times[number] / 10) @ differences})
+        slopes.append(one(sweep(llama, again, test, [-1.0, 1.0], controls=False)).slope)
+    found = (curve.redrawn[:, 1] - curve.redrawn[:, 0]) / 2
+    np.testing.assert_allclose(found[[0, 7, 19]], slopes, atol=1e-4)
+    assert curve.training_interval is not None
+    assert curve.training_interval == pytest.approx(np.quantile(found, (0.025, 0.975)))
+    assert "over training draws" in repr(curve)
+    with pytest.raises(errors.SteeringSweepError, match="not the mean difference"):
+        sweep(llama, made[0], test, train=ROWS)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from tracelens.errors import SteeringSweepError
 from tracelens.progress import watched
-from tracelens.steering.facts import Facts, Place
+from tracelens.steering.facts import Facts, Place, written
 from tracelens.steering.gathering import pair_of, read_pairs
 from tracelens.steering.vector import SteeringVector
 
@@ -50,6 +52,64 @@ def shuffled_vectors(
     signs = torch.ones(len(rows), count, dtype=torch.float64)
     for number in range(count):
         signs[torch.randperm(len(rows), generator=generator)[: len(rows) // 2], number] = -1
+    sums = _weighted(model, vector, rows, signs, batch_size, progress)
+    return [
+        _of_norms(vector, {place: total[number] for place, total in sums.items()}, f"shuffled {number}")
+        for number in range(count)
+    ]
+
+
+def redrawn_vectors(
+    model: Model,
+    vector: SteeringVector,
+    rows: Sequence[LabelledRow],
+    count: int,
+    seed: int,
+    *,
+    batch_size: int = 8,
+    progress: bool | None = None,
+) -> list[SteeringVector]:
+    """The vector as other draws of its training rows would have made it: so many times, drawn with replacement.
+
+    The vector has to be the mean difference of these rows, or a multiple of it, and they are the same multiple. Raises
+    :class:`~tracelens.errors.SteeringSweepError` where it is not.
+    """
+    generator = np.random.default_rng(seed)
+    times = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=count)
+    weights = torch.from_numpy(np.concatenate([np.ones((1, len(rows))), times]).T / len(rows))
+    sums = _weighted(model, vector, rows, weights, batch_size, progress)
+    found: list[dict[Place, Tensor]] = [{} for _ in range(count)]
+    for place, drawn in sums.items():
+        own, whole = vector[place].double(), drawn[0]
+        cosine = torch.nn.functional.cosine_similarity(own, whole, dim=0)
+        if not cosine > _SAME:
+            raise SteeringSweepError(
+                f"the vector at {written(place)} is not the mean difference of the rows of train=: their cosine is "
+                f"{cosine.item():.3f}",
+                instead='train=data.train, of extract(model, data.train, method="mean_difference"); or none',
+            )
+        for number in range(count):
+            found[number][place] = drawn[number + 1] * (own.norm() / whole.norm())
+    return [
+        SteeringVector(directions, _facts(vector, f"redrawn {number}"))
+        for number, directions in enumerate(found)
+    ]
+
+
+_SAME = 0.99
+"""Vectors that point alike but for rounding, in bfloat16 too."""
+
+
+def _weighted(
+    model: Model,
+    vector: SteeringVector,
+    rows: Sequence[LabelledRow],
+    weights: Tensor,
+    batch_size: int,
+    progress: bool | None,
+) -> dict[Place, Tensor]:
+    """By place the rows' differences summed with each of several weights [rows, count]: [count, width], in one pass."""
+    count = weights.shape[1]
     sums = {
         place: torch.zeros(count, len(direction), dtype=torch.float64)
         for place, direction in vector.directions.items()
@@ -58,11 +118,8 @@ def shuffled_vectors(
     for batch in watched(batches, list(map(len, batches)), "row", progress):
         differences = _differences(model, vector.places, [rows[row] for row in batch])
         for place, found in differences.items():
-            sums[place] += signs[batch.start : batch.stop].T @ found
-    return [
-        _of_norms(vector, {place: total[number] for place, total in sums.items()}, f"shuffled {number}")
-        for number in range(count)
-    ]
+            sums[place] += weights[batch.start : batch.stop].T @ found
+    return sums
 
 
 def _differences(model: Model, places: Sequence[Place], rows: Sequence[LabelledRow]) -> dict[Place, Tensor]:
@@ -79,8 +136,13 @@ def _differences(model: Model, places: Sequence[Place], rows: Sequence[LabelledR
 
 
 def _of_norms(vector: SteeringVector, directions: dict[Place, Tensor], method: str) -> SteeringVector:
+    return SteeringVector(directions, _facts(vector, method)).to_norm(vector)
+
+
+def _facts(vector: SteeringVector, method: str) -> Facts:
+    """Facts about the model alone: what the vector was made of is not what these are made of."""
     facts = vector.facts
-    known = Facts(
+    return Facts(
         model=facts.model,
         revision=facts.revision,
         family=facts.family,
@@ -89,4 +151,3 @@ def _of_norms(vector: SteeringVector, directions: dict[Place, Tensor], method: s
         weights=facts.weights,
         method=method,
     )
-    return SteeringVector(directions, known).to_norm(vector)

@@ -65,6 +65,7 @@ class SteeringCurve(Shown):
     all label tokens together. ``correct`` [N]: whether the positive label is the likeliest one, unsteered. ``rows``
     [N]: numbers within the data; ``labels`` [N]: what the positive label spells. ``controls``: by name the mean curves
     of vectors of the same norm [vectors, K], ``"random"`` and ``"shuffled"``. ``damage``: to neutral texts, if asked.
+    ``redrawn``: the mean curves of the vector made anew of other draws of its training rows [draws, K], if asked.
 
     The definitions are those of Tan et al. 2024 (arXiv:2407.12404). Intervals are of 95%: of means by 10,000 bootstrap
     draws of rows, of shares by Wilson's formula. In a notebook it shows itself as a figure, in a terminal as tables.
@@ -82,6 +83,7 @@ class SteeringCurve(Shown):
     facts: SweepFacts
     controls: Mapping[str, Numbers] = field(default_factory=dict[str, Numbers])
     damage: Damage | None = None
+    redrawn: Numbers | None = None
 
     # --- the curve -----------------------------------------------------------------------------------------------
 
@@ -120,6 +122,14 @@ class SteeringCurve(Shown):
     def interval_at(self, level: float) -> Interval:
         """The interval of the slope at another level: ``1 - 0.05 / n`` where the best of n places is looked at."""
         return mean_interval(self.slopes, seed=self.facts.seed, level=level)
+
+    @property
+    def training_interval(self) -> Interval | None:
+        """Where 95% of the slopes lie of vectors of other draws of the training rows; ``None`` if not asked for."""
+        if self.redrawn is None:
+            return None
+        low, high = np.quantile(steerability.slopes(self.multipliers, self.redrawn), (0.025, 0.975))
+        return Interval(float(low), float(high))
 
     @property
     def relative_slope(self) -> float | None:
@@ -214,6 +224,8 @@ class SteeringCurve(Shown):
     def _numbers(self) -> tuple[tuple[str, str, str], ...]:
         facts = self.facts
         rows = [("slope", f"{self.slope:.4g}", str(self.interval))]
+        if self.redrawn is not None:
+            rows.append(("  over training draws", f"{len(self.redrawn)} draws", str(self.training_interval)))
         if self.relative_slope is not None and facts.scale is not None:
             ratio = facts.norm / facts.scale
             rows.append(

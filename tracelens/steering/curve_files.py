@@ -31,6 +31,7 @@ def to_dict(curve: SteeringCurve) -> dict[str, Any]:
         {
             "slope": curve.slope,
             "interval": curve.interval,
+            "training_interval": curve.training_interval,
             "relative_slope": curve.relative_slope,
             "anti_steerable": curve.anti_steerable,
             "anti_steerable_interval": curve.anti_steerable_interval,
@@ -94,6 +95,7 @@ def load(path: Path) -> SteeringCurve:
             facts=SweepFacts(**found["facts"]),
             controls={name: _numbers(curves) for name, curves in found["controls"].items()},
             damage=None if found["damage"] is None else _damage(found["damage"]),
+            redrawn=None if found.get("redrawn") is None else _numbers(found["redrawn"]),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise SteeringSweepError(

@@ -11,7 +11,7 @@ import numpy as np
 from tracelens.errors import Blaming, SteeringSweepError
 from tracelens.location import here
 from tracelens.steering.contrast import Contrast
-from tracelens.steering.controls import random_vectors, shuffled_vectors
+from tracelens.steering.controls import random_vectors, redrawn_vectors, shuffled_vectors
 from tracelens.steering.curve import SteeringCurve, SweepFacts
 from tracelens.steering.damage import damage as damage_of
 from tracelens.steering.facts import Place, written
@@ -26,6 +26,8 @@ if TYPE_CHECKING:
 MULTIPLIERS = (-1.5, -1.0, -0.5, 0.0, 0.5, 1.0, 1.5)
 """The grid of Tan et al. 2024."""
 CONTROLS = 20
+DRAWS = 20
+"""So many training sets are drawn anew."""
 
 
 class SteeringCurves(Mapping[Place, SteeringCurve], Shown):
@@ -88,6 +90,7 @@ def sweep(
     multipliers: Sequence[float] = MULTIPLIERS,
     *,
     controls: bool | int = True,
+    train: Contrast | Labelled | Sequence[LabelledRow] | None = None,
     damage: Sequence[Any] | None = None,
     positions: Any = "decision",
     operator: str = "add",
@@ -104,9 +107,11 @@ def sweep(
     the result is a mapping of places to curves.
 
     ``controls``: so many random vectors of the same norm, and as many mean differences of these very rows with their
-    labels shuffled, of the same norm too; ``True`` for 20 of each. ``damage``: texts about nothing in particular, on
-    which KL from the unsteered model and perplexity are taken at every multiplier; there the vector is applied at every
-    position where only the decision is steered. ``positions``: ``"decision"``, or what ``v.apply`` takes, in the
+    labels shuffled, of the same norm too; ``True`` for 20 of each. ``train``: the rows that
+    the vector is the mean difference of; it is then made anew of 20 draws of them, and ``curve.training_interval`` says
+    how far the slope would be with other rows of this kind to train on. ``damage``: texts about nothing in particular,
+    on which KL from the unsteered model and perplexity are taken at every multiplier; there the vector is applied at
+    every position where only the decision is steered. ``positions``: ``"decision"``, or what ``v.apply`` takes, in the
     prompt; ``operator`` and ``settings`` as there. ``seed``: of controls and of bootstrap draws. ``batch_size``:
     prompts in a pass.
 
@@ -134,6 +139,10 @@ def sweep(
             kinds["random"] = random_vectors(vector, count, seed)
             kinds["shuffled"] = shuffled_vectors(
                 model, vector, rows, count, seed, batch_size=batch_size, progress=progress
+            )
+        if train is not None:
+            kinds["redrawn"] = redrawn_vectors(
+                model, vector, _rows(train, model), DRAWS, seed, batch_size=batch_size, progress=progress
             )
         for place in vector.places:
             own = vector.at(sites=place[0], layers=place[1])
@@ -271,6 +280,7 @@ class _Curves:
                 norm=self.vector.norms[place],
                 scale=facts.scale.get(place),
             ),
+            redrawn=means.pop("redrawn", None),
             controls=means,
         )
 
