@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 from pathlib import Path
 
 import pytest
 import torch
 
 import tracelens as tl
+from tests.support.families import FAMILIES
 from tests.support.pretend import Pretend, pretend
 from tests.support.ranks import PoolOf
 
@@ -157,3 +159,26 @@ def test_every_example_is_tested() -> None:
     text = Path(__file__).read_text(encoding="utf-8")
     assert names
     assert {name for name in names if f'example("{name}").main(' in text} == names
+
+
+def test_steerability_study(model: tl.Model, tmp_path: Path) -> None:
+    data = Path(__file__).resolve().parent / "data"
+    small = tl.wrap(
+        FAMILIES["llama"].build(vocab_size=len(model.tokenizer), max_position_embeddings=512), model.tokenizer
+    )
+    sizes = ["--rows", "10", "--controls", "2", "--redraws", "2", "--neutral", "2"]
+    found = example("steerability_study").main([str(data), "--out", str(tmp_path), *sizes], small)
+    assert [one.data for one in found] == ["contrast_choices", "contrast_words"]
+    for one in found:
+        assert one.tried == 4
+        assert one.rows[0] == 4
+        assert one.interval[0] <= one.slope <= one.interval[1]
+        assert one.corrected_interval[0] <= one.interval[0]
+        assert one.kl["0"] < 1e-6 < one.kl["1.5"]
+        # Numbers of a vector that is not the control beside it.
+        assert one.slope not in (one.other_data_slope, one.other_position_slope)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "contrast_words" in text
+    assert (tmp_path / "contrast_choices.svg").read_text(encoding="utf-8").startswith("<svg")
+    written = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert len(written["findings"]) == 2

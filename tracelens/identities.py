@@ -56,6 +56,11 @@ def error(one: Tensor, other: Tensor) -> float:
     return 0.0 if size == 0 else gap / size if gap == gap else float("inf")
 
 
+def _per(one: Tensor, other: Tensor) -> Tensor:
+    """A quotient. What is nothing is along anything, and what it is compared with must be nothing, too."""
+    return one / other.where(other > 0, 1.0)
+
+
 def _sum(*names: str) -> Callable[[Read, Facts], tuple[Tensor, Tensor]]:
     """The last is the sum of the others."""
 
@@ -93,7 +98,7 @@ def _scored(queries: str, keys: str) -> Callable[[Read, Facts], tuple[Tensor, Te
         products = torch.einsum("bqhd,bkhd->bhqk", read[queries], each)[_seen(read)]
         scores, cap = read["scores"][_seen(read)], facts.score_cap
         scores = scores if cap is None else cap * (scores / cap).atanh()
-        return products * ((products @ scores) / (products @ products)), scores
+        return products * _per(products @ scores, products @ products), scores
 
     return both
 
@@ -103,7 +108,7 @@ def _turned(before: str, after: str) -> Callable[[Read, Facts], tuple[Tensor, Te
 
     def both(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
         one, other = read[before].norm(dim=-1), read[after].norm(dim=-1)
-        return one * (other.norm() / one.norm()), other
+        return one * _per(other.norm(), one.norm()), other
 
     return both
 
@@ -118,9 +123,9 @@ def _normed(before: str, after: str) -> Callable[[Read, Facts], tuple[Tensor, Te
         found: list[tuple[float, tuple[Tensor, Tensor]]] = []
         for start in {2, read[before].ndim - 1}:
             rows, normed = read[before].flatten(start), read[after].flatten(start)
-            unit = rows / (rows.square().mean(-1, keepdim=True) + facts.epsilon).sqrt()
+            unit = _per(rows, (rows.square().mean(-1, keepdim=True) + facts.epsilon).sqrt())
             axes = tuple(range(unit.ndim - 1))
-            sides = unit * ((unit * normed).sum(axes) / unit.square().sum(axes)), normed
+            sides = unit * _per((unit * normed).sum(axes), unit.square().sum(axes)), normed
             found.append((error(*sides), sides))
         return min(found, key=lambda one: one[0])[1]
 
@@ -154,9 +159,7 @@ def _along(one: str, other: str, unless: str) -> Identity:
 
     def both(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
         first, second = read[one], read[other]
-        squares = (first * first).sum()
-        # A branch that writes nothing is along anything; what it is compared with must be nothing, too.
-        return first * ((first * second).sum() / squares.where(squares > 0, 1.0)), second
+        return first * _per((first * second).sum(), (first * first).sum()), second
 
     return Identity(f"{one} ~ {other}", (one, other), (one,), both, unless=(unless,))
 
