@@ -17,6 +17,7 @@ from tracelens import errors
 from tracelens.steering import Contrast, Facts, SteeringCurve, SteeringCurves, SteeringVector, sweep
 from tracelens.steering.controls import random_vectors, redrawn_vectors, shuffled_vectors
 from tracelens.steering.measuring import MULTIPLIERS
+from tracelens.steering.operators import OPERATORS
 
 ROWS = drawn_rows(10)
 
@@ -128,6 +129,43 @@ def test_many_ends_in_one_pass_are_as_many_passes(name: str) -> None:
         assert np.abs(one_.propensity[:, 2] - one_.unsteered).max() > 1e-2
     both = [quick[place].slopes for place in quick]
     assert np.abs(both[0] - both[1]).max() > 1e-2
+
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "affine": {"reference": vector(("resid_post", 1), seed=1)},
+    "clamp": {"low": 4.0},
+    "rotate": {"towards": vector(("resid_post", 1), seed=1), "degrees": 70.0},
+}
+
+
+@pytest.mark.parametrize("operator", [name for name in OPERATORS if name != "ablate"])
+def test_every_operator_is_the_same_in_one_pass_and_in_many(llama: tl.Model, operator: str) -> None:
+    v = vector(("resid_post", 1), size=0.5)
+    quick, plain = (
+        one(
+            sweep(
+                llama,
+                v,
+                ROWS,
+                [-1.0, 0.5, 1.0],
+                controls=1,
+                operator=operator,
+                quick=way,
+                **SETTINGS.get(operator, {}),
+            )
+        )
+        for way in (True, False)
+    )
+    np.testing.assert_allclose(quick.propensity, plain.propensity, atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(quick.controls["random"], plain.controls["random"], atol=2e-5, rtol=1e-5)
+    assert np.abs(quick.propensity - quick.unsteered[:, None]).max() > 1e-2
+    assert quick.facts.operator == operator
+
+
+def test_ablation_has_no_strengths_to_sweep(llama: tl.Model) -> None:
+    for quick in (True, False):
+        with pytest.raises(errors.OptionError, match="has no strength"):
+            sweep(llama, vector(("resid_post", 1)), ROWS, controls=False, operator="ablate", quick=quick)
 
 
 def test_ends_are_dealt_out_over_passes(llama: tl.Model, monkeypatch: pytest.MonkeyPatch) -> None:
