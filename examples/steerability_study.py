@@ -6,22 +6,19 @@ vectors of the same length, vectors of shuffled labels, the vector of another da
 the harm to sentences about nothing in particular. A slope that is not beyond its controls is reported as that.
 
     python -m examples.steerability_study FOLDER --out study          # all *.jsonl below FOLDER
-    python -m examples.steerability_study FOLDER --out study --rows 60 --controls 5 --redraws 5
+    python -m examples.steerability_study FOLDER --out study --rows 60 --controls 5
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import random
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from itertools import product
 from pathlib import Path
 from typing import Any
-
-import numpy as np
 
 import tracelens as tl
 
@@ -115,23 +112,6 @@ def slope_of(model: tl.Model, vector: Any, rows: Any, **options: Any) -> float:
     return curve.slope
 
 
-def redrawn(
-    model: tl.Model, train: Any, place: tuple[str, int], test: Any, draws: int, seed: int
-) -> tuple[float, float]:
-    """The span of the middle 95% of slopes of vectors made of training rows that were drawn anew, with replacement."""
-    draw = random.Random(seed)
-    slopes: list[float] = []
-    for _ in range(draws):
-        chosen = [train[draw.randrange(len(train))] for _ in train]
-        again = tl.steering.Contrast(
-            tuple(chosen), template=train.template, system=train.system, instruction=train.instruction
-        )
-        vector = tl.steering.extract(model, again, sites=place[0], layers=place[1], progress=False)
-        slopes.append(slope_of(model, vector, test))
-    low, high = np.percentile(slopes, (2.5, 97.5))
-    return float(low), float(high)
-
-
 def study(
     model: tl.Model,
     files: Sequence[Path],
@@ -139,7 +119,6 @@ def study(
     template: str = "chat",
     most: int | None = None,
     controls: int = 20,
-    redraws: int = 20,
     neutral: Sequence[str] = NEUTRAL,
     layers: Any = "all",
     seed: int = 0,
@@ -164,7 +143,9 @@ def study(
     for number, (name, parts) in enumerate(sets.items()):
         _, best = chosen[name]
         v, place, test = best.vector, best.place, parts["test"]
-        curve = tl.steering.sweep(model, v, test, MULTIPLIERS, controls=controls, damage=neutral, seed=seed)
+        curve = tl.steering.sweep(
+            model, v, test, MULTIPLIERS, controls=controls, train=parts["train"], damage=neutral, seed=seed
+        )
         curves[name] = curve
         other = names[number - 1] if len(names) > 1 else None
         swapped = None
@@ -194,7 +175,7 @@ def study(
                 slope=curve.slope,
                 interval=ends(curve.interval),
                 corrected_interval=ends(curve.interval_at(1 - 0.05 / best.tried)),
-                redrawn=redrawn(model, parts["train"], place, test[: min(50, len(test))], redraws, seed),
+                redrawn=ends(curve.training_interval),
                 relative_slope=float(curve.relative_slope),
                 norm_relative_slope=shares.slope,
                 anti_steerable=curve.anti_steerable,
@@ -241,7 +222,7 @@ examples.steerability_study` in {versions}; seed {seed}. {limits}
 **Slope**: how many nats the difference of the two answers' logits moves per unit of the multiplier, which goes from
 -1.5 to 1.5; the mean of the rows' least-squares slopes (Tan et al. 2024, arXiv:2407.12404), with the 95% bootstrap
 interval over rows. **Corrected**: its lower end at 1 - 0.05 / {tried}, since the best of {tried} places was taken.
-**Redrawn**: the middle 95% of slopes of {redraws} vectors from training rows drawn anew. **Random**, **shuffled**:
+**Redrawn**: the middle 95% of slopes of 20 vectors from training rows drawn anew. **Random**, **shuffled**:
 the spans of {controls} vectors of the same length without a meaning, and of shuffled labels. **Anti-steerable**: the
 share of rows with a slope of 0 or less, with Wilson's interval. A data set *steers* here if the corrected interval is
 above 0 and the slope beyond every control.
@@ -327,7 +308,6 @@ def main(arguments: Sequence[str] | None = None, model: tl.Model | None = None) 
     parser.add_argument("--template", choices=("chat", "plain"), default="chat")
     parser.add_argument("--rows", type=int, help="at most so many rows of each file")
     parser.add_argument("--controls", type=int, default=20)
-    parser.add_argument("--redraws", type=int, default=20)
     parser.add_argument("--neutral", type=int, default=len(NEUTRAL), help="so many neutral sentences")
     parser.add_argument("--layers", type=int, nargs="*", help="these layers alone")
     parser.add_argument("--tp", type=int, default=1)
@@ -345,7 +325,6 @@ def main(arguments: Sequence[str] | None = None, model: tl.Model | None = None) 
         template=given.template,
         most=given.rows,
         controls=given.controls,
-        redraws=given.redraws,
         neutral=NEUTRAL[: given.neutral],
         # What enters layer 0 is the label's embedding, and letters that are balanced cancel there.
         layers=given.layers or range(1, model.n_layers),
@@ -361,7 +340,6 @@ def main(arguments: Sequence[str] | None = None, model: tl.Model | None = None) 
         "template": given.template,
         "seed": given.seed,
         "controls": given.controls,
-        "redraws": given.redraws,
         "versions": versions,
         "limits": "All rows."
         if given.rows is None

@@ -166,7 +166,7 @@ def test_steerability_study(model: tl.Model, tmp_path: Path) -> None:
     small = tl.wrap(
         FAMILIES["llama"].build(vocab_size=len(model.tokenizer), max_position_embeddings=512), model.tokenizer
     )
-    sizes = ["--rows", "10", "--controls", "2", "--redraws", "2", "--neutral", "2"]
+    sizes = ["--rows", "10", "--controls", "2", "--neutral", "2"]
     found = example("steerability_study").main([str(data), "--out", str(tmp_path), *sizes], small)
     assert [one.data for one in found] == ["contrast_choices", "contrast_words"]
     for one in found:

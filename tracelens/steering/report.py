@@ -98,10 +98,12 @@ class VectorReport(Shown):
             part = vector.at(sites=site)
             if len(part) > 1:
                 near = self.cosines(site).diagonal(1)
-                least = int(near.argmin())
+                if not near.isfinite().any():
+                    continue  # nothing is along a vector of length 0
+                least = int(near.nan_to_num(2.0).argmin())
                 parts.append(
                     Line(
-                        f"{site}: cosine between neighbouring layers {near.mean():.2f} on average, least "
+                        f"{site}: cosine between neighbouring layers {near.nanmean():.2f} on average, least "
                         f"{near[least]:.2f} between {part.layers[least]} and {part.layers[least + 1]}"
                     )
                 )
