@@ -321,7 +321,7 @@ def of_memory(report: Mapping[str, Any]) -> Iterator[str]:
         f"of the cache of keys and values (computed); {told['prompt']} + {told['new']} tokens, and of B0 one token. "
         "**Left**: what the result holds. The closed form: B3 keeps (layers + 1) × d_model × 4 bytes of each position, "
         f"and has {told['rows_in_hand']} rows of logits in hand; S keeps 5 × 12 bytes of each layer and position, and "
-        "has its workspace in hand (64 MiB unless it is told otherwise)."
+        "has its workspace in hand."
     )
     yield ""
     rows = [

@@ -36,7 +36,7 @@ class Methods:
         ``lens``: a tuned lens, whose translator of the value's ``layer`` is applied first (the layer is known for a
         site and for what is indexed from one; a computed value stands for the state after the ``layer`` given).
         ``norm``: apply the model's last norm; the default is to, except to ``model.final_norm``, which has been through
-        it. ``workspace``: bytes that logits in hand may take, 64 MiB.
+        it. ``workspace``: bytes that logits in hand may take, 16 MiB.
         The result has ``topk``, ``log_prob``, ``rank``, ``entropy``, ``kl`` and more: :class:`tracelens.Lens`.
 
         Several layers at once, ``model.lens(model.layers[:].resid_post)``, read the unembedding once for all of them.
