@@ -55,6 +55,18 @@ is the logit of " great" less that of " terrible" after the prompt, the mean ove
   processes with gloo, on the CPU. tp=3: three ranks share each layer; pp=2: the layers are cut into two stages.
 """
 
+SWEPT = """\
+## A measured steering vector
+
+The same for `tl.steering`, in float32: the vector of {rows} rows of contrast data at `layers[{layer}].post_ln`, made by
+`extract` each way anew, and its propensity at seven multipliers by `sweep`, each row at each. **Largest difference**
+from one device, relative to the largest number.
+
+| way | slope | vector, largest difference | propensity, largest difference |
+| --- | --- | --- | --- |
+"""
+CONTRAST = Path(__file__).resolve().parent.parent / "tests" / "data" / "contrast_choices.jsonl"
+
 
 def measured(model: Any) -> Tensor:
     """The logit differences, [strengths, prompts], in float32."""
@@ -72,6 +84,18 @@ def measured(model: Any) -> Tensor:
         logits = t["logits"].float()
         found.append(logits[:, one] - logits[:, other])
     return torch.stack(found)
+
+
+def swept(model: Any) -> dict[str, Tensor]:
+    """The vector, and the propensity [rows, multipliers] when it is swept."""
+    data = tl.steering.load_contrast(CONTRAST, template="chat")
+    vector = tl.steering.extract(model, data, sites="post_ln", layers=LAYER, progress=False)
+    curve: Any = tl.steering.sweep(model, vector, data, controls=False, progress=False)
+    return {
+        "vector": vector["post_ln", LAYER].double(),
+        "propensity": torch.from_numpy(curve.propensity),
+        "slope": torch.tensor(curve.slope),
+    }
 
 
 def ways() -> dict[str, Callable[[torch.dtype], Any]]:
@@ -103,12 +127,15 @@ def ways() -> dict[str, Callable[[torch.dtype], Any]]:
 def run() -> dict[str, Any]:
     """Everything that the page says, as plain data."""
     found: dict[str, dict[str, Tensor]] = {}
+    curves: dict[str, dict[str, Tensor]] = {}
     with device.opened():
         for dtype in (torch.float32, torch.bfloat16):
             name = str(dtype).removeprefix("torch.")
             for way, load in ways().items():
                 with load(dtype) as model:
                     found.setdefault(name, {})[way] = measured(model)
+                    if dtype is torch.float32:
+                        curves[way] = swept(model)
                 print(f"{name}, {way}: done", flush=True)
     rows: list[dict[str, Any]] = []
     for name, by_way in found.items():
@@ -130,12 +157,24 @@ def run() -> dict[str, Any]:
             raise SystemExit(
                 f"{row['way']} in {row['dtype']} differs by {row['largest']:.2g}, more than {most:.2g}"
             )
+    sweeps: list[dict[str, Any]] = []
+    for way, own in curves.items():
+        whole = curves["one device"]
+        apart = {
+            part: ((own[part] - whole[part]).abs().max() / whole[part].abs().max()).item()
+            for part in ("vector", "propensity")
+        }
+        if max(apart.values()) > 1e-4:
+            raise SystemExit(f"the sweep of {way} differs by {apart}")
+        sweeps.append({"way": way, "slope": own["slope"].item(), **apart})
     return {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "versions": {name: version(name) for name in ("torch", "transformers", "accelerate", "tracelens")},
         "strengths": list(STRENGTHS),
         "floor": floor,
         "rows": rows,
+        "sweeps": sweeps,
+        "swept": len(curves["one device"]["propensity"]),
     }
 
 
@@ -153,7 +192,12 @@ def page(report: dict[str, Any]) -> str:
     for row in report["rows"]:
         means = " | ".join(f"{mean:.3f}" for mean in row["means"])
         lines.append(f"| {row['dtype']} | {row['way']} | {means} | {row['largest']:.1e} |")
-    return "\n".join(lines) + "\n"
+    text = "\n".join(lines) + "\n\n" + SWEPT.format(rows=report["swept"], layer=LAYER)
+    for sweep in report["sweeps"]:
+        text += (
+            f"| {sweep['way']} | {sweep['slope']:.6f} | {sweep['vector']:.1e} | {sweep['propensity']:.1e} |\n"
+        )
+    return text
 
 
 def main() -> None:

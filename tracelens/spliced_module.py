@@ -83,7 +83,9 @@ class Coder:
         parameters = self.module.parameters() if isinstance(self.module, nn.Module) else ()
         home = next((each.device for each in parameters), None)
         with torch.no_grad():
-            row: Tensor = self.module.encode(torch.zeros(1, 1, *sizes, dtype=value.dtype, device=home))
+            row: Tensor = cast("Any", self.module).encode(
+                torch.zeros(1, 1, *sizes, dtype=value.dtype, device=home)
+            )
         return row.shape[-1], row.dtype
 
     def _called(self, name: str, value: Value, *, like: Value | None) -> Value:
