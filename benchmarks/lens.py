@@ -42,13 +42,14 @@ DEFAULT = ("log_prob", "rank", "entropy", "kl")
 CONTESTANTS: dict[str, Callable[[Text], WRITTEN]] = {
     "plain": plain,
     "product": lens_text.product,
+    "product-together": partial(lens_text.product, together=16),
     "last-only": lens_text.last_only,
     "per-step": lens_text.per_step,
     "afterwards": lens_text.afterwards,
     "tracelens": ours,
     "tracelens-metrics": partial(ours, metrics=DEFAULT),
 }
-ANSWERING = tuple(name for name in CONTESTANTS if name not in ("plain", "product"))
+ANSWERING = tuple(name for name in CONTESTANTS if not name.startswith(("plain", "product")))
 NEAR = 1e-4
 """By how much a log-probability may differ, in nats."""
 WARMUP = 3

@@ -198,15 +198,19 @@ def hooked(handles: list[Any]) -> Iterator[None]:
 # --- what no lens can do without -------------------------------------------------------------------------------------
 
 
-def product(text: Text) -> WRITTEN:
-    """Nothing but the product of one state of every layer with the unembedding, in every step."""
+def product(text: Text, together: int = 1) -> WRITTEN:
+    """Nothing but the product of one state of every layer with the unembedding, for so many steps at once."""
     weight = text.model.lm_head.weight
 
     def write(new: int, tick: Tick) -> Results:
-        states = torch.randn(text.n_layers, weight.shape[1], generator=torch.Generator().manual_seed(0))
+        generator = torch.Generator().manual_seed(0)
+        states = torch.randn(together * text.n_layers, weight.shape[1], generator=generator).to(weight)
+        chunks = weight.split(4096)
         with torch.no_grad():
-            for _ in range(new):
-                torch.nn.functional.linear(states.to(weight), weight)
+            for step in range(new):
+                if (step + 1) % together == 0:
+                    for chunk in chunks:
+                        torch.nn.functional.linear(states, chunk)
                 tick()
         return {}
 
