@@ -182,7 +182,8 @@ def wrap(
     is done once for models that are built alike, and kept in a file beside the embedded model's. A site that fails is
     refused at use, and a :class:`~tracelens.errors.RefutedSitesWarning` says which. A language model of a type without
     a table gets the table that fits its modules, if one does, and of that the sites which are shown to be right;
-    without ``probe`` it gives a :class:`PlainModel`.
+    without ``probe`` it gives a :class:`PlainModel`. A model of PEFT gives that of the language model in it, whose
+    modules have the adapters: ``q`` is what the adapted projection returns.
 
     Under ``torchrun`` the model may be spread over the ranks, by transformers or by ``parallelize_module``; then all of
     its ranks call this together, and run one forward pass to see how its tensors lie on them.
@@ -202,6 +203,7 @@ def wrap(
             at=here(),
             instead="the module before it was scripted or traced",
         )
+    model = _with_adapters_inside(model)
     reason = no_table(model)
     if reason is not None:
         return (derived(model, tokenizer) if probe else None) or PlainModel(model, reason)
@@ -210,4 +212,21 @@ def wrap(
         look_at(found.anatomy)
     if probe:
         held_to(found)
+    return found
+
+
+def _with_adapters_inside(model: nn.Module) -> nn.Module:
+    """The language model in one of PEFT, which has the adapters in its modules; of others, the model itself."""
+    adapters = getattr(model, "peft_config", None)
+    inside = getattr(model, "get_base_model", None)
+    if not isinstance(adapters, Mapping) or not callable(inside):
+        return model
+    if any(getattr(each, "is_prompt_learning", False) for each in adapters.values()):
+        raise UnknownArchitectureError(
+            "this model of PEFT puts learned tokens before each prompt, which its language model alone would not have",
+            at=here(),
+            instead="adapters in modules (LoRA, IA3, ...); or model.merge_and_unload(), where PEFT can",
+        )
+    found = inside()
+    assert isinstance(found, nn.Module)
     return found
