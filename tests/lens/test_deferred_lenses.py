@@ -486,8 +486,15 @@ def test_what_is_predicted_is_held(pretend: Pretend) -> None:
     with at_once(9):
         more = compiled(t).held(t.graph, sizes, 50, include_last=False)
         few_steps = compiled(t).held(t.graph, sizes, 2, include_last=False)
-    # Three states and the output, and one token, of two rows; at the same time the states in hand.
-    assert more[device] - fewer[device] >= 7 * 2 * (4 * 48 * 4 + 8)
+        # What waits, and beside it what is in hand while it is done.
+        (tail,) = compiled(t).tails
+        assert tail is not None
+        waits = tail.bytes_kept({**sizes, "P": 9})[device]
+        beside = tail.held(t.graph, {**sizes, "P": 9})[device]
+        saved = sum(course.nbytes(sizes, 50) for course in compiled(t).courses)
+    assert waits == 9 * 2 * (4 * 48 * 4 + 8)
+    assert more[device] == waits + beside + saved
+    assert fewer[device] < more[device]
     assert few_steps[device] < fewer[device]
 
 
@@ -544,6 +551,8 @@ def test_devices_say_what_one_says(pretend: Pretend, family: str, where: dict[st
         (lambda z: [z[h].softmax(2) for h in range(4)], False),
         (lambda z: [z[h].mean(2) for h in range(4)], False),
         (lambda z: [z[h] * z[h, ..., 0, :1].mean(-1) for h in range(4)], False),
+        # With one more axis in front another one of three would be the third.
+        (lambda z: [z[..., :9].unflatten(-1, (3, 3))[h].mean(3) for h in range(4)], False),
     ],
 )
 def test_members_are_joined_where_that_is_the_same(body: Callable[[Any], Any], joins: bool) -> None:
