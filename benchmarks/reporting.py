@@ -12,6 +12,7 @@ TITLES = {
     "hooks": "hooks by hand",
     "nnsight": "nnsight",
     "transformer_lens": "TransformerLens",
+    "steering_vectors": "steering-vectors",
 }
 
 

@@ -7,7 +7,7 @@ import datetime
 import os
 import platform
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Generic, TypeVar
@@ -86,17 +86,17 @@ def told(peer: PeerProcess) -> dict[str, Any]:
     return {"version": peer.version, **peer.versions} | ({"notes": peer.notes} if peer.notes else {})
 
 
-def add_options(parser: argparse.ArgumentParser, name: str) -> None:
+def add_options(parser: argparse.ArgumentParser, name: str, peers: Sequence[str] = PEERS) -> None:
     """The options of every benchmark beside peers; ``name``: of its report's files."""
     parser.add_argument("--threads", type=int, default=1, help="torch threads in every process (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the order of turns")
-    parser.add_argument("--peers", nargs="*", choices=PEERS, default=list(PEERS), help="which; none: --peers")
+    parser.add_argument("--peers", nargs="*", choices=peers, default=list(peers), help="which; none: --peers")
     parser.add_argument(
         "--peer-python",
         action="append",
         default=[],
         metavar="PEER=PYTHON",
-        help=f"the Python that has a peer ({', '.join(PEERS)}) installed; by default this one",
+        help=f"the Python that has a peer ({', '.join(peers)}) installed; by default this one",
     )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help=f"write {name}.json and {name}.md there")
     parser.add_argument(
@@ -104,13 +104,15 @@ def add_options(parser: argparse.ArgumentParser, name: str) -> None:
     )
 
 
-def peer_pythons(parser: argparse.ArgumentParser, options: argparse.Namespace) -> dict[str, str]:
+def peer_pythons(
+    parser: argparse.ArgumentParser, options: argparse.Namespace, peers: Sequence[str] = PEERS
+) -> dict[str, str]:
     """The Python of each peer that takes part."""
-    given = dict.fromkeys(PEERS, sys.executable)
+    given = dict.fromkeys(peers, sys.executable)
     for each in options.peer_python:
         name, _, python = each.partition("=")
         if name not in given or not python:
-            parser.error(f"--peer-python {each}: PEER=PYTHON with PEER one of {', '.join(PEERS)}")
+            parser.error(f"--peer-python {each}: PEER=PYTHON with PEER one of {', '.join(peers)}")
         given[name] = python
     return {name: given[name] for name in options.peers}
 

@@ -23,6 +23,9 @@ PEERS = {
     "transformer_lens_text": "benchmarks.peers.transformer_lens_text",
     "nnsight_lens": "benchmarks.peers.nnsight_lens",
     "transformer_lens_lens": "benchmarks.peers.transformer_lens_lens",
+    "hooks_steering": "benchmarks.peers.hooks_steering",
+    "nnsight_steering": "benchmarks.peers.nnsight_steering",
+    "steering_vectors_steering": "benchmarks.peers.steering_vectors_steering",
 }
 
 
@@ -100,6 +103,10 @@ def serve(requests: TextIO, replies: TextIO, peer_name: str, threads: int) -> No
         from benchmarks.peers.text_worker import TextWorker
 
         worker = TextWorker(peer)
+    elif peer_name.endswith("_steering"):
+        from benchmarks.peers.steering_worker import SteeringWorker
+
+        worker = SteeringWorker(peer)
     for line in requests:
         request = json.loads(line)
         try:
