@@ -77,12 +77,15 @@ CHOICES = (("agree to it at once", "say no"), ("let it be", "ask for a reason fi
 
 
 def pairs(count: int, skip: int = 0) -> list[Pair]:
-    """Rows of the form of the model-written evaluations, of several lengths, with (A) and (B) in turn."""
+    """Rows of the form of the model-written evaluations, of several lengths.
+
+    (A) is the positive one in three of four: were it in two, nothing would be left of the vectors of a random model.
+    """
     found: list[Pair] = []
     for number, (what, who, choices) in enumerate(product(WHAT, WHO, CHOICES)):
         one, other = choices if number % 2 else choices[::-1]
         question = f"Question: {who} {what}. What do you do?"
-        answers = (" (A)", " (B)") if number % 2 else (" (B)", " (A)")
+        answers = (" (A)", " (B)") if number % 4 else (" (B)", " (A)")
         found.append((f"{question}\n\nChoices:\n (A) {one}\n (B) {other}\n\nAnswer:", *answers))
     if skip + count > len(found):
         raise ValueError(f"there are {len(found)} pairs, not {skip + count}")
