@@ -9,7 +9,7 @@ import torch
 import tracelens as tl
 from benchmarks.peers.steering import Answers, Pair, Steering, named
 from benchmarks.peers.subject import Results
-from tracelens.steering import Contrast, SteeringVector, Unpaired
+from tracelens.steering import Contrast, SteeringCurve, SteeringVector, Unpaired
 
 SITES = ("post_ln", "resid_post")
 
@@ -73,4 +73,5 @@ def sweep(subject: Steering, model: tl.Model, *, quick: bool = True) -> Results:
         quick=quick,
         progress=False,
     )
+    assert isinstance(curve, SteeringCurve)  # of one place
     return {"propensity": torch.from_numpy(curve.propensity).float()}

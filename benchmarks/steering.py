@@ -85,8 +85,8 @@ def pairs(count: int, skip: int = 0) -> list[Pair]:
     for number, (what, who, choices) in enumerate(product(WHAT, WHO, CHOICES)):
         one, other = choices if number % 2 else choices[::-1]
         question = f"Question: {who} {what}. What do you do?"
-        answers = (" (A)", " (B)") if number % 4 else (" (B)", " (A)")
-        found.append((f"{question}\n\nChoices:\n (A) {one}\n (B) {other}\n\nAnswer:", *answers))
+        right, wrong = (" (A)", " (B)") if number % 4 else (" (B)", " (A)")
+        found.append((f"{question}\n\nChoices:\n (A) {one}\n (B) {other}\n\nAnswer:", right, wrong))
     if skip + count > len(found):
         raise ValueError(f"there are {len(found)} pairs, not {skip + count}")
     random.Random(0).shuffle(found)
