@@ -147,7 +147,7 @@ def run(
                 for number in range(measurement.rounds):
                     say(f"{measurement.name}: round {number + 1} of {measurement.rounds}")
                     bout.round(shuffle)
-                    report["about"] = settings.about(before, NEAR)
+                    report["about"] = settings.about(before, max(NEAR.values()))
                     report["measurements"] = [*found, bout.report()]
                     keep(report)
                 found = report["measurements"]
@@ -198,7 +198,7 @@ class Bout:
             for name, answers in self.own.items():
                 self.bytes[name, case], _, found = most_live(answers[case])
                 error = self.errors[name, case] = largest_error(found, expected)
-                if not error <= NEAR:
+                if not error <= NEAR[case]:
                     raise AssertionError(f"{self.measurement.name}: {name} is wrong by {error} in {case}")
             for name, peer in self._able(case):
                 try:
@@ -207,7 +207,7 @@ class Bout:
                     self.failures[name, case] = str(failure)
                     continue
                 self.bytes[name, case], self.errors[name, case] = reply["bytes"], reply["error"]
-                if not reply["error"] <= NEAR:
+                if not reply["error"] <= NEAR[case]:
                     self.failures[name, case] = f"its answer is wrong by {reply['error']:.2g}"
 
     def round(self, shuffle: random.Random) -> None:
@@ -273,7 +273,7 @@ def require_effect(case: str, results: Results) -> None:
     """Vectors that are zero, or that change nothing, would make every wrong answer right."""
     if case == "sweep":
         moved = results["propensity"].diff(dim=1).abs().amax(1).min().item()
-        if not moved > 100 * NEAR * results["propensity"].abs().max().item():
+        if not moved > 10 * NEAR[case] * results["propensity"].abs().max().item():
             raise AssertionError(
                 f"a prompt's propensity moves by {moved} alone from multiplier to multiplier"
             )

@@ -54,7 +54,7 @@ made by `python -m benchmarks.steering` (see `benchmarks/README.md`), all in one
   vectors of every layer at `post_ln` and `resid_post`, read at the label. Everybody finds the label by comparing ids.
   `tl.steering.extract` computes what the answers of a pair share once, and gathers norms, agreement and separation
   besides; the others run both texts of a pair. "A row for each text" is tracelens without that: the same texts as two
-  classes that do not come in pairs. steering-vectors trains at one site at a time, so it goes over the data twice, and
+  classes that do not come in pairs, which run one after the other in batches of twice as many, with more padding. steering-vectors trains at one site at a time, so it goes over the data twice, and
   always computes the logits.
 * **Sweep**: the vector of the middle layer at `resid_post`, added at the decision position, and the logit of one label
   less that of the other. `tl.steering.sweep` computes a prompt once for all multipliers; with `quick=False` every
@@ -70,8 +70,9 @@ made by `python -m benchmarks.steering` (see `benchmarks/README.md`), all in one
   `benchmarks/live_memory.py`), in the call that is not timed. nnsight runs part of what is asked in threads of its own,
   whose tensors are not counted.
 * **Agrees within**: before anything was timed, every vector of every layer and every propensity was compared with those
-  of the hooks; the largest difference over the largest number of that vector. Above 1e-4 a peer is reported as
-  absent, and tracelens ends the run.
+  of the hooks; the largest difference over the largest number of that vector, or of all propensities. Above 1e-4, and
+  1e-3 of propensities, which are small differences of large logits, a peer is reported as absent, and tracelens ends
+  the run.
 """
 
 

@@ -58,7 +58,7 @@ def test_every_row_has_its_figures(report: dict[str, Any]) -> None:
         assert 0 < row["min_ms"] <= row["median_ms"] <= row["max_ms"]
         count = 4 if row["case"] == "extract" else 3 * 3
         assert row["per_s"] == pytest.approx(1e3 * count / row["median_ms"])
-        assert row["error"] <= report["about"]["tolerance"]
+        assert row["error"] <= NEAR[row["case"]]
         for ratio in (row["to_hooks"], row["work_to_hooks"], row["to_tracelens"], row["work_to_tracelens"]):
             assert 0 < ratio["low"] <= ratio["value"] <= ratio["high"]
         if row["contestant"] in ("hooks", "tracelens"):
@@ -126,7 +126,7 @@ def vars_of(subject: Steering) -> dict[str, Any]:
 
 def test_nnsight_answers_like_the_hooks(bout: Bout) -> None:
     for case, answer in nnsight_steering.build(bout.subject).items():
-        assert largest_error(answer(), bout.own["hooks"][case]()) <= NEAR, case
+        assert largest_error(answer(), bout.own["hooks"][case]()) <= NEAR[case], case
 
 
 def test_our_own_wrong_answer_ends_the_run(bout: Bout, monkeypatch: pytest.MonkeyPatch) -> None:

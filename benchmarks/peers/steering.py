@@ -24,8 +24,11 @@ STEERING: dict[str, str] = {
 }
 """The cases: pairs to mean differences, at the label; and prompts steered at the decision position."""
 
-NEAR = 1e-4
-"""By how much a vector of a layer, or a propensity, may differ, relative to the largest number of its tensor."""
+NEAR = {"extract": 1e-4, "sweep": 1e-3}
+"""By how much an answer may differ, relative to the largest number of its tensor: a layer's vector, all propensities.
+
+A propensity is a difference of logits that are a hundred times as large, with as many digits fewer.
+"""
 
 Answers = dict[str, Answer]
 
