@@ -84,14 +84,16 @@ def test_tables_hold_every_row(report: dict[str, Any], tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("ends", "verdict"),
     [
-        ((1.5, 2.5), "tracelens is 2.00 times as fast"),
-        ((0.4, 0.6), "tracelens is slower, by a factor of 2.00"),
+        ((1.5, 2.5), "tracelens is 2.0 times as fast"),
+        ((0.4, 0.6), "tracelens is slower, by a factor of 2.0"),
         ((0.9, 1.1), "no difference beyond the spread"),
+        ((1.1, 1.9), "no difference beyond the spread"),  # its work is not more
     ],
 )
 def test_who_is_faster_is_told_by_the_interval(ends: tuple[float, float], verdict: str) -> None:
     ratio = {"value": sum(ends) / 2, "low": ends[0], "high": ends[1]}
-    row = {"case": "sweep", "contestant": "nnsight", "to_tracelens": ratio}
+    work = {"value": 1.0, "low": 0.9, "high": 1.1} if ends == (1.1, 1.9) else ratio
+    row = {"case": "sweep", "contestant": "nnsight", "to_tracelens": ratio, "work_to_tracelens": work}
     (line,) = words({"rows": [row, {"case": "sweep", "contestant": "hooks", "absent": "why"}]})
     assert f"beside nnsight: {verdict} (" in line
 
