@@ -70,7 +70,8 @@ other ways to have the same. It is made by `python -m benchmarks.lens` (see `ben
   in brackets 95% of 2,000 bootstrap resamples of the rounds (of one round there is no interval). **Of plain's work**:
   the same of the processor time of the thread, which other work on the machine disturbs less. **A step**: the mean
   work of all steps after the first, with what is left to do at the end, over that of plain's same steps, and in
-  brackets 95% of the bootstrap resamples of stretches of 32 steps: S leaves the lenses of some steps to a later one,
+  brackets 95% of the bootstrap resamples of stretches of 32 steps: S leaves the lenses of the prompt and of some steps
+  to a later step,
   and B3 all to the end.
 * First, all answers were compared: the text, the likeliest token of every layer and position, and the log-probabilities
   of the five (**agrees within**, in nats; at most 1e-4, or it ends the run).

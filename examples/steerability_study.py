@@ -229,6 +229,8 @@ above 0 and the slope beyond every control.
 
 {table}
 
+{verdict}
+
 ## What else was measured
 
 {more}
@@ -267,15 +269,15 @@ def page(findings: Sequence[Finding], facts: dict[str, Any]) -> str:
     ]
     for one in findings:
         table.append(
-            f"| {one.data} | `{one.place}` | {one.slope:.2f} | {two(one.interval)} | {one.corrected_interval[0]:.2f} | "
+            f"| {one.data} | `{one.place}` | {one.slope:.3f} | {two(one.interval)} | {one.corrected_interval[0]:.3f} | "
             f"{two(one.redrawn)} | {two(one.random_slopes)} | {two(one.shuffled_slopes)} | {one.anti_steerable:.0%} "
             f"[{one.anti_steerable_interval[0]:.0%}, {one.anti_steerable_interval[1]:.0%}] | "
             f"{'yes' if one.steers else 'no'} |"
         )
         labels = [f"{one.by_label[label]:.2f}" if label in one.by_label else "-" for label in labels_of(one)]
-        other = "-" if one.other_data_slope is None else f"{one.other_data_slope:.2f}"
+        other = "-" if one.other_data_slope is None else f"{one.other_data_slope:.3f}"
         more.append(
-            f"| {one.data} | {other} | {one.other_position_slope:.2f} | {one.relative_slope:.1f} | "
+            f"| {one.data} | {other} | {one.other_position_slope:.3f} | {one.relative_slope:.1f} | "
             f"{one.norm_relative_slope:.1f} | {labels[0]} | {labels[1]} | {one.spearman:.2f} | {one.r_squared:.2f} | "
             f"{one.accuracy:.0%} | {one.label_mass:.0%} | {one.kl['1.5']:.3f} | {one.perplexity['0']:.0f} → "
             f"{one.perplexity['1.5']:.0f} |"
@@ -283,8 +285,24 @@ def page(findings: Sequence[Finding], facts: dict[str, Any]) -> str:
     figures = "\n".join(
         f"![{one.data}: propensity against the multiplier]({one.data}.svg)\n" for one in findings
     )
+    steered = [one.data for one in findings if one.steers]
+    verdict = (
+        f"**{', '.join(steered) if steered else 'None'}** of the {len(findings)} data sets "
+        f"steer{'s' if len(steered) == 1 else ''} here."
+    )
+    if not steered:
+        verdict += (
+            " These are null results. The same steps find a slope where this model has something to be steered: of "
+            "sentences about films and meals, whose next word is kind or unkind, [the tutorial]"
+            "(../../tutorials/steering_vectors.md) measures one far beyond all controls."
+        )
     return PAGE.format(
-        **facts, table="\n".join(table), more="\n".join(more), figures=figures, tried=findings[0].tried
+        **facts,
+        verdict=verdict,
+        table="\n".join(table),
+        more="\n".join(more),
+        figures=figures,
+        tried=findings[0].tried,
     )
 
 
@@ -294,7 +312,7 @@ def labels_of(one: Finding) -> tuple[str, str]:
 
 
 def two(pair: tuple[float, float]) -> str:
-    return f"[{pair[0]:.2f}, {pair[1]:.2f}]"
+    return f"[{pair[0]:.3f}, {pair[1]:.3f}]"
 
 
 def main(arguments: Sequence[str] | None = None, model: tl.Model | None = None) -> list[Finding]:
