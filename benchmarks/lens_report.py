@@ -71,8 +71,7 @@ other ways to have the same. It is made by `python -m benchmarks.lens` (see `ben
   the same of the processor time of the thread, which other work on the machine disturbs less. **A step**: the mean
   work of all steps after the first, with what is left to do at the end, over that of plain's same steps, and in
   brackets 95% of the bootstrap resamples of stretches of 32 steps: S leaves the lenses of the prompt and of some steps
-  to a later step,
-  and B3 all to the end.
+  to a later step, and B3 all to the end.
 * First, all answers were compared: the text, the likeliest token of every layer and position, and the log-probabilities
   of the five (**agrees within**, in nats; at most 1e-4, or it ends the run).
 * **The floor**: a lens that reads every state in its step multiplies [layers, d_model] with [d_model, vocabulary] in
