@@ -127,12 +127,14 @@ def sampled(
         "tracelens": partial(ours, positions="generated"),
         "tracelens-metrics": partial(ours, metrics=DEFAULT, positions="generated"),
     }
+    # At the end it would read the tokens that stand before the steps as well.
+    named = [name for name in measurement.only if name != "afterwards"]
     for length in lengths:
         text = open_text(measurement.model, folder, length)
-        answers = {name: ways[name](text) for name in measurement.only}
+        answers = {name: ways[name](text) for name in named}
         tell(f"{steps} steps after {length} tokens")
         made[length] = in_turns({name: partial(each, steps + 1) for name, each in answers.items()}, shuffle)
-    return [sampled_row(name, made, measurement.new) for name in measurement.only]
+    return [sampled_row(name, made, measurement.new) for name in named]
 
 
 def with_peers(
