@@ -68,7 +68,8 @@ def test_a_generation_goes_to_a_page_and_a_file(
     assert (lens.components, lens.layers, lens.tracked) == (right.components, right.layers, right.tracked)
     assert len(lens.positions) == lens.n_prompt + 3
     assert torch.equal(lens.top_ids, right.top_ids)
-    assert torch.equal(lens.logsumexp, right.logsumexp)
+    # The command asks for more, so that other stretches of the vocabulary are summed at once.
+    torch.testing.assert_close(lens.logsumexp, right.logsumexp, atol=1e-5, rtol=1e-6)
     assert "Paris" in page.read_text(encoding="utf-8")
 
 

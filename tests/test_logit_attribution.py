@@ -420,7 +420,7 @@ def test_sums_that_are_not_the_models_are_refused(
     assert len(model.logit_attribution(ROWS, TOKEN, neurons=[1])) == 2
     change(hf)
     with pytest.raises(DecompositionError, match=words) as caught:
-        tl.wrap(hf).logit_attribution(ROWS, TOKEN, neurons=[1])
+        tl.wrap(hf, probe=False).logit_attribution(ROWS, TOKEN, neurons=[1])
     assert caught.value.at is not None
     assert caught.value.at.filename == __file__
 

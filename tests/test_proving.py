@@ -144,6 +144,19 @@ def test_a_refuted_site_is_refused_and_the_others_are_there(
         model.layers[0].mlp_add.save("x")
 
 
+@pytest.mark.usefixtures("forgotten")
+def test_what_hooks_do_to_one_model_is_not_said_of_others() -> None:
+    changed = FAMILIES["llama"].build()
+    changed.model.layers[0].self_attn.register_forward_hook(lambda module, args, out: (out[0] + 1, *out[1:]))
+    with pytest.warns(RefutedSitesWarning, match="attn_out"):
+        tl.wrap(changed)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model = tl.wrap(FAMILIES["llama"].build())
+    assert model.anatomy.proof is not None
+    assert {row.status for row in model.sites()} == {"verified", "absent"}
+
+
 def test_models_that_are_built_alike_are_looked_at_once(
     forgotten: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

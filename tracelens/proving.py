@@ -212,7 +212,7 @@ _known: dict[str, SiteProof] = {}
 
 
 def proof_of(model: Model) -> SiteProof:
-    """The proof of a model that is built as this one is: made once, and kept in a file of the cache.
+    """The proof of a model that is built as this one is: made once, and kept in a file of the cache if nothing fails.
 
     Nothing is run for a model that has no numbers here, is in training mode, or would first have to load its weights.
     """
@@ -228,6 +228,8 @@ def proof_of(model: Model) -> SiteProof:
         except (TracelensError, RuntimeError) as problem:
             # A model that cannot be run at all says so when its user runs it.
             return SiteProof((), {}, {}, (), skipped=f"a forward pass of {TOKENS} tokens failed: {problem!r}")
+        if found.refuted:
+            return found  # of this model alone: hooks of somebody's own may be the reason
         _store(key, found)
     _known[key] = found
     return found
