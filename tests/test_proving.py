@@ -41,6 +41,12 @@ TINY: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def probing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The other tests leave it out."""
+    monkeypatch.delenv("TRACELENS_PROBE")
+
+
 @pytest.fixture
 def forgotten(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Nothing is known of any model, and what is found is kept in a folder of the test's."""
@@ -181,6 +187,13 @@ def test_models_that_are_built_alike_are_looked_at_once(
     monkeypatch.setattr(proving, "_known", {})
     tl.wrap(FAMILIES["llama"].build(seed=2))
     assert len(passes) == 3
+
+
+@pytest.mark.usefixtures("forgotten")
+def test_it_may_be_left_out_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TRACELENS_PROBE", "0")
+    assert tl.wrap(FAMILIES["llama"].build()).anatomy.proof is None
+    assert isinstance(tl.wrap(built(SmolLM3Config(**TINY))), tl.PlainModel)
 
 
 @pytest.mark.usefixtures("forgotten")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import warnings
 from collections.abc import Iterator, Mapping
@@ -180,7 +181,8 @@ def wrap(
 
     ``probe``: hold the sites to what they are called, by a forward pass of six tokens (:meth:`Model.check_sites`). It
     is done once for models that are built alike, and kept in a file beside the embedded model's. A site that fails is
-    refused at use, and a :class:`~tracelens.errors.RefutedSitesWarning` says which. A language model of a type without
+    refused at use, and a :class:`~tracelens.errors.RefutedSitesWarning` says which. The environment variable
+    ``TRACELENS_PROBE=0`` leaves it out everywhere. A language model of a type without
     a table gets the table that fits its modules, if one does, and of that the sites which are shown to be right;
     without ``probe`` it gives a :class:`PlainModel`. A model of PEFT gives that of the language model in it, whose
     modules have the adapters: ``q`` is what the adapted projection returns.
@@ -204,6 +206,7 @@ def wrap(
             instead="the module before it was scripted or traced",
         )
     model = _with_adapters_inside(model)
+    probe = probe and os.environ.get("TRACELENS_PROBE") != "0"
     reason = no_table(model)
     if reason is not None:
         return (derived(model, tokenizer) if probe else None) or PlainModel(model, reason)
