@@ -67,6 +67,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("other_names", 3),
     ("identities", 3),
     ("sites", 5),
+    ("families", 5),
     ("proving", 5),
     ("deriving", 5),
     ("dictionaries", 5),

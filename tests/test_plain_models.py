@@ -357,9 +357,8 @@ def test_a_model_of_a_family_without_a_table() -> None:
         other.remove()
     assert torch.equal(last.value, expected)
     assert torch.equal(dense.value, seen[0])
-    with pytest.raises(NotALanguageModelError, match="no site table for models of type 'bert'") as caught:
+    with pytest.raises(NotALanguageModelError, match="no site table for models of type 'bert'"):
         _ = model.layers  # pyright: ignore[reportAttributeAccessIssue]
-    assert "Llama, Mistral" in caught.value.problem
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------

@@ -15,7 +15,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from tracelens import einops_backend as _einops_backend  # einops finds the backend once it is defined
-from tracelens import errors, sites
+from tracelens import errors, families, sites
 from tracelens.backends.ranks.pool import Ranks
 from tracelens.bridge import run_with_nnsight
 from tracelens.errors import TracelensError
@@ -94,6 +94,7 @@ __all__ = [
     "chars",
     "constant",
     "errors",
+    "families",
     "grad",
     "load",
     "masked_mean",

@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import nn
 
-from tracelens.backends.architectures import FAMILIES
+from tracelens.backends.architectures.registry import families
 from tracelens.backends.base import Family
 from tracelens.errors import RefutedSitesWarning, TracelensError
 from tracelens.model import Model
@@ -68,7 +68,7 @@ def _fitting(model: nn.Module) -> Iterator[Family]:
     if not hasattr(model, "get_output_embeddings") or getattr(model, "config", None) is None:
         return
     seen: list[Family] = []
-    for family in FAMILIES:
+    for family in families():
         if any(other.layers == family.layers and other.taps == family.taps for other in seen):
             continue
         seen.append(family)

@@ -98,6 +98,18 @@ class UnknownArchitectureError(TracelensError):
     """The model is not as the table of its family says, or is no module at all."""
 
 
+class FamilyTableError(TracelensError):
+    """A table of a family of models does not say of every site where it is, or says it of what is no site."""
+
+
+class FamilyKnownError(TracelensError):
+    """A table was registered for a type of models that has one already."""
+
+
+class FamilyImportError(TracelensError, ImportError):
+    """A table of a family of models was named that cannot be imported, or is none."""
+
+
 class AttentionImplementationError(TracelensError):
     """The model computes attention in a way whose inside cannot be reached."""
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from tracelens import identities
+from tracelens.backends.architectures.registry import fingerprint
 from tracelens.backends.functions_between import facts_of
 from tracelens.errors import TracelensError
 from tracelens.identities import IN_A_LAYER, OF_THE_MODEL, PARALLEL, STREAM, Facts, Identity, error
@@ -255,7 +256,7 @@ def _key(anatomy: ModelAnatomy) -> str:
     told = (
         version("transformers"),
         _version(),
-        repr(anatomy.family),
+        fingerprint(anatomy.family),
         sorted(settings.items()),
         kinds,
         str(anatomy.dtype),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tracelens.backends.architectures.registry import told
 from tracelens.backends.layouts import require_divisible
 from tracelens.backends.pipeline import require_cut
 from tracelens.backends.places import look_at
@@ -100,12 +101,13 @@ def load_over_ranks(
     from tracelens.backends.ranks.pool import Ranks
 
     with Blaming(here()):
+        families = told(config.model_type)
         parts = Parts(
             ranks if ranks is not None else Ranks(sizes["tp"] * sizes["pp"], timeout=timeout),
             owns=ranks is None,
             timeout=timeout,
         )
-        about = parts.load(source, sizes, str(dtype).removeprefix("torch."), options, parallelize)
+        about = parts.load(source, sizes, str(dtype).removeprefix("torch."), options, parallelize, families)
     with torch.device("meta"):
         whole = AutoModelForCausalLM.from_config(config, dtype=getattr(torch, about["dtype"])).eval()
     if str(name) in SOURCES:

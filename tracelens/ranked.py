@@ -246,6 +246,7 @@ class Parts:
         dtype: str,
         options: Mapping[str, Any],
         parallelize: str | None = None,
+        families: Sequence[Sequence[str]] = (),
     ) -> Mapping[str, Any]:
         """Has every rank load its part; gives what the first one said of the whole."""
         self.source, self.options = source, options
@@ -256,6 +257,7 @@ class Parts:
             "dtype": dtype,
             "options": dict(options),
             "parallelize": parallelize,
+            "families": families,
         }
         try:
             replies = self.ranks.load(self.model, Request("load", header))

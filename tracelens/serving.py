@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
+from tracelens.backends.architectures.registry import learn
 from tracelens.backends.generation_options import tokenizer_of
 from tracelens.backends.mesh import local
 from tracelens.backends.places import look_at, placement
@@ -64,6 +65,7 @@ class Loaded:
 def load(served: Served, request: Message) -> Message:
     """This rank's part of a model; the answer says how all of it lies."""
     header = request.header
+    learn(header["families"])
     source, dtype, options = header["source"], _dtype(header["dtype"]), header["options"]
     if header["parallelize"] is None:
         sizes = {name: header[name] for name in ("tp", "pp", "ep")}

@@ -19,6 +19,7 @@ class Mutant:
 PASSES = ("tests/ir/test_passes.py", "tests/properties/test_pass_meaning.py")
 GRAPHS = ("tests/properties/test_mutated_graphs.py",)
 MODEL = ("tests/test_model.py",)
+FAMILY_TABLES = ("tests/test_families.py", "-k", "not ranks")
 BITS = ("tests/conformance/test_writes.py", "-k", "bit_for_bit and bf16 and eager and llama")
 RESULTS = ("tests/test_results.py",)
 USERS_PLANS = ("tests/parallel/test_users_plans.py", "-k")
@@ -3014,5 +3015,33 @@ MUTANTS = (
         "RED if value <= 0 else BLUE",
         "BLUE",
         ("tests/steering/test_picture.py",),
+    ),
+    Mutant(
+        "a table may leave sites out",
+        "backends/table_rules.py",
+        'if name not in family.taps and not str(family.absent.get(name, "")).strip():',
+        "if False:",
+        FAMILY_TABLES,
+    ),
+    Mutant(
+        "a registered table takes the place of another one unasked",
+        "backends/architectures/registry.py",
+        "known = {} if replace else sources()",
+        "known = {}",
+        FAMILY_TABLES,
+    ),
+    Mutant(
+        "ranks take whatever table a name means there",
+        "backends/architectures/registry.py",
+        "if fingerprint(imported(name)) != theirs:",
+        "if False:",
+        FAMILY_TABLES,
+    ),
+    Mutant(
+        "functions in a table are told by their addresses",
+        "backends/architectures/registry.py",
+        "if isinstance(value, Callable):",
+        "if False:",
+        FAMILY_TABLES,
     ),
 )

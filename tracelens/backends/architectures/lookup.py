@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from tracelens.backends.architectures import FAMILIES, FAMILIES_OF
+from tracelens.backends.architectures.registry import families_of
 from tracelens.backends.base import Family, text_of
 from tracelens.errors import UnknownArchitectureError
 
@@ -14,13 +14,13 @@ from tracelens.errors import UnknownArchitectureError
 def family_of(config: Any) -> Family:
     """The table for a model's configuration; :class:`UnknownArchitectureError` where there is none."""
     kind = getattr(config, "model_type", None)
-    known = FAMILIES_OF.get(kind, ()) if isinstance(kind, str) else ()
+    known = families_of(kind) if isinstance(kind, str) else ()
     words = text_of(config) if known else config
     family = next((one for one in known if one.serves is None or one.serves(words)), None)
     if family is None:
         raise UnknownArchitectureError(
             f"there is no site table for models of type {kind!r}",
-            instead="a model of one of these families: " + ", ".join(family.name for family in FAMILIES),
+            instead="tl.families.known() lists the types that have one, and tl.families.register(...) adds one",
         )
     reason = family.refused(words)
     if reason is not None:
@@ -34,10 +34,5 @@ def no_table(model: object) -> str | None:
         return None
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if isinstance(kind, str):
-        names = ", ".join(family.name for family in FAMILIES)
-        return (
-            None
-            if kind in FAMILIES_OF
-            else f"there is no site table for models of type {kind!r} (there are: {names})"
-        )
+        return None if families_of(kind) else f"there is no site table for models of type {kind!r}"
     return "it is no language model of transformers"
