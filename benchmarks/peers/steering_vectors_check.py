@@ -4,7 +4,9 @@ The package wants an older transformers than ours and still runs with it:
 
     python -m pip install --no-deps steering-vectors scikit-learn scipy joblib threadpoolctl narwhals
     python -m benchmarks.peers.steering_vectors_check
+    python -m benchmarks.peers.steering_vectors_check --record tests/data/steering_vectors.safetensors
 
+The second keeps what the package finds in a tiny model of the tests, which hold ours to it without the package.
 It has no positions in padded batches that hold for both sides of the padding, so prompts go to it one by one.
 """
 
@@ -12,14 +14,25 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
+from itertools import product
 from typing import Any
 
 import steering_vectors
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 import tracelens as tl
+from tests.steering.recorded import (
+    RECORDED_PAIRS,
+    RECORDED_PROMPTS,
+    RECORDED_STRENGTH,
+    RECORDED_VOCABULARY,
+)
+from tests.support.families import FAMILIES
+from tests.support.tokenizers import byte_level_bpe
 from tracelens.view import Table, text
 
 PAIRS = [
@@ -57,10 +70,17 @@ OURS: dict[str, Any] = {"all": "all", "slice": slice(1, 3), "last": -1}
 TOLERANCE = 1e-4
 
 
-def theirs_steered(model: tl.Model, vector: Any, strength: float, operator: Any, positions: Any) -> Tensor:
+def theirs_steered(
+    model: tl.Model,
+    vector: Any,
+    strength: float,
+    operator: Any,
+    positions: Any,
+    prompts: Sequence[str] = PROMPTS,
+) -> Tensor:
     """The logits [prompts, V] after the last token."""
     found: list[Tensor] = []
-    for prompt in PROMPTS:
+    for prompt in prompts:
         ids = torch.tensor([[token.id for token in model.tokens(prompt)[0]]])
         how = None if operator is None else operator()
         where = {} if positions is None else {"token_indices": positions}
@@ -82,6 +102,24 @@ def ours_steered(model: tl.Model, vector: Any, strength: float, operator: str, p
     return logits.value
 
 
+def record(path: str) -> None:
+    """Writes the package's vectors and steered logits of a tiny model, by the names that the test reads."""
+    model = tl.wrap(FAMILIES["llama"].build(vocab_size=RECORDED_VOCABULARY), byte_level_bpe())
+    samples = [(prompt + yes, prompt + no) for prompt, yes, no in RECORDED_PAIRS]
+    found: dict[str, Tensor] = {}
+    for site, kind in LAYERS.items():
+        theirs = steering_vectors.train_steering_vector(model.hf, model.tokenizer, samples, layer_type=kind)
+        for layer, direction in theirs.layer_activations.items():
+            found[f"{site}.{layer}"] = direction
+        for (name, operator), (where, positions) in product(OPERATORS.items(), POSITIONS.items()):
+            logits = theirs_steered(model, theirs, RECORDED_STRENGTH, operator, positions, RECORDED_PROMPTS)
+            found[f"{site} {name} {where}"] = logits
+    found["plain"] = theirs_steered(
+        model, steering_vectors.SteeringVector({}), 0.0, None, None, RECORDED_PROMPTS
+    )
+    save_file(found, path, {"steering-vectors": version("steering-vectors"), "torch": torch.__version__})
+
+
 def off(found: Tensor, wanted: Tensor) -> float:
     """The largest difference, over the largest number."""
     return ((found - wanted).abs().max() / wanted.abs().max()).item()
@@ -91,7 +129,11 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", default="smollm2-135m")
     parser.add_argument("--layers", type=int, nargs="+", default=[6, 12, 20])
+    parser.add_argument("--record", metavar="FILE")
     given = parser.parse_args()
+    if given.record is not None:
+        record(given.record)
+        return 0
     model = tl.load(given.model)
     rows: list[tuple[str, ...]] = []
     worst = 0.0
