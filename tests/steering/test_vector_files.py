@@ -100,6 +100,26 @@ def test_a_file_that_is_not_whole_is_refused(model: tl.Model, tmp_path: Path) ->
     assert caught.value.at is not None
 
 
+def test_an_activation_addition_comes_back_as_one(model: tl.Model, tmp_path: Path) -> None:
+    added = S.ActivationAddition.of(model, [5, 6, 7], [5, 9], layer=1, padding=11)
+    path = added.save(tmp_path / "love.safetensors")
+    found = S.ActivationAddition.load(path, model)
+    assert torch.equal(found.directions["resid_pre", 1], added.directions["resid_pre", 1])
+    assert (found.tokens, found.facts) == (((5, 6, 7), (5, 9, 11)), added.facts)
+    with pytest.raises(errors.SteeringFileError, match="with a direction for each of 3 tokens") as failure:
+        S.load(path, model)
+    assert failure.value.instead == "tl.steering.ActivationAddition.load(path, model)"
+    with pytest.raises(errors.SteeringMismatchError, match="whose unembedding is another"):
+        S.ActivationAddition.load(path, tl.wrap(FAMILIES["llama"].build(seed=1)))
+    vector = of(model, 1).save(tmp_path / "v.safetensors")
+    with pytest.raises(errors.SteeringFileError, match="no sequence of directions"):
+        S.ActivationAddition.load(vector, model)
+    with pytest.raises(errors.SteeringFileError, match="there is no file") as failure:
+        S.ActivationAddition.load(tmp_path / "none.safetensors")
+    assert failure.value.at is not None
+    assert failure.value.at.filename == __file__
+
+
 # --- GGUF ------------------------------------------------------------------------------------------------------------
 
 

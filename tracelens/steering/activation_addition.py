@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,29 @@ class ActivationAddition(Shown):
                 found = getattr(model.layers[place[1]], place[0]).save(dtype=torch.float32)
             facts = Facts.of(model, method="actadd", positions=f"the first {length} tokens", rows=1)
             return cls({place: found.value[0] - found.value[1]}, facts, (tuple(one), tuple(other)))
+
+    def save(self, path: str | Path) -> Path:
+        """Writes the directions, the tokens and the facts to a safetensors file; gives its path.
+
+        Raises :class:`~tracelens.errors.SteeringFileError` for another ending.
+        """
+        from tracelens.steering import vector_files
+
+        with Blaming(here()):
+            vector_files.save(self, Path(path))
+        return Path(path)
+
+    @classmethod
+    def load(cls, path: str | Path, model: Model | None = None) -> ActivationAddition:
+        """Reads what :meth:`save` wrote; ``model``: the model that it has to be one for.
+
+        Raises :class:`~tracelens.errors.SteeringMismatchError` where it is not, and
+        :class:`~tracelens.errors.SteeringFileError` for a file that is not whole, or of something else.
+        """
+        from tracelens.steering import vector_files
+
+        with Blaming(here()):
+            return vector_files.load_addition(Path(path), model)
 
     def __len__(self) -> int:
         """How many tokens of a prompt are changed."""

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,13 +25,14 @@ from tracelens.steering.vector import SteeringVector
 
 if TYPE_CHECKING:
     from tracelens.model import Model
+    from tracelens.steering.activation_addition import ActivationAddition
 
 FORMAT, VERSION = "tracelens.steering", 1
 LAYERS = "counted from 0; resid_post is what leaves the block of that number, resid_pre what enters it"
 
 
-def save(vector: SteeringVector, path: Path) -> None:
-    """Writes a vector to a safetensors file."""
+def save(vector: SteeringVector | ActivationAddition, path: Path) -> None:
+    """Writes a vector, or a sequence of them, to a safetensors file."""
     from safetensors.torch import save_file
 
     if path.suffix.lower() != ".safetensors":
@@ -44,6 +47,9 @@ def save(vector: SteeringVector, path: Path) -> None:
         "digest": _digest(tensors),
         "facts": vector.facts.to_dict(),
     }
+    tokens = getattr(vector, "tokens", None)
+    if tokens is not None:
+        said["tokens"] = tokens
     save_file(tensors, path, metadata={FORMAT: json.dumps(said, sort_keys=True)})
 
 
@@ -66,24 +72,31 @@ def load(
     """
     path = Path(path)
     with Blaming(here()):
-        try:
+        with _told(path):
             vector = _read(path, model, layer, site)
-        except (MissingExtraError, SteeringMismatchError, SteeringFileError):
-            raise
-        except FileNotFoundError:
-            raise SteeringFileError(
-                f"there is no file {str(path)!r}", instead="the path of a vector's file"
-            ) from None
-        except Exception as error:  # whatever a reader of a format says of a file that is not whole
-            words = error.problem if isinstance(error, TracelensError) else f"{type(error).__name__}: {error}"
-            raise SteeringFileError(
-                f"{path.name} is no steering vector, or not a whole one: {words.splitlines()[0]}",
-                instead='a file of v.save("v.safetensors"), v.to_gguf("v.gguf"), or of the packages that are named in '
-                "tl.steering.load",
-            ) from error
         if model is not None:
             vector.check(model)
     return vector
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Says of whatever a reader of a format raises which file it is about."""
+    try:
+        yield
+    except (MissingExtraError, SteeringMismatchError, SteeringFileError):
+        raise
+    except FileNotFoundError:
+        raise SteeringFileError(
+            f"there is no file {str(path)!r}", instead="the path of a vector's file"
+        ) from None
+    except Exception as error:
+        words = error.problem if isinstance(error, TracelensError) else f"{type(error).__name__}: {error}"
+        raise SteeringFileError(
+            f"{path.name} is no steering vector, or not a whole one: {words.splitlines()[0]}",
+            instead='a file of v.save("v.safetensors"), v.to_gguf("v.gguf"), or of the packages that are named in '
+            "tl.steering.load",
+        ) from error
 
 
 def _read(path: Path, model: Model | None, layer: int | None, site: str) -> SteeringVector:
@@ -102,7 +115,40 @@ def _read(path: Path, model: Model | None, layer: int | None, site: str) -> Stee
             )
 
 
+def load_addition(path: Path, model: Model | None) -> ActivationAddition:
+    """Reads an activation addition from its file."""
+    from tracelens.steering.activation_addition import ActivationAddition
+
+    with _told(path):
+        said, tensors = _stored(path)
+        if "tokens" not in said:
+            raise SteeringFileError(
+                f"{path.name} holds a steering vector, which is no sequence of directions",
+                instead="tl.steering.load(path, model)",
+            )
+        one, other = (tuple(ids) for ids in said["tokens"])
+        directions = {place_of(name): tensor for name, tensor in tensors.items()}
+        found = ActivationAddition(directions, Facts.from_dict(said["facts"]), (one, other))
+    if model is not None:
+        found.check(model)
+    return found
+
+
 def _read_safetensors(path: Path) -> SteeringVector:
+    said, tensors = _stored(path)
+    if "tokens" in said:
+        raise SteeringFileError(
+            f"{path.name} holds an activation addition, with a direction for each of {len(said['tokens'][0])} "
+            "tokens",
+            instead="tl.steering.ActivationAddition.load(path, model)",
+        )
+    return SteeringVector(
+        {place_of(name): tensor for name, tensor in tensors.items()}, Facts.from_dict(said["facts"])
+    )
+
+
+def _stored(path: Path) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """What a file of :func:`save` says, and its tensors, which have to be as they were written."""
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
@@ -122,9 +168,7 @@ def _read_safetensors(path: Path) -> SteeringVector:
         raise SteeringFileError(
             f"{path.name} has been changed since it was written", instead="the file as it was"
         )
-    return SteeringVector(
-        {place_of(name): tensor for name, tensor in tensors.items()}, Facts.from_dict(said["facts"])
-    )
+    return said, tensors
 
 
 def _digest(tensors: dict[str, torch.Tensor]) -> str:
