@@ -79,9 +79,18 @@ def _seen(read: Read) -> Tensor:
     return read["scores"] > -1e4
 
 
-def _softmax(read: Read, facts: Facts) -> tuple[Tensor, Tensor] | None:
-    # A sink takes a share of each row, which no token has.
-    return None if facts.sinks else (read["scores"].softmax(-1), read["pattern"])
+def _softmax(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
+    scores, pattern = read["scores"], read["pattern"]
+    if not facts.sinks:
+        return scores.softmax(-1), pattern
+    # A head's sink takes a share of each of its rows, which no token has: by one number, that of the row where it takes
+    # most. The others have to come out with it.
+    whole = scores.logsumexp(-1, keepdim=True)
+    tokens = pattern.sum(-1, keepdim=True).clamp(1e-12, 1 - 1e-12)
+    sinks = (1 - tokens).log() - tokens.log() + whole
+    most = (1 - tokens).transpose(0, 1).flatten(1).argmax(-1, keepdim=True)
+    own = sinks.transpose(0, 1).flatten(1).gather(-1, most)[None, :, :, None]
+    return (scores - torch.logaddexp(whole, own)).exp(), pattern
 
 
 def _mixed(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:

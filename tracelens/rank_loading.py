@@ -119,7 +119,9 @@ def require_fit(config: Any, sizes: Sizes) -> None:
     """Refuses numbers of ranks and stages that a model cannot be shared by, and names some that it can."""
     with Blaming(here()):
         if sizes["tp"] > 1:
-            if not getattr(config, "base_model_tp_plan", None):
+            # gpt-oss has one for its experts alone.
+            plans = ("base_model_tp_plan", *(("base_model_ep_plan",) if sizes.get("ep", 1) > 1 else ()))
+            if not any(getattr(config, plan, None) for plan in plans):
                 raise LayoutError(
                     f"transformers has no plan by which ranks share a layer of {config.model_type}",
                     instead='tl.load(name, device_map="auto"), which spreads the layers over devices',

@@ -38,6 +38,12 @@ def _llama(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> Tensor:
     return middle + block.mlp(block.post_attention_layernorm(middle))
 
 
+def _gpt_oss(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> Tensor:
+    attention, _ = block.self_attn(hidden_states=block.input_layernorm(x), **kwargs)
+    middle = edit(x + attention)
+    return middle + block.mlp(block.post_attention_layernorm(middle))[0]
+
+
 def _gemma(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> Tensor:
     attention, _ = block.self_attn(hidden_states=block.input_layernorm(x), **kwargs)
     middle = edit(x + block.post_attention_layernorm(attention))
@@ -76,7 +82,8 @@ def _falcon(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> tuple[Tensor, A
 
 
 _FORWARDS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("mixtral", "phi3"), _llama),
+    **dict.fromkeys(("mixtral", "phi3", "olmoe"), _llama),
+    "gpt_oss": _gpt_oss,
     **dict.fromkeys(("gemma2", "gemma3_text"), _gemma),
     "olmo2": _olmo2,
     "gpt_neox": _neox,

@@ -463,6 +463,20 @@ MUTANTS = (
         (*MORE_FAMILIES, "site_is_read and gemma2"),
     ),
     Mutant(
+        "a sink takes nothing",
+        "backends/attention.py",
+        "    if sinks is None:",
+        "    if True:",
+        (*MORE_FAMILIES, "site_is_read and gpt_oss"),
+    ),
+    Mutant(
+        "sinks are left out where sdpa leaves them out",
+        "backends/attention.py",
+        'beyond_sdpa = ("softcap", "s_aux")',
+        'beyond_sdpa = ("softcap",)',
+        ("tests/conformance/test_sparse_families.py", "-k", "guessed"),
+    ),
+    Mutant(
         "a lens caps logits that the model does not",
         "backends/architectures/gemma.py",
         "    softcap=None,",

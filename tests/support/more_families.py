@@ -30,6 +30,7 @@ from tests.support.families import (
     VOCABULARY,
     Family,
 )
+from tests.support.sparse_families import SPARSE, SPARSE_EAGER_ALONE
 
 LAYERS = 2
 
@@ -130,7 +131,7 @@ MORE: dict[str, Family] = {
             },
         ),
     )
-}
+} | SPARSE
 ALL: dict[str, Family] = {**EVERY, **MORE}
-EAGER_ALONE = ("gemma2", "bloom")
+EAGER_ALONE = ("gemma2", "bloom", *SPARSE_EAGER_ALONE)
 """Families of which transformers has no other implementation on a CPU."""

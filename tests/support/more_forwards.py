@@ -16,6 +16,7 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 
 from tests.support.hand_forward import Intercept, unchanged
+from tests.support.sparse_forwards import FORWARDS, sparse_forward
 from tracelens.ir.sites import Site
 
 
@@ -50,6 +51,8 @@ def hand_forward(
 ) -> Tensor:
     """The logits [B, P, V] of a tiny model in float32, with ``intercept`` called at every site but the inputs'."""
     config = model.config.get_text_config()
+    if config.model_type in FORWARDS:
+        return sparse_forward(model, input_ids, mask, position_ids, intercept)
     block = block_of(config)
     weights = dict(model.state_dict(keep_vars=True))
     embed = F.embedding(input_ids, weights[f"{block.embed}.weight"])

@@ -52,9 +52,8 @@ def over_devices(family: str, folder: Path, settings: Mapping[str, Any] | None =
     layers = ["pretend:1", "pretend:0", "pretend:2"][: hf.config.get_text_config().num_hidden_layers]
     where = device_map(hf, layers, embedding="pretend:0", norm="pretend:2")
     # What transformers takes for experts on GPUs is not there for the CPU, on which the pretend devices compute.
-    experts: dict[str, Any] = (
-        {"experts_implementation": "eager"} if family in ("qwen3_moe", "mixtral") else {}
-    )
+    mixtures = getattr(hf.config.get_text_config(), "num_experts_per_tok", None) is not None
+    experts: dict[str, Any] = {"experts_implementation": "eager"} if mixtures else {}
     return Both(tl.load(folder, device_map=where, **experts, **kernel(family)), tl.wrap(hf), hf)
 
 

@@ -71,7 +71,7 @@ class Visit:
             if "pattern" in steps or self.replaces:
                 # float32 has no number for the lowest one of float64, which a query that is padding sees everywhere.
                 dtype = torch.promote_types(scores.dtype, torch.float32) if self.wide else None
-                weights = torch.softmax(scores, dim=-1, dtype=dtype).to(query.dtype)
+                weights = _looks(scores, options.get("s_aux"), dtype).to(query.dtype)
                 if "pattern" in steps:
                     weights = self._written("pattern", weights)
         if not self.replaces:
@@ -96,6 +96,18 @@ class Visit:
         return torch.where(keys, found, torch.where(queries, found.new_full((), float("-inf")), lowest))
 
 
+def _looks(scores: torch.Tensor, sinks: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor:
+    """The softmax over the keys. Each head of a model with sinks [H] may also look at nothing: its rows are less than 1.
+
+    The largest is taken away first, as eager attention does it: in bfloat16 that rounds.
+    """
+    if sinks is None:
+        return torch.softmax(scores, dim=-1, dtype=dtype)
+    sink = sinks.reshape(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+    both = torch.cat((scores, sink.to(scores.dtype)), dim=-1)
+    return torch.softmax(both - both.max(dim=-1, keepdim=True).values, dim=-1, dtype=dtype)[..., :-1]
+
+
 def _passed(step: Step, tensor: torch.Tensor) -> torch.Tensor:
     """A tensor [B, H, P, d] after a step that sees it as [B, P, H, d]; the same one if nothing changed."""
     seen = tensor.transpose(1, 2)
@@ -118,14 +130,14 @@ def scores_of(
 
     ``mask`` is what the implementation called ``name`` was given. Places that it excludes hold the lowest number.
     """
-    # sdpa computes without a soft-cap, or refuses one: whichever it is, the model's scores are not these.
-    unknown = ("s_aux", "position_bias", "cache", *(("softcap",) if name == "sdpa" else ()))
-    for option in unknown:
+    # sdpa computes without a soft-cap and without sinks, or refuses them: whichever it is, these are not the model's.
+    beyond_sdpa = ("softcap", "s_aux")
+    for option in ("position_bias", "cache", *(beyond_sdpa if name == "sdpa" else ())):
         if options.get(option) is not None:
             raise AttentionImplementationError(
                 f"{type(module).__name__} computes attention with {option}, which scores and pattern do not know"
-                + (" of sdpa" if option == "softcap" else ""),
-                instead='model.hf.set_attn_implementation("eager")' if option == "softcap" else None,
+                + (" of sdpa" if option in beyond_sdpa else ""),
+                instead='model.hf.set_attn_implementation("eager")' if option in beyond_sdpa else None,
             )
     scaling = options.get("scaling")
     scores = _grouped(query, key, transposed=True)

@@ -7,7 +7,7 @@ from typing import Any
 from tracelens.identities import Facts
 
 
-def facts_of(config: Any, *, softcap: float | None) -> Facts:
+def facts_of(config: Any, *, softcap: float | None, sinks: bool = False) -> Facts:
     """The functions, and the numbers that they take."""
     from transformers.activations import ACT2FN  # heavy
 
@@ -16,6 +16,7 @@ def facts_of(config: Any, *, softcap: float | None) -> Facts:
     return Facts(
         activation=ACT2FN[name] if name is not None and name in ACT2FN else None,
         softcap=softcap,
+        sinks=sinks,
         epsilon=getattr(config, "rms_norm_eps", None) or 0.0,
         score_cap=getattr(config, "attn_logit_softcapping", None),
     )

@@ -7,9 +7,11 @@ from tracelens.backends.architectures.falcon import FALCON_PARALLEL, FALCON_SEQU
 from tracelens.backends.architectures.gemma import GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
 from tracelens.backends.architectures.gpt2 import GPT2
 from tracelens.backends.architectures.gpt_neox import GPT_NEOX_PARALLEL, GPT_NEOX_SEQUENTIAL
+from tracelens.backends.architectures.gpt_oss import GPT_OSS
 from tracelens.backends.architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
 from tracelens.backends.architectures.mixtral import MIXTRAL
 from tracelens.backends.architectures.olmo2 import OLMO2
+from tracelens.backends.architectures.olmoe import OLMOE
 from tracelens.backends.architectures.opt import OPT
 from tracelens.backends.architectures.phi3 import PHI3
 from tracelens.backends.architectures.qwen3_moe import QWEN3_MOE
@@ -19,6 +21,7 @@ FAMILIES = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, PHI3, OLMO2),
     *(GPT2, GPT_NEOX_SEQUENTIAL, GPT_NEOX_PARALLEL, OPT, BLOOM),
     *(FALCON_SEQUENTIAL, FALCON_TWO_NORMS, FALCON_PARALLEL),
+    *(GPT_OSS, OLMOE),
 )
 FAMILIES_OF: Mapping[str, tuple[Family, ...]] = {
     model_type: tuple(family for family in FAMILIES if model_type in family.model_types)

@@ -1,0 +1,195 @@
+"""The forward pass of the families in ``sparse_families``, written out from the weights.
+
+As ``more_forwards`` does it for the others: only torch functions on the state dict, and at every site the caller may
+look at the tensor and replace it. Written from the modelling files, without the library's tables.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from tests.support.hand_forward import Intercept
+from tracelens.ir.sites import Site
+
+
+def sparse_forward(
+    model: Any, input_ids: Tensor, mask: Tensor, position_ids: Tensor, intercept: Intercept
+) -> Tensor:
+    """The logits [B, P, V] of a tiny model in float32, with ``intercept`` called at every site but the inputs'."""
+    config = model.config.get_text_config()
+    attention, mlp = FORWARDS[config.model_type]
+    weights = dict(model.state_dict(keep_vars=True))
+    stream = intercept(Site("embed"), F.embedding(input_ids, weights["model.embed_tokens.weight"]))
+    for index in range(config.num_hidden_layers):
+        layer = Layer(config, weights, f"model.layers.{index}", index, mask, position_ids, intercept)
+        resid_pre = layer.at("resid_pre", stream)
+        attn_in = layer.at("attn_in", layer.at("attn_norm", layer.normed("input_layernorm", resid_pre)))
+        attn_add = layer.at("attn_add", layer.at("attn_out", attention(layer, attn_in)))
+        resid_mid = layer.at("resid_mid", resid_pre + attn_add)
+        mlp_norm = layer.at("mlp_norm", layer.normed("post_attention_layernorm", resid_mid))
+        mlp_out = layer.at("mlp_out", mlp(layer, layer.at("mlp_in", mlp_norm)))
+        stream = layer.at("resid_post", resid_mid + layer.at("mlp_add", mlp_out))
+    whole = Layer(config, weights, "model", 0, mask, position_ids, intercept)
+    final = intercept(Site("final_norm"), whole.normed("norm", stream))
+    logits = intercept(Site("lm_head"), F.linear(final, weights["lm_head.weight"]))
+    return intercept(Site("logits"), logits)
+
+
+@dataclass(frozen=True)
+class Layer:
+    """One layer of one run."""
+
+    config: Any
+    weights: Mapping[str, Tensor]
+    prefix: str
+    index: int
+    mask: Tensor
+    position_ids: Tensor
+    intercept: Intercept
+
+    def at(self, name: str, tensor: Tensor) -> Tensor:
+        return self.intercept(Site(name, self.index), tensor)
+
+    def weight(self, name: str) -> Tensor:
+        return self.weights[f"{self.prefix}.{name}"]
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight(f"{name}.weight"), self.weights.get(f"{self.prefix}.{name}.bias"))
+
+    def normed(self, name: str, x: Tensor, gain: float = 0.0) -> Tensor:
+        return rms(x, self.config.rms_norm_eps) * (gain + self.weight(f"{name}.weight"))
+
+    def heads(self, name: str, x: Tensor, width: int) -> Tensor:
+        return self.linear(name, x).unflatten(-1, (-1, width))
+
+    def rotated(self, heads: Tensor, width: int | None = None, *, neighbours: bool = False) -> Tensor:
+        """RoPE on the first ``width`` numbers of [B, P, H, d]; pairs are neighbours, or of one half and the other."""
+        rope = self.config.rope_parameters
+        assert rope["rope_type"] == "default"
+        width = heads.shape[-1] if width is None else width
+        frequencies = rope["rope_theta"] ** (-torch.arange(0, width, 2).float() / width)
+        angles = (self.position_ids[..., None].float() * frequencies)[:, :, None]
+        turning = heads[..., :width]
+        one, other = (
+            (turning[..., ::2], turning[..., 1::2])
+            if neighbours
+            else (turning[..., : width // 2], turning[..., width // 2 :])
+        )
+        turned = (one * angles.cos() - other * angles.sin(), other * angles.cos() + one * angles.sin())
+        both = torch.stack(turned, dim=-1).flatten(-2) if neighbours else torch.cat(turned, dim=-1)
+        return torch.cat((both, heads[..., width:]), dim=-1)
+
+    def allowed(self) -> Tensor:
+        """Where queries may look, [B, 1, P, S]."""
+        places = torch.arange(self.mask.shape[1])
+        allowed = places[None, :] <= places[:, None]
+        kinds = getattr(self.config, "layer_types", None)
+        if kinds is not None and kinds[self.index] == "sliding_attention":
+            allowed = allowed & (places[None, :] > places[:, None] - self.config.sliding_window)
+        return allowed[None, None] & self.mask[:, None, None, :]
+
+    def mixed(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
+        """What each head makes of the values [B, P, H, d]; queries and keys are rotated already."""
+        q, k = self.at("q_rot", q), self.at("k_rot", k)
+        scale = q.shape[-1] ** -0.5
+        q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
+        k, v = (tensor.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for tensor in (k, v))
+        lowest = torch.finfo(q.dtype).min
+        scores = self.at("scores", (q @ k.transpose(2, 3) * scale).masked_fill(~self.allowed(), lowest))
+        real = self.mask[:, None, None, :]
+        # Whatever is written there, a query that is no padding sees none.
+        weights = scores.masked_fill(~real, lowest).exp()
+        if sinks is None:
+            pattern = scores.masked_fill(~real, lowest).softmax(-1)
+        else:
+            # As one more key, whose value is nothing.
+            pattern = weights / (weights.sum(-1, keepdim=True) + sinks.exp()[None, :, None, None])
+        pattern = self.at("pattern", pattern).masked_fill(~real & self.mask[:, None, :, None], 0.0)
+        return (pattern @ v).transpose(1, 2)
+
+
+def rms(x: Tensor, eps: float) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+
+
+# --- attention ---------------------------------------------------------------------------------------------------
+
+
+def _with_sinks(layer: Layer, x: Tensor) -> Tensor:
+    width = layer.config.head_dim
+    q, k, v = (layer.at(name, layer.heads(f"self_attn.{name}_proj", x, width)) for name in "qkv")
+    z = layer.mixed(layer.rotated(q), layer.rotated(k), v, layer.weight("self_attn.sinks"))
+    return layer.linear("self_attn.o_proj", layer.at("z", z).flatten(2))
+
+
+def _normed_flat(layer: Layer, x: Tensor) -> Tensor:
+    """OLMoE norms queries and keys over all heads at once."""
+    width = layer.config.hidden_size // layer.config.num_attention_heads
+    made: dict[str, Tensor] = {}
+    for name in "qk":
+        flat = layer.at(name, layer.heads(f"self_attn.{name}_proj", x, width)).flatten(2)
+        normed = layer.normed(f"self_attn.{name}_norm", flat).unflatten(-1, (-1, width))
+        made[name] = layer.rotated(layer.at(f"{name}_normed", normed))
+    v = layer.at("v", layer.heads("self_attn.v_proj", x, width))
+    return layer.linear("self_attn.o_proj", layer.at("z", layer.mixed(made["q"], made["k"], v)).flatten(2))
+
+
+# --- experts -----------------------------------------------------------------------------------------------------
+
+
+def _silu(gate: Tensor, up: Tensor) -> Tensor:
+    return F.silu(gate) * up
+
+
+def _experts(layer: Layer, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
+    """Each expert on every token, times what it counts there: [B, P, D]."""
+    into, out = layer.weight("mlp.experts.gate_up_proj"), layer.weight("mlp.experts.down_proj")
+    added = torch.zeros_like(x)
+    for expert in range(into.shape[0]):
+        counts = (share * (chosen == expert)).sum(-1, keepdim=True)
+        gate, up = F.linear(x, into[expert]).chunk(2, dim=-1)
+        added = added + counts * F.linear(_silu(gate, up), out[expert])
+    return added
+
+
+def _gpt_oss(layer: Layer, x: Tensor) -> Tensor:
+    config = layer.config
+    logits = layer.at("router_logits", layer.linear("mlp.router", x))
+    chosen = layer.at("expert_index", logits.topk(config.num_experts_per_tok, dim=-1).indices)
+    share = layer.at("expert_weights", logits.gather(-1, chosen).softmax(-1))
+    added = torch.zeros_like(x)
+    into, out = (layer.weight(f"mlp.experts.{name}_proj") for name in ("gate_up", "down"))
+    into_bias, out_bias = (layer.weight(f"mlp.experts.{name}_proj_bias") for name in ("gate_up", "down"))
+    for expert in range(config.num_local_experts):
+        # Gate and other branch take turns.
+        made = (x @ into[expert] + into_bias[expert]).unflatten(-1, (-1, 2))
+        gate = made[..., 0].clamp(max=config.swiglu_limit)
+        up = made[..., 1].clamp(-config.swiglu_limit, config.swiglu_limit)
+        neurons = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+        counts = (share * (chosen == expert)).sum(-1, keepdim=True)
+        added = added + counts * (neurons @ out[expert] + out_bias[expert])
+    return added
+
+
+def _of_all(layer: Layer, x: Tensor) -> Tensor:
+    """The best of a softmax over all experts."""
+    logits = layer.at("router_logits", layer.linear("mlp.gate", x))
+    share, chosen = logits.softmax(-1).topk(layer.config.num_experts_per_tok, dim=-1)
+    chosen = layer.at("expert_index", chosen)
+    if layer.config.norm_topk_prob:
+        share = share / share.sum(-1, keepdim=True)
+    return _experts(layer, x, layer.at("expert_weights", share), chosen)
+
+
+Part = Callable[[Layer, Tensor], Tensor]
+FORWARDS: dict[str, tuple[Part, Part]] = {
+    "gpt_oss": (_with_sinks, _gpt_oss),
+    "olmoe": (_normed_flat, _of_all),
+}
+"""By model type: attention, and what comes after it."""
