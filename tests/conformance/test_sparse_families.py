@@ -1,4 +1,4 @@
-"""What the families with experts, sinks, latent or linear attention have of their own, beside ``test_more_families``."""
+"""What families with experts, sinks, latent or linear attention have of their own."""
 
 from __future__ import annotations
 
@@ -20,15 +20,17 @@ def test_a_head_with_a_sink_looks_at_less_than_all() -> None:
         model.layers[1].pattern.save("pattern")
     sinks = hf.model.layers[1].self_attn.sinks.detach()
     left = 1 - t["pattern"].sum(-1)
-    torch.testing.assert_close(left, (sinks[:, None] - torch.logaddexp(t["scores"].logsumexp(-1), sinks[:, None])).exp())
-    assert left.min() > 0.05
+    torch.testing.assert_close(
+        left, (sinks[:, None] - torch.logaddexp(t["scores"].logsumexp(-1), sinks[:, None])).exp()
+    )
+    assert left.min() > 0.01
 
 
 def test_sinks_are_not_guessed_at() -> None:
     """sdpa takes what it is given for sinks and leaves it out: what it computes has another pattern."""
     hf, _ = built("gpt_oss")
     q = torch.randn(1, 4, 3, 12)
-    with pytest.raises(AttentionImplementationError, match="s_aux.* of sdpa"):
+    with pytest.raises(AttentionImplementationError, match=r"s_aux.* of sdpa"):
         scores_of("sdpa", hf.model.layers[0].self_attn, q, q, None, {"s_aux": torch.ones(4)})
 
 

@@ -93,7 +93,11 @@ def test_on_two_ranks(family: str, spread: dict[str, int], tmp_path: Path, ranks
 # transformers has a plan of stages for GPT-NeoX, of which the last test is.
 @pytest.mark.parametrize(
     "family",
-    [family for family in MORE if family not in (*WITH_PLAN, *CUT) or family in (*SPARSE_WITH_PLAN, *SPARSE_CUT)],
+    [
+        family
+        for family in MORE
+        if family not in (*WITH_PLAN, *CUT) or family in (*SPARSE_WITH_PLAN, *SPARSE_CUT)
+    ],
 )
 def test_what_transformers_cannot_spread_is_refused(family: str, tmp_path: Path) -> None:
     stored(family, tmp_path)

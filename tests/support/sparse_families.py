@@ -6,7 +6,7 @@ from typing import Any
 
 from transformers import GptOssConfig, OlmoeConfig
 
-from tests.support.families import CHOSEN, EXPERTS, FAMILIES, HEAD_DIM, Family
+from tests.support.families import CHOSEN, EXPERTS, FAMILIES, Family
 
 _TWO: dict[str, Any] = {**FAMILIES["llama"].settings, "num_hidden_layers": 2}
 _ROUTED = {"num_experts_per_tok": CHOSEN}
@@ -38,5 +38,3 @@ SPARSE_WITH_PLAN = ("olmoe",)
 """Families that transformers spreads inside layers,"""
 SPARSE_CUT = ("gpt_oss",)
 """... and that it cuts into stages."""
-
-assert HEAD_DIM == _TWO["head_dim"]

@@ -97,7 +97,7 @@ class Visit:
 
 
 def _looks(scores: torch.Tensor, sinks: torch.Tensor | None, dtype: torch.dtype | None) -> torch.Tensor:
-    """The softmax over the keys. Each head of a model with sinks [H] may also look at nothing: its rows are less than 1.
+    """The softmax over the keys. A head with a sink (of [H]) may also look at nothing: its rows sum to less than 1.
 
     The largest is taken away first, as eager attention does it: in bfloat16 that rounds.
     """
