@@ -98,9 +98,10 @@ class Family:
     configuration without some of the sites, with the reason. ``out_by_in``: does the output projection keep its matrix
     as [out, in], as ``nn.Linear`` does? ``wide_softmax``: does eager attention take its softmax in float32, or in the
     model's dtype? ``sinks``: may heads look at nothing, so that the rows of a pattern are less than 1? ``reached``:
-    sites of one level that the family's modules make in another order than the vocabulary has them. ``widths``: the configuration's words for further widths of sites, or what makes them of it.
-    ``embedding``: the module with a row for each token, where it is another than the one that shows ``embed``.
-    ``in_some``: sites that not all layers have. ``softcap``: the configuration's word for what bends the logits.
+    sites of one level that the family's modules make in another order than the vocabulary has them. ``widths``: the
+    configuration's words for further widths of sites, or what makes them of it. ``embedding``: the module with a row
+    for each token, where it is another than the one that shows ``embed``. ``in_some``: sites that not all layers have.
+    ``softcap``: the configuration's word for what bends the logits.
     """
 
     name: str
