@@ -392,7 +392,6 @@ def test_what_cannot_be_continued_is_refused() -> None:
 
 
 def test_results_know_their_steps() -> None:
-    pytest.importorskip("pandas", reason="pandas is an extra")
     with MODEL.generate(IDS, max_new_tokens=4) as t:
         t.steps[1:4].layers[0].resid_post[:, -1, :2].save("late")
         MODEL.layers[0].resid_post.save("all")

@@ -9,6 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 import torch
 from hypothesis import given
@@ -36,8 +37,6 @@ AWKWARD = {
 
 @pytest.fixture(params=ENDINGS)
 def ending(request: pytest.FixtureRequest) -> str:
-    if request.param == "parquet":
-        pytest.importorskip("pyarrow", reason="parquet files need pyarrow: the extra pandas")
     return request.param
 
 
@@ -139,9 +138,6 @@ def test_other_programs_read_the_files(tmp_path: Path) -> None:
 
 
 def test_pandas_reads_a_parquet_file(tmp_path: Path) -> None:
-    pytest.importorskip("pyarrow", reason="parquet files need pyarrow: the extra pandas")
-    import pandas
-
     table = pandas.read_parquet(LENS.save(tmp_path / "lens.parquet"))
     assert table["rank"].isna().sum() == 12
     equal(torch.tensor(table.entropy.to_numpy()).view(2, 6, 13), LENS.entropy)

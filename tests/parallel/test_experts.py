@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
+from packaging.version import Version
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3MoeConfig
 from transformers.distributed.configuration_utils import DistributedConfig
 
 import tracelens as tl
 from tests.conformance.test_reads import read
-from tests.parallel.cells import KNOWS_EP
+from tests.parallel.cells import KNOWS_EP, knows_ep
 from tests.support.families import FAMILIES
 from tests.support.hand_forward import hand_sites
 from tests.support.ranks import PoolOf
@@ -33,10 +35,6 @@ TOLERANCE = 1e-5
 EVEN = {"vocab_size": 98}
 """Some versions of transformers cannot share a vocabulary unevenly."""
 
-knows_ep = pytest.mark.skipif(
-    not KNOWS_EP,
-    reason="this version of transformers does not know ep_size, by which each rank has some of the experts",
-)
 SIZES = {"pp2": {"pp": 2}, "tp2": {"tp": 2}, "ep2": {"tp": 2, "ep": 2}}
 every_spread = pytest.mark.parametrize(
     "spread", ["pp2", "tp2", pytest.param("ep2", marks=knows_ep)], indirect=True, scope="module"
@@ -328,6 +326,11 @@ def test_experts_over_ranks_and_stages_do_not_go_together() -> None:
     error = refused({"num_experts": 4}, {"tp": 2, "ep": 2, "pp": 2})
     assert "ep=2 and pp=2 do not go together" in error.problem
     assert str(error.instead).startswith("tl.load(name, pp=2, tp=2)")
+
+
+def test_experts_are_tested_where_transformers_can_spread_them() -> None:
+    """So that nothing here is skipped unseen: only versions before 5.19 do not know ``ep_size``."""
+    assert (Version(transformers.__version__) >= Version("5.19")) == KNOWS_EP
 
 
 def test_a_version_of_transformers_without_ep_size_is_named(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import tracelens as tl
-from tests.parallel.cells import KNOWS_EP
+from tests.parallel.cells import knows_ep
 from tests.support.families import D_MODEL, FAMILIES
 from tests.support.ranks import PoolOf
 from tests.support.spread_models import Both, both
@@ -24,7 +24,6 @@ SHARP: dict[str, Any] = {"initializer_range": 0.4}
 CLOSE: dict[str, Any] = {"rtol": 2e-4, "atol": 2e-4}
 V = 3 * torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0))
 
-several = pytest.mark.skipif(not KNOWS_EP, reason="in this version of transformers each stage is one rank")
 SPREADS = {
     "llama tp2": ("llama", {"tp": 2}),
     "gemma3 pp2": ("gemma3", {"pp": 2}),
@@ -35,7 +34,7 @@ SPREADS = {
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=several if len(more) > 1 else ()) for name, (_, more) in SPREADS.items()
+        pytest.param(name, marks=knows_ep if len(more) > 1 else ()) for name, (_, more) in SPREADS.items()
     ],
 )
 def models(

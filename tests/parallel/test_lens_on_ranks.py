@@ -11,7 +11,7 @@ import torch
 from torch.testing import assert_close
 
 import tracelens as tl
-from tests.parallel.cells import KNOWS_EP
+from tests.parallel.cells import knows_ep
 from tests.support.ranks import PoolOf
 from tests.support.spread_models import Both, both
 from tracelens import compiling
@@ -26,13 +26,12 @@ SPREADS: dict[str, tuple[str, dict[str, Any]]] = {
     "mistral pp2": ("mistral", {"pp": 2}),
     "qwen3 pp2 x tp2": ("qwen3", {"pp": 2, "tp": 2}),
 }
-several = pytest.mark.skipif(not KNOWS_EP, reason="in this version of transformers each stage is one rank")
 
 
 @pytest.fixture(
     scope="module",
     params=[
-        pytest.param(name, marks=several if len(more) > 1 else ()) for name, (_, more) in SPREADS.items()
+        pytest.param(name, marks=knows_ep if len(more) > 1 else ()) for name, (_, more) in SPREADS.items()
     ],
 )
 def models(

@@ -16,7 +16,7 @@ import tracelens as tl
 from examples import several_gpus
 from tests.conformance.test_reads import read
 from tests.parallel import measured
-from tests.parallel.cells import CELLS, DIAGONAL, KNOWS_EP, SHAPES, SMOLLM2, Cell, Shape
+from tests.parallel.cells import CELLS, DIAGONAL, SHAPES, SMOLLM2, Cell, Shape, knows_ep
 from tests.parallel.compared import ROWS, TOLERANCE, read_alike, written_alike
 from tests.parallel.writes import EDITS
 from tests.support.batches import RAGGED, random_rows
@@ -41,6 +41,7 @@ def cells(names: Iterable[str], always: Iterable[str] = DIAGONAL) -> pytest.Mark
                 marks=[
                     *([] if name in always else [pytest.mark.matrix]),
                     *([pytest.mark.smollm2] if CELLS[name].family == SMOLLM2 else []),
+                    *([knows_ep] if CELLS[name].spread.ep > 1 and CELLS[name].refused is None else []),
                 ],
             )
             for name in names
@@ -71,8 +72,6 @@ def models(
     shape = cell.spread
     if shape.devices > 1:
         request.getfixturevalue("pretend_throughout")
-    if shape.ep > 1 and not KNOWS_EP:
-        pytest.skip("this version of transformers does not know ep_size")
     if cell.family == SMOLLM2:
         one = tl.load(SMOLLM2)
         if shape.devices > 1:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from tests.parallel.cells import KNOWS_EP
+from tests.parallel.cells import knows_ep
 from tests.support.families import POSITIONS
 from tests.support.ranks import PoolOf
 from tests.support.spread_models import Both, both
@@ -33,12 +33,11 @@ SPREADS = {
 }
 
 
-several = pytest.mark.skipif(not KNOWS_EP, reason="in this version of transformers each stage is one rank")
-
-
 @pytest.fixture(
     scope="module",
-    params=[pytest.param(name, marks=several if "tp" in more else ()) for name, (_, more) in SPREADS.items()],
+    params=[
+        pytest.param(name, marks=knows_ep if "tp" in more else ()) for name, (_, more) in SPREADS.items()
+    ],
 )
 def models(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf

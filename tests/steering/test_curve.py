@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pandas
 import pytest
 
 from tracelens import errors
@@ -143,7 +144,6 @@ def test_another_file_is_no_curve(tmp_path: Path, text: str) -> None:
 
 
 def test_a_table_has_a_line_for_each_row_and_multiplier() -> None:
-    pandas = pytest.importorskip("pandas")
     found = curve()
     frame = found.to_pandas()
     assert isinstance(frame, pandas.DataFrame)

@@ -12,7 +12,7 @@ from typing import Any
 MISSING = (
     None
     if importlib.util.find_spec("PyQt6") and importlib.util.find_spec("PyQt6.QtWebEngineCore")
-    else 'no browser: pip install "tracelens[browser]"'
+    else 'no browser; until one is installed: pip install "tracelens[browser]"'
 )
 
 

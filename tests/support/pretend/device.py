@@ -19,6 +19,8 @@ DEVICES = 8
 MEMORY = 2**30
 """Bytes that each device says it has."""
 
+_UNTIL = "until torch before 2.13 is no longer supported"
+"""What ends a test's skip; with newer ones :mod:`tests.test_support_pretend` fails."""
 _kept: list[Any] = []
 _open = 0
 _local = threading.local()
@@ -29,12 +31,13 @@ def missing() -> str | None:
     parts = getattr(torch._C, "_acc", None)
     wanted = ("PrivateUse1Hooks", "DeviceGuard", "register_python_privateuseone_hook")
     if parts is None or not all(hasattr(parts, name) for name in wanted):
-        return f"torch {torch.__version__} has no backends written in Python (torch._C._acc)"
+        return f"torch {torch.__version__} has no backends written in Python (torch._C._acc); {_UNTIL}"
     if torch.cuda.is_available():
         # Torch knows one kind of accelerator in a process, and it would no longer be the real one.
-        return "there is a real accelerator; hide it to have pretend devices: CUDA_VISIBLE_DEVICES="
-    if not _kept and torch._C._get_privateuse1_backend_name() not in ("privateuseone", "pretend"):
-        return f"another backend has taken the place: {torch._C._get_privateuse1_backend_name()}"
+        return "there is a real accelerator, as long as it is not hidden: CUDA_VISIBLE_DEVICES="
+    name = torch._C._get_privateuse1_backend_name()
+    if not _kept and name not in ("privateuseone", "pretend"):
+        return f"another backend has taken the place, as long as it is loaded: {name}"
     return _broken()
 
 
@@ -46,8 +49,8 @@ def _broken() -> str | None:
             there = torch.ones(2, 3, device="pretend:1").t()[1:]
             works = torch.equal((there + 1).cpu(), torch.full((2, 2), 2.0)) and there.device.index == 1
     except (RuntimeError, TypeError, AttributeError, AssertionError) as error:
-        return f"torch {torch.__version__} has no devices of this kind: {error}"
-    return None if works else f"torch {torch.__version__} takes pretend tensors for something else"
+        return f"torch {torch.__version__} has no devices of this kind: {error}; {_UNTIL}"
+    return None if works else f"torch {torch.__version__} takes pretend tensors for something else; {_UNTIL}"
 
 
 def register() -> None:
