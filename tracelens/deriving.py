@@ -9,9 +9,11 @@ from typing import Any
 
 from torch import nn
 
+from tracelens.backends.architectures.lookup import may_derive
 from tracelens.backends.architectures.registry import families
 from tracelens.backends.base import Family
 from tracelens.errors import RefutedSitesWarning, TracelensError
+from tracelens.ir.sites import KIND, Scope
 from tracelens.model import Model
 from tracelens.proving import SiteProof, proof_of, prove
 
@@ -34,11 +36,15 @@ def held_to(model: Model) -> None:
 
 def derived(model: nn.Module, tokenizer: Any) -> Model | None:
     """A language model of a type without a table, with the sites of a known table that are verified in it."""
+    if not may_derive(getattr(model, "config", None)):
+        return None
     best: tuple[Model, SiteProof] | None = None
     for family in _fitting(model):
         try:
             found = Model(model, tokenizer, _family=family)
             proof = prove(found)
+            if not looks_back_only(found):
+                return None  # whatever its modules are called
         except (TracelensError, RuntimeError, AttributeError, TypeError, KeyError):
             continue  # this is not its table, or it cannot be run like a language model
         if all(site in proof.verified for site in _NEEDED) and (
@@ -58,6 +64,18 @@ def derived(model: nn.Module, tokenizer: Any) -> Model | None:
     return found
 
 
+def looks_back_only(model: Model) -> bool:
+    """Are the logits of a text those that it has as the beginning of a longer one?"""
+    vocabulary = model.anatomy.vocabulary
+    tokens = [(7 * number + 11) % vocabulary for number in range(6)]
+    found: list[Any] = []
+    for prompt in (tokens, tokens[:3]):
+        with model.trace([prompt]):
+            logits = model.logits.save()
+        found.append(logits.value[:, :3].double())
+    return bool((found[0] - found[1]).abs().max() <= 1e-3 * found[1].abs().max())
+
+
 def family_name(model: nn.Module) -> str:
     """What a type without a table is called."""
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
@@ -67,16 +85,40 @@ def _fitting(model: nn.Module) -> Iterator[Family]:
     """The tables whose modules the model has, under its own name; of equal ones the first."""
     if not hasattr(model, "get_output_embeddings") or getattr(model, "config", None) is None:
         return
+    known = {path for path, _ in model.named_modules()}
     seen: list[Family] = []
     for family in families():
         if any(other.layers == family.layers and other.taps == family.taps for other in seen):
             continue
         seen.append(family)
-        paths = {
-            tap.module for name, tap in family.taps.items() if name in ("embed", "final_norm", "lm_head")
-        }
-        known = {path for path, _ in model.named_modules()}
-        if paths <= known and family.layers.format(0) in known:
-            yield replace(
-                family, name=family_name(model), model_types=(family_name(model),), refusals={}, withheld={}
-            )
+        for inside in ("", *_INSIDE):
+            moved = _moved(family, inside)
+            paths = {
+                moved.taps[name].module for name in ("embed", "final_norm", "lm_head") if name in moved.taps
+            }
+            if paths <= known and moved.layers.format(0) in known:
+                yield replace(
+                    moved,
+                    name=family_name(model),
+                    model_types=(family_name(model),),
+                    refusals={},
+                    withheld={},
+                )
+
+
+_INSIDE = ("language_model", "text_model")
+"""What models of text and images call the language model in their ``model``."""
+
+
+def _moved(family: Family, inside: str) -> Family:
+    """A table whose modules are those of the language model in a larger one; the head stays outside."""
+
+    def path(own: str) -> str:
+        return own.replace("model.", f"model.{inside}.", 1) if inside and own.startswith("model.") else own
+
+    taps = {
+        name: tap if KIND[name].scope is Scope.LAYER else replace(tap, module=path(tap.module))
+        for name, tap in family.taps.items()
+    }
+    embedding = None if family.embedding is None else path(family.embedding)
+    return replace(family, layers=path(family.layers), taps=taps, embedding=embedding)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 from torch import nn
 
-from tracelens.backends.architectures.lookup import no_table
+from tracelens.backends.architectures.lookup import no_table, require_loadable
 from tracelens.backends.places import look_at
 from tracelens.deriving import derived, held_to
 from tracelens.errors import Blaming, OptionError, UnknownArchitectureError
@@ -102,10 +102,9 @@ def load(
         apart = device_map is not None or not weights
         sizes = checked_sizes(tp, pp, ep, ranks, apart=apart, parallelize=parallelize)
         return load_over_ranks(name, sizes, dtype, ranks, timeout, options, parallelize)
-    from transformers import AutoConfig, AutoModelForCausalLM
-
     embedded = str(name) in SOURCES
     source = str(embedded_model(str(name))) if embedded else str(name)
+    config, loader = _read(source, options)
     spreading = {
         option: dict(value) if isinstance(value, Mapping) else value
         for option, value in (
@@ -117,15 +116,34 @@ def load(
     }
     if weights:
         with without_bars() if embedded and not (in_notebook() or sys.stderr.isatty()) else nullcontext():
-            found = AutoModelForCausalLM.from_pretrained(source, dtype=dtype, **spreading, **options)
+            found = loader.from_pretrained(source, dtype=dtype, **spreading, **options)
     else:
-        config = AutoConfig.from_pretrained(source, **options)
         with torch.device("meta"):
-            found = AutoModelForCausalLM.from_config(config).eval()
+            found = loader.from_config(config).eval()
     if embedded:
         found.config.name_or_path = str(name)  # not the folder in the cache, whose name has a version of ours
     tokenizer = tokenizer_of(source)
     return wrap(found, tokenizer, probe=probe)
+
+
+def _read(source: str, options: Mapping[str, Any]) -> tuple[Any, Any]:
+    """The configuration of a model, and the class of transformers that loads it.
+
+    A model that does not go on with a text is refused: transformers would load a half of some, with random numbers.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText
+    from transformers.models.auto.modeling_auto import (
+        MODEL_FOR_CAUSAL_LM_MAPPING_NAMES,
+        MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES,
+    )
+
+    given = options.get("config")
+    config = AutoConfig.from_pretrained(source, **options) if given is None else given
+    with Blaming(here()):
+        require_loadable(config, source)
+    kind = getattr(config, "model_type", None)
+    text = kind in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES or kind not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+    return config, AutoModelForCausalLM if text else AutoModelForImageTextToText
 
 
 @contextmanager

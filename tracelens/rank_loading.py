@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from tracelens.backends.architectures.lookup import require_table
 from tracelens.backends.architectures.registry import told
 from tracelens.backends.layouts import require_divisible
 from tracelens.backends.pipeline import require_cut
@@ -84,6 +85,8 @@ def load_over_ranks(
 
     source = str(embedded_model(str(name))) if str(name) in SOURCES else str(name)
     config = AutoConfig.from_pretrained(source)
+    with Blaming(here()):
+        require_table(config, source)
     if parallelize is None:
         require_fit(config, sizes)
     tokenizer = tokenizer_of(source)

@@ -19,6 +19,7 @@ class Mutant:
 PASSES = ("tests/ir/test_passes.py", "tests/properties/test_pass_meaning.py")
 GRAPHS = ("tests/properties/test_mutated_graphs.py",)
 MODEL = ("tests/test_model.py",)
+OTHERS = ("tests/test_other_architectures.py",)
 FAMILY_TABLES = ("tests/test_families.py", "-k", "not ranks")
 BITS = ("tests/conformance/test_writes.py", "-k", "bit_for_bit and bf16 and eager and llama")
 RESULTS = ("tests/test_results.py",)
@@ -3057,5 +3058,19 @@ MUTANTS = (
         "if isinstance(value, Callable):",
         "if False:",
         FAMILY_TABLES,
+    ),
+    Mutant(
+        "a model that looks ahead gets a table",
+        "deriving.py",
+        "if not looks_back_only(found):",
+        "if False:",
+        (*OTHERS, "-k", "ahead"),
+    ),
+    Mutant(
+        "half of an encoder-decoder model is loaded",
+        "backends/architectures/lookup.py",
+        "and (loads := other(config).loads) is not None:",
+        "and (loads := None) is not None:",
+        (*OTHERS, "-k", "bart"),
     ),
 )

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import nn
 
+from tracelens.backends.architectures.others import other, sentence
 from tracelens.backends.architectures.registry import families_of
 from tracelens.backends.base import Family, text_of
 from tracelens.errors import UnknownArchitectureError
@@ -19,7 +20,7 @@ def family_of(config: Any) -> Family:
     family = next((one for one in known if one.serves is None or one.serves(words)), None)
     if family is None:
         raise UnknownArchitectureError(
-            f"there is no site table for models of type {kind!r}",
+            sentence(config) if isinstance(kind, str) else f"a {type(config).__name__} says no model_type",
             instead="tl.families.known() lists the types that have one, and tl.families.register(...) adds one",
         )
     reason = family.refused(words)
@@ -34,5 +35,32 @@ def no_table(model: object) -> str | None:
         return None
     kind = getattr(getattr(model, "config", None), "model_type", None)
     if isinstance(kind, str):
-        return None if families_of(kind) else f"there is no site table for models of type {kind!r}"
+        return None if families_of(kind) else sentence(model.config)
     return "it is no language model of transformers"
+
+
+def may_derive(config: Any) -> bool:
+    """May tables of other families be tried on a model of this configuration?"""
+    return other(config).derives
+
+
+def require_loadable(config: Any, name: str) -> None:
+    """Raises :class:`UnknownArchitectureError` for a model that does not go on with a text, before it is loaded."""
+    kind = getattr(config, "model_type", None)
+    if isinstance(kind, str) and not families_of(kind) and (loads := other(config).loads) is not None:
+        raise UnknownArchitectureError(
+            sentence(config),
+            instead=f"tl.wrap(transformers.{loads}.from_pretrained({name!r})), whose modules are there by path: "
+            "model.module(path).output",
+        )
+
+
+def require_table(config: Any, name: str) -> None:
+    """Raises :class:`UnknownArchitectureError` for a model that ranks cannot have: each of them needs its table."""
+    require_loadable(config, name)
+    kind = getattr(config, "model_type", None)
+    if isinstance(kind, str) and not families_of(kind):
+        raise UnknownArchitectureError(
+            sentence(config),
+            instead=f"tl.load({name!r}) in this process; or tl.families.register(...) with a table that ranks import",
+        )

@@ -1,0 +1,271 @@
+"""Models of no family with a table: one sentence of what they are, and the sites of text models inside larger ones."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as tf
+from torch.testing import assert_close
+
+import tracelens as tl
+from tests.support.families import FAMILIES, randomise
+from tracelens import deriving
+from tracelens.errors import NotALanguageModelError, UnknownArchitectureError
+
+IDS = [[3, 4, 5, 9, 11]]
+TEXT: dict[str, Any] = {**FAMILIES["qwen2"].settings, "num_hidden_layers": 2}
+SIGHT: dict[str, Any] = {
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 2,
+    "image_size": 16,
+    "patch_size": 8,
+}
+SEEN: dict[str, Any] = {"depth": 1, "num_heads": 2, "patch_size": 8}
+ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
+SMALL: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2}
+ENCODER: dict[str, Any] = {**SMALL, "num_attention_heads": 4, "intermediate_size": 80, "pad_token_id": 0}
+
+
+def built(make: Callable[[], Any]) -> Any:
+    with torch.random.fork_rng(devices=[]):
+        model = make()
+    randomise(model, 0)
+    return model.eval()
+
+
+@pytest.fixture(autouse=True)
+def probing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("TRACELENS_PROBE")
+    monkeypatch.setenv("TRACELENS_CACHE", str(tmp_path))
+
+
+# --- the language model in a larger one ----------------------------------------------------
+
+OF_IMAGES: dict[str, Callable[[], Any]] = {
+    "llava": lambda: tf.LlavaForConditionalGeneration(
+        tf.LlavaConfig(
+            text_config=tf.LlamaConfig(**TEXT),
+            vision_config=tf.CLIPVisionConfig(**SIGHT),
+            image_token_index=96,
+        )
+    ),
+    "mistral3": lambda: tf.Mistral3ForConditionalGeneration(
+        tf.Mistral3Config(
+            text_config=tf.MistralConfig(**TEXT),
+            vision_config=tf.PixtralVisionConfig(**SIGHT, head_dim=8),
+            image_token_index=96,
+        )
+    ),
+    "qwen2_vl": lambda: tf.Qwen2VLForConditionalGeneration(
+        tf.Qwen2VLConfig(
+            text_config={**TEXT, "rope_parameters": ROPE},
+            vision_config={**SEEN, "embed_dim": 16, "hidden_size": 48, "mlp_ratio": 1},
+            image_token_id=96,
+            video_token_id=95,
+        )
+    ),
+    "qwen2_5_vl": lambda: tf.Qwen2_5_VLForConditionalGeneration(
+        tf.Qwen2_5_VLConfig(
+            text_config={**TEXT, "rope_parameters": ROPE},
+            vision_config={**SEEN, "hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 16},
+            image_token_id=96,
+            video_token_id=95,
+        )
+    ),
+}
+
+
+@pytest.fixture(scope="module", params=OF_IMAGES)
+def seeing(request: pytest.FixtureRequest) -> Any:
+    return built(OF_IMAGES[request.param])
+
+
+def test_the_stream_is_that_of_the_language_model(seeing: Any) -> None:
+    model = tl.wrap(seeing)
+    assert isinstance(model, tl.Model)
+    assert model.anatomy.family.layers == "model.language_model.layers.{}"
+    with model.trace(IDS) as t:
+        for layer in range(model.n_layers):
+            model.layers[layer].resid_pre.save(f"{layer}")
+        model.final_norm.save("last")
+        model.logits.save("logits")
+    with torch.no_grad():
+        plain = seeing(torch.tensor(IDS), output_hidden_states=True)
+    for layer in range(model.n_layers):
+        assert_close(t[f"{layer}"], plain.hidden_states[layer], rtol=1e-5, atol=1e-5)
+    assert_close(t["last"], plain.hidden_states[-1], rtol=1e-5, atol=1e-5)
+    assert_close(t["logits"], plain.logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_write_is_what_a_hook_does(seeing: Any) -> None:
+    model = tl.wrap(seeing)
+    v = torch.linspace(-1, 1, 48)
+    with model.trace(IDS):
+        model.layers[0].resid_post += v
+        logits = model.logits.save()
+    clean = seeing(torch.tensor(IDS)).logits
+    block = seeing.model.language_model.layers[0]
+    hook = block.register_forward_hook(lambda _, __, out: out + v)
+    try:
+        expected = seeing(torch.tensor(IDS)).logits
+    finally:
+        hook.remove()
+    assert (expected - clean).abs().max() > 1e-2
+    assert_close(logits.value, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_rows_of_a_batch_and_generations_are_those_of_single_prompts(seeing: Any) -> None:
+    model = tl.wrap(seeing)
+    rows = [[3, 4, 5, 9, 11], [7, 8]]
+    with model.trace(rows):
+        together = model.logits[:, -1].save()
+    for row, ids in enumerate(rows):
+        expected = seeing(torch.tensor([ids])).logits[:, -1]
+        assert_close(together.value[row], expected[0], rtol=1e-4, atol=1e-5)
+    with model.generate([[3, 4, 5]], max_new_tokens=4) as t:
+        model.layers[1].resid_post[:, -1].norm(dim=-1).save("norm")
+    expected = seeing.generate(
+        torch.tensor([[3, 4, 5]]), max_new_tokens=4, do_sample=False, pad_token_id=0, eos_token_id=2
+    )
+    new = expected[0].tolist()[3:]
+    assert t.tokens[0][-len(new) :] == new
+    assert t["norm"].shape == (len(new), 1)
+
+
+def test_it_is_loaded_from_a_folder(seeing: Any, tmp_path: Path) -> None:
+    seeing.save_pretrained(tmp_path / "model")
+    model = tl.load(tmp_path / "model")
+    assert type(model.hf) is type(seeing)
+    with model.trace(IDS):
+        logits = model.logits.save()
+    assert_close(logits.value, seeing(torch.tensor(IDS)).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_a_model_that_looks_ahead_is_no_language_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every identity between sites holds in it."""
+    config = tf.HeliumConfig(**{**TEXT, "head_dim": 12})
+    hf = built(lambda: tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    assert isinstance(tl.wrap(hf), tl.Model)
+    ahead: Any = hf.model.forward
+
+    def seen_by_all(*args: Any, **kwargs: Any) -> Any:
+        width = kwargs["input_ids"].shape[1]
+        return ahead(*args, **{**kwargs, "attention_mask": torch.zeros(1, 1, width, width)})
+
+    monkeypatch.setattr(hf.model, "forward", seen_by_all)
+    assert isinstance(tl.wrap(hf), tl.PlainModel)
+    monkeypatch.setattr(deriving, "looks_back_only", lambda _: True)
+    assert isinstance(tl.wrap(hf), tl.Model)
+
+
+# --- one sentence ----------------------------------------------------
+
+WITHOUT_SITES: dict[str, tuple[Callable[[], Any], str]] = {
+    "t5": (
+        lambda: tf.T5ForConditionalGeneration(
+            tf.T5Config(vocab_size=97, d_model=48, d_kv=12, d_ff=80, num_layers=1, num_heads=4)
+        ),
+        "it is an encoder-decoder model",
+    ),
+    "bart": (
+        lambda: tf.BartForConditionalGeneration(
+            tf.BartConfig(
+                vocab_size=97,
+                d_model=48,
+                encoder_layers=1,
+                decoder_layers=1,
+                encoder_attention_heads=4,
+                decoder_attention_heads=4,
+            )
+        ),
+        "it is an encoder-decoder model",
+    ),
+    "bert": (lambda: tf.BertForMaskedLM(tf.BertConfig(**ENCODER)), "it is an encoder"),
+    "modernbert": (lambda: tf.ModernBertForMaskedLM(tf.ModernBertConfig(**ENCODER)), "it is an encoder"),
+    "eurobert": (
+        lambda: tf.EuroBertForMaskedLM(tf.EuroBertConfig(**{**ENCODER, "num_key_value_heads": 2})),
+        "it is an encoder",
+    ),
+    "mamba": (lambda: tf.MambaForCausalLM(tf.MambaConfig(**SMALL)), "it is a state-space or recurrent model"),
+    "mamba2": (
+        lambda: tf.Mamba2ForCausalLM(tf.Mamba2Config(**SMALL, num_heads=4, head_dim=24)),
+        "it is a state-space or recurrent model",
+    ),
+    "rwkv": (
+        lambda: tf.RwkvForCausalLM(tf.RwkvConfig(**SMALL, attention_hidden_size=48)),
+        "it is a state-space or recurrent model",
+    ),
+    "jamba": (
+        lambda: tf.JambaForCausalLM(tf.JambaConfig(**TEXT, use_mamba_kernels=False)),
+        "some of its layers hand a state",
+    ),
+    "blip-2": (
+        lambda: tf.Blip2ForConditionalGeneration(
+            tf.Blip2Config(
+                text_config={"model_type": "opt", **ENCODER, "word_embed_proj_dim": 48, "ffn_dim": 80},
+                vision_config=SIGHT,
+                qformer_config={**ENCODER, "encoder_hidden_size": 16},
+            )
+        ),
+        "it is a model of text and something else",
+    ),
+}
+CANNOT_LOAD = ("t5", "bart", "bert", "modernbert", "eurobert")
+
+
+@pytest.mark.parametrize("kind", WITHOUT_SITES)
+def test_models_without_sites_say_what_they_are(kind: str, tmp_path: Path) -> None:
+    make, words = WITHOUT_SITES[kind]
+    hf = built(make)
+    model: Any = tl.wrap(hf)
+    assert isinstance(model, tl.PlainModel)
+    with pytest.raises(NotALanguageModelError, match=f"{kind!r}: {words}") as caught:
+        _ = model.layers
+    assert "model.module(path).output" in str(caught.value.instead)
+    assert not [mark for mark in (". ", "\n") if mark in caught.value.problem]
+    if kind in CANNOT_LOAD:
+        hf.save_pretrained(tmp_path / "model")
+        for options in ({}, {"tp": 2}):
+            with pytest.raises(UnknownArchitectureError, match=f"{kind!r}: {words}") as refused:
+                tl.load(tmp_path / "model", **options)
+            assert "tl.wrap(transformers.AutoModelFor" in str(refused.value.instead)
+            assert refused.value.at is not None
+
+
+@pytest.mark.parametrize("kind", ["mamba", "jamba"])
+def test_ranks_refuse_before_they_start(kind: str, tmp_path: Path) -> None:
+    hf = built(WITHOUT_SITES[kind][0])
+    hf.save_pretrained(tmp_path / "model")
+    with pytest.raises(UnknownArchitectureError, match=WITHOUT_SITES[kind][1]):
+        tl.load(tmp_path / "model", tp=2)
+
+
+@pytest.mark.parametrize(
+    ("kind", "path", "arguments"),
+    [
+        ("t5", "decoder.block.0", {"input_ids": IDS, "decoder_input_ids": [[1, 2]]}),
+        ("bert", "bert.encoder.layer.0", {"input_ids": IDS}),
+        ("mamba", "backbone.layers.0.mixer", {"input_ids": IDS}),
+    ],
+)
+def test_their_modules_are_there_by_path(kind: str, path: str, arguments: dict[str, Any]) -> None:
+    hf = built(WITHOUT_SITES[kind][0])
+    given = {name: torch.tensor(ids) for name, ids in arguments.items()}
+    model: Any = tl.wrap(hf)
+    with model.trace(**given, use_cache=False) if kind != "bert" else model.trace(**given):
+        output = model.module(path).output
+        seen = (output[0] if kind == "t5" else output).save()
+    found: list[Any] = []
+    hook = hf.get_submodule(path).register_forward_hook(lambda _, __, out: found.append(out))
+    try:
+        hf(**given)
+    finally:
+        hook.remove()
+    expected = found[0] if isinstance(found[0], torch.Tensor) else found[0][0]
+    assert_close(seen.value, expected, rtol=1e-5, atol=1e-5)
