@@ -105,7 +105,7 @@ def texts(model: tl.Model, *, generating: bool) -> list[list[str]]:
         with model.generate(PROMPTS, max_new_tokens=NEW) as t:
             pass
         for row, new in zip(rows, t.tokens, strict=True):
-            row += [str(model.tokenizer.decode([token])) for token in new[:-1]]  # pyright: ignore[reportIndexIssue]
+            row += [str(model.tokenizer.decode([token])) for token in new[:-1]]
     return rows
 
 

@@ -33,7 +33,7 @@ def steered(model: tl.Model) -> str:
     tokenizer = model.tokenizer
     assert tokenizer is not None
     prompt = tokenizer.encode(FILM)
-    new: list[int] = t.tokens  # pyright: ignore[reportAssignmentType]  # of one prompt
+    new: list[int] = t.tokens
     words = [short(str(tokenizer.decode([token]))) for token in [*prompt, *new[:-1]]]
     return trajectory(norms.value[:, 0], cosines.value[:, 0], words, len(prompt), written=(5, 10))
 

@@ -319,7 +319,7 @@ def test_public_names_are_documented_and_typed(name: str) -> None:
 
 
 def _typed(function: object, name: str) -> None:
-    signature = inspect.signature(function)  # pyright: ignore[reportArgumentType]
+    signature = inspect.signature(function)
     assert signature.return_annotation is not inspect.Signature.empty, f"{name} has no return type"
     for parameter in list(signature.parameters.values()):
         if parameter.name not in ("self", "cls"):

@@ -157,7 +157,7 @@ def test_a_peer_that_is_wrong_is_not_timed(tmp_path: Path) -> None:
         def ask(self, do: str, **request: Any) -> dict[str, Any]:
             return {"seconds": 0.001, "error": 0.5 if request["case"] == "edit-one" else 0.0}
 
-    bout.peers = {"wrong": Wrong()}  # pyright: ignore[reportAttributeAccessIssue]
+    bout.peers = {"wrong": Wrong()}
     bout.check()
     assert bout.failures == {("wrong", "edit-one"): "its answer is wrong by 0.5"}
 

@@ -43,7 +43,7 @@ def test_a_value_that_no_other_hook_needs_is_a_variable() -> None:
         model.logits.save()
     first, second, _ = (hook.code.body for hook in code_of(r).hooks)
     assert "values[" in first.source.replace("values = state.values", "")
-    assert f"values[{r.graph.ops[0].out}] = None" in second.source  # pyright: ignore[reportAttributeAccessIssue]
+    assert f"values[{r.graph.ops[0].out}] = None" in second.source
     assert second.source.count("values[") == 2  # taken, and freed
 
 

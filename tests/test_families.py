@@ -189,7 +189,7 @@ def test_tables_that_leave_something_open_are_refused(change: dict[str, Any], wo
 
 def test_what_is_no_table_is_refused() -> None:
     with pytest.raises(FamilyTableError, match="a dict is no table"):
-        tl.families.register({})  # pyright: ignore[reportArgumentType]
+        tl.families.register({})
 
 
 @pytest.mark.parametrize("family", FAMILIES, ids=lambda family: family.name)

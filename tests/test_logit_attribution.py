@@ -247,7 +247,7 @@ def alike(left: tl.LogitAttribution, right: tl.LogitAttribution) -> None:
 
 
 def test_texts_are_tokens(speaking: tl.Model) -> None:
-    paris, rome = (speaking.tokenizer.encode(word)[0] for word in (" Paris", " Rome"))  # pyright: ignore[reportOptionalMemberAccess]
+    paris, rome = (speaking.tokenizer.encode(word)[0] for word in (" Paris", " Rome"))
     found = speaking.logit_attribution("The capital of France is", " Paris", against=" Rome")
     assert (found.token, found.against) == (paris, (rome,))
     alike(found, speaking.logit_attribution(["The capital of France is"], paris, against=[rome])[0])
@@ -262,7 +262,7 @@ def test_texts_are_tokens(speaking: tl.Model) -> None:
 
 def test_a_prompt_gives_one_and_a_list_several(speaking: tl.Model) -> None:
     text = "The capital of France is"
-    ids = speaking.tokenizer.encode(text)  # pyright: ignore[reportOptionalMemberAccess]
+    ids = speaking.tokenizer.encode(text)
     one = speaking.logit_attribution(text, 5)
     for prompt in (ids, torch.tensor([ids]), {"input_ids": torch.tensor([ids])}):
         found = speaking.logit_attribution(prompt, 5)
@@ -346,7 +346,7 @@ def test_refusals(llama: tl.Model, error: type[TracelensError], words: str, opti
 def test_a_text_of_several_tokens_is_refused_with_them(speaking: tl.Model) -> None:
     with pytest.raises(TokenMatchError, match=r'is not one token: it is .*" Paris", .*" is"'):
         speaking.logit_attribution("Paris", " Paris is")
-    assert len(speaking.tokenizer.encode("Rome")) > 1  # pyright: ignore[reportOptionalMemberAccess]
+    assert len(speaking.tokenizer.encode("Rome")) > 1
     with pytest.raises(TokenMatchError) as caught:
         speaking.logit_attribution("Paris", "Rome")
     assert caught.value.instead == "' Rome', which is one token"

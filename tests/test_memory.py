@@ -353,7 +353,7 @@ def test_sizes_are_numbers_or_texts() -> None:
     assert [bytes_of(size) for size in (5, "7 B", "2GiB", "1.5 MiB", "3KB")] == [5, 7, 2**31, 3 * 2**19, 3000]
     for size in ("2", "GiB", -1, 2.5, True):
         with pytest.raises(OptionError, match="is not a size"):
-            bytes_of(size)  # pyright: ignore[reportArgumentType]  # what users may write
+            bytes_of(size)
 
 
 def test_explain_says_what_is_held(pretend: Pretend) -> None:

@@ -287,7 +287,7 @@ def test_programs_and_files_are_for_inputs_of_the_shapes_that_they_were_recorded
     with pytest.raises(VerificationError):
         model.compile(altered)
     with pytest.raises(OptionError):
-        model.compile("graph")  # pyright: ignore[reportArgumentType]
+        model.compile("graph")
     with model.record(X) as r:
         model.module("1").output.save("h")
     assert torch.equal(model.compile(r)(X)["h"], net[1](net[0](X)))
@@ -358,7 +358,7 @@ def test_a_model_of_a_family_without_a_table() -> None:
     assert torch.equal(last.value, expected)
     assert torch.equal(dense.value, seen[0])
     with pytest.raises(NotALanguageModelError, match="no site table for models of type 'bert'"):
-        _ = model.layers  # pyright: ignore[reportAttributeAccessIssue]
+        _ = model.layers
 
 
 # --- errors ----------------------------------------------------------------------------------------------------------
@@ -488,4 +488,4 @@ def test_mistakes_have_names_and_lines() -> None:
     with pytest.raises(NothingSavedError), (model := tl.wrap(perceptron())).trace(X):
         model.module("0").output = 0.0
     with pytest.raises(UnknownArchitectureError):
-        tl.wrap("a name")  # pyright: ignore[reportCallIssue, reportArgumentType]
+        tl.wrap("a name")

@@ -407,10 +407,10 @@ def test_values_that_do_not_fit() -> None:
 
 def test_other_arguments_that_do_not_fit(tmp_path: Any) -> None:
     with refused(OptionError, "a Record", instead="model.compile(r)"), model.record() as r:
-        tl.sweep(r, IDS, v=VECTORS)  # type: ignore[arg-type]  # <-
+        tl.sweep(r, IDS, v=VECTORS)  # <-
     for wrong in (0, -1, 2.0, True):
         with refused(OptionError, f"batch_size={wrong!r}", instead="batch_size=8"):
-            tl.sweep(SIMPLE, IDS, strength=STRENGTHS, batch_size=wrong)  # type: ignore[arg-type]  # <-
+            tl.sweep(SIMPLE, IDS, strength=STRENGTHS, batch_size=wrong)  # <-
     with model.record() as r:
         (model.logits * tl.constant(1.0, name="a")).save("x", to=str(tmp_path / "x.safetensors"))
     with refused(SweepError, "'x' to a file", instead="without to="):
@@ -483,6 +483,6 @@ def test_a_constant_in_no_operation_is_not_swept() -> None:
         values: dict[str, Any] = {name: [0.0, 1.0], "used": 1.0}
         with pytest.raises(SweepError, match=f"'{name}' takes part in nothing") as caught:
             tl.sweep(program, IDS, product=False, **values)
-        assert name in str(caught.value.at.text)  # pyright: ignore[reportOptionalMemberAccess]
+        assert name in str(caught.value.at.text)
         assert name in str(caught.value.instead)
     assert not torch.equal(*tl.sweep(program, IDS, used=[0.0, 1.0])["logits"])

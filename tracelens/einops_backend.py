@@ -25,7 +25,7 @@ class AxisLength:
 
     __slots__ = ("dim", "sizes")
     # Unhashable on purpose: einops then computes with the symbol instead of looking numbers up in its cache.
-    __hash__ = None  # pyright: ignore[reportAssignmentType]
+    __hash__ = None  # pyright: ignore[reportAssignmentType]  # Python's own way to say so
 
     def __init__(self, dim: Dim, sizes: Sizes | None) -> None:
         self.dim = dim

@@ -158,7 +158,7 @@ class Operand:
 
     # Comparisons of values are values; identity hashes keep operands usable in sets and as dict keys.
     __eq__ = _binary("torch.eq", operator.eq)  # pyright: ignore[reportAssignmentType]  # torch's own meaning of ==
-    __ne__ = _binary("torch.ne", operator.ne)  # pyright: ignore[reportAssignmentType]
+    __ne__ = _binary("torch.ne", operator.ne)  # pyright: ignore[reportAssignmentType]  # torch's own meaning of !=
     __lt__ = _binary("torch.lt", operator.lt)
     __le__ = _binary("torch.le", operator.le)
     __gt__ = _binary("torch.gt", operator.gt)

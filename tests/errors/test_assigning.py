@@ -82,7 +82,7 @@ def test_a_splice_says_what_there_is_to_read(name: str, instead: str) -> None:
         with model.trace(IDS):
             with tl.splice(model.layers[0].resid_post, SAE) as s:
                 getattr(s, name).save()  # <-
-    assert not hasattr(s, name)  # pyright: ignore[reportPossiblyUnboundVariable]
+    assert not hasattr(s, name)
 
 
 def test_a_splice_shows_itself() -> None:
@@ -111,15 +111,15 @@ def program() -> tl.Program:
 def test_a_program_takes_other_constants_in_its_call_only() -> None:
     p = program()
     with refused(UnknownAttributeError, "program.s", instead="program(prompt, s=value)"):
-        p.s = torch.ones(D)  # pyright: ignore[reportAttributeAccessIssue]  # <-
+        p.s = torch.ones(D)  # <-
     with refused(UnknownAttributeError, "program.v", instead='tl.constant(tensor, name="v")'):
-        p.v = torch.ones(D)  # pyright: ignore[reportAttributeAccessIssue]  # <-
+        p.v = torch.ones(D)  # <-
     with refused(UnknownAttributeError, "does not change", instead="program(prompt"):
         p.graph = p.graph  # <-
     with refused(UnknownAttributeError, "'logits'", instead='program(prompt)["logits"]'):
-        p.logits  # pyright: ignore[reportAttributeAccessIssue]  # <-
+        p.logits  # <-
     with refused(UnknownAttributeError, "'explian'", instead="did you mean program.explain?"):
-        p.explian()  # pyright: ignore[reportAttributeAccessIssue]  # <-
+        p.explian()  # <-
     assert not torch.equal(p(IDS, s=torch.ones(D))["logits"], p(IDS)["logits"])
     assert copy.copy(p)(IDS)["logits"].shape == p(IDS)["logits"].shape
 
@@ -165,7 +165,7 @@ def test_a_plain_models_program_does_not_change_either() -> None:
         (net.module("").output * tl.constant(1.0, name="k")).save("y")
     p = net.compile(r)
     with refused(UnknownAttributeError, "program.k", instead="program(prompt, k=value)"):
-        p.k = 2.0  # pyright: ignore[reportAttributeAccessIssue]  # <-
+        p.k = 2.0  # <-
     assert torch.equal(p(torch.ones(2, 3), k=0.0)["y"], torch.zeros(2, 3))
     assert "<summary>plan</summary>" in p._repr_html_()
     assert repr(p).startswith("<program: ")

@@ -264,7 +264,7 @@ def test_in_a_file_that_was_imported(tmp_path: Path, monkeypatch: pytest.MonkeyP
         "def bump(model, v):\n\n    model.layers[0].resid_post += v\n"
     )
     monkeypatch.syspath_prepend(str(tmp_path))
-    import steering_of_mine  # pyright: ignore[reportMissingImports]
+    import steering_of_mine
 
     with pytest.raises(ShapeError) as caught, model.trace(IDS):
         steering_of_mine.bump(model, BAD)

@@ -155,7 +155,7 @@ def test_names_that_results_do_not_have() -> None:
 
 def test_what_cannot_be_wrapped() -> None:
     with pytest.raises(UnknownArchitectureError, match="a function is no module") as caught:
-        tl.wrap(lambda x: x)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        tl.wrap(lambda x: x)
     assert caught.value.at is not None
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch announces that it will go
@@ -171,7 +171,7 @@ def test_a_saved_tensor_has_no_gradient() -> None:
     with model.trace(IDS):
         h = layers[1].resid_post.save()
     with pytest.raises(ValueAttributeError, match="has no gradient") as caught:
-        h.grad  # pyright: ignore[reportUnusedExpression]
+        h.grad
     assert "tl.grad(loss, h).save()" in str(caught.value.instead)
     h.value.requires_grad_()
     (h * 2).sum().backward()
@@ -188,7 +188,7 @@ def test_the_plan_of_a_plain_model_counts_no_layers() -> None:
 
 def test_a_program_goes_to_nnsight_as_its_graph() -> None:
     with pytest.raises(OptionError, match="not a str"):
-        tl.run_with_nnsight("graph", None, IDS)  # pyright: ignore[reportArgumentType]
+        tl.run_with_nnsight("graph", None, IDS)
 
 
 def test_a_module_is_called_and_not_given() -> None:

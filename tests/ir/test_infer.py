@@ -63,7 +63,7 @@ class Recorded:
     shape = (2, 3)
 
     @classmethod
-    def __torch_function__(cls, function, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
         assert name_of(function) is not None
         cls.heard = canonical_call(function, tuple(args), dict(kwargs or {}))
         return cls()
@@ -122,7 +122,7 @@ def heard(value: object) -> tuple[str, tuple[object, ...], dict[str, object]]:
     ],
     ids=lambda part: part[0] if isinstance(part, tuple) else "",
 )
-def test_what_arrives_in_torch_function(write, expected) -> None:  # type: ignore[no-untyped-def]
+def test_what_arrives_in_torch_function(write, expected) -> None:
     name, args, kwargs = heard(write())
     assert name == expected[0]
     assert kwargs == expected[2]
@@ -167,7 +167,7 @@ def test_what_arrives_in_torch_function(write, expected) -> None:  # type: ignor
         (masked_mean, (V, X), {}, ("tracelens.masked_mean", (V, X), {})),
     ],
 )
-def test_spellings(function, args, kwargs, expected) -> None:  # type: ignore[no-untyped-def]
+def test_spellings(function, args, kwargs, expected) -> None:
     name, got, named = canonical_call(function, args, kwargs)
     assert (name, named) == (expected[0], expected[2])
     assert all(one is other or one == other for one, other in zip(got, expected[1], strict=True))
@@ -199,7 +199,7 @@ def test_spellings(function, args, kwargs, expected) -> None:  # type: ignore[no
         (len, (V,), {}, UnsupportedFunctionError),
     ],
 )
-def test_calls_that_no_graph_can_hold(function, args, kwargs, error) -> None:  # type: ignore[no-untyped-def]
+def test_calls_that_no_graph_can_hold(function, args, kwargs, error) -> None:
     with pytest.raises(error):
         canonical_call(function, args, kwargs)
 
@@ -392,7 +392,7 @@ def test_functions_by_meta_tensors(
 ) -> None:
     typed = tuple(T(arg) if isinstance(arg, str) else arg for arg in args)
     for sizes in (None, {"B": 2, "P": 7}):
-        inferred = infer_call(name, typed, (), sizes)  # type: ignore[arg-type]
+        inferred = infer_call(name, typed, (), sizes)
         assert texts(inferred) == results
         assert inferred.mixes is mixes
         assert not inferred.pins
@@ -469,7 +469,7 @@ def test_errors_carry_the_call_and_torchs_words(
 
     for sizes in ({"B": 2, "P": 7}, None):
         with pytest.raises(error) as caught:
-            infer_call(name, typed(args), (), sizes)  # type: ignore[arg-type]
+            infer_call(name, typed(args), (), sizes)
         assert type(caught.value) is error
         assert name.rpartition(".")[2] in caught.value.problem
         assert caught.value.at is None

@@ -204,7 +204,7 @@ def test_an_index_that_only_some_sizes_have_is_left_to_the_run() -> None:
     ],
 )
 def test_index_put(index: AbstractIndex, value: object, pins: str, mixes: bool) -> None:
-    inferred = infer_index_put(BASE, index, value, {"B": 2, "P": 7})  # type: ignore[arg-type]
+    inferred = infer_index_put(BASE, index, value, {"B": 2, "P": 7})
     assert inferred.types == (BASE,)
     assert inferred.pins == frozenset(pins)
     assert inferred.mixes is mixes

@@ -24,7 +24,7 @@ def typed(arg: object) -> AbstractArg:
     """``"f32[B,P]"`` as a type, also inside tuples; everything else as it is."""
     if isinstance(arg, tuple):
         return tuple(typed(part) for part in arg)
-    return parse_type(arg) if isinstance(arg, str) and "[" in arg else arg  # type: ignore[return-value]
+    return parse_type(arg) if isinstance(arg, str) and "[" in arg else arg
 
 
 H = "f32[B,P,8]"

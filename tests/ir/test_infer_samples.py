@@ -210,7 +210,7 @@ SAMPLES = {f"{prefix}.{name}": args for prefix, names in _SAMPLES.items() for na
 def typed(arg: object) -> AbstractArg:
     if isinstance(arg, tuple):
         return tuple(typed(part) for part in arg)
-    return parse_type(arg) if isinstance(arg, str) and "[" in arg else arg  # type: ignore[return-value]
+    return parse_type(arg) if isinstance(arg, str) and "[" in arg else arg
 
 
 def concrete(arg: AbstractArg) -> object:

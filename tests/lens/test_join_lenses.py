@@ -125,7 +125,7 @@ def test_all_that_is_asked_of_all_layers_is_one_call() -> None:
     better = require_same(graph, 1)
     (call,) = [op for op in better.ops if isinstance(op, Call) and op.function in LENSES]
     assert call.args[3] is not None
-    assert len(call.args[4]) == 2  # type: ignore[arg-type]  # an argument may be anything: here it is two targets, each once
+    assert len(call.args[4]) == 2  # two targets, each once
 
 
 def test_a_lens_that_a_write_waits_for_is_not_delayed() -> None:

@@ -223,9 +223,9 @@ def test_dense_logits_have_four_axes() -> None:
 
 def test_what_is_held_cannot_be_changed() -> None:
     with pytest.raises(TypeError):
-        LENS.statistics["kl"] = torch.zeros(1)  # pyright: ignore[reportIndexIssue]
+        LENS.statistics["kl"] = torch.zeros(1)
     with pytest.raises(AttributeError):
-        LENS.model = "another"  # pyright: ignore[reportAttributeAccessIssue]
+        LENS.model = "another"
 
 
 # --- several prompts -------------------------------------------------------------------------------------------------

@@ -368,7 +368,7 @@ def test_activation_addition_as_published(model: tl.Model) -> None:
         traced(model, lambda _, t: added.apply(t, 1.0, start=1))
     texts = ActivationAddition.of(model, " capital of", " Paris", layer=-1)
     assert list(texts.directions) == [("resid_pre", 2)]
-    assert texts.tokens[1][-1] == model.tokenizer.encode(" ")[0]  # pyright: ignore[reportOptionalMemberAccess]
+    assert texts.tokens[1][-1] == model.tokenizer.encode(" ")[0]
     assert f"{len(texts)} tokens" in repr(texts)
     with pytest.raises(errors.TokenMatchError, match="has to be one"):
         ActivationAddition.of(model, " capital of", " Paris", layer=1, padding="capital of France")
@@ -426,7 +426,7 @@ def test_a_vector_is_applied_in_its_block(model: tl.Model) -> None:
     with pytest.raises(errors.OptionError, match="is none"):
         V.apply("t")
     with pytest.raises(errors.OptionError, match="no steering vector"):
-        Steered(model, [torch.ones(3)])  # pyright: ignore[reportArgumentType]  # that is what is tested
+        Steered(model, [torch.ones(3)])
     with pytest.raises(errors.OptionError, match="no operator"):
         Steered(model, V, operator="plus")
 

@@ -111,7 +111,7 @@ def test_other_rows_than_those_for_validation_are_refused(
         (list(data.validation.tokens(model)), "does not say"),
     ):
         with pytest.raises(errors.ChoosingRowsError, match=words):
-            choose(model, v, rows)  # pyright: ignore[reportArgumentType]  # that is what is tested
+            choose(model, v, rows)
     renamed = dataclasses.replace(data.test, name="validation")
     with pytest.raises(errors.ChoosingRowsError):
         choose(model, v, renamed)

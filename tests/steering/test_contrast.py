@@ -123,7 +123,7 @@ def test_templates() -> None:
     assert own.rendered(row) == f"Q: {row.prompt}\nA:"
     assert Contrast.pairs(PAIRS).rendered(Contrast.pairs(PAIRS)[3]) == "Prompt 3:"
     with pytest.raises(ContrastError, match="the template made a int of row 1"):
-        load_contrast(CHOICES, template=lambda row: 3).rendered(row)  # pyright: ignore[reportArgumentType]
+        load_contrast(CHOICES, template=lambda row: 3).rendered(row)
 
 
 # --- splits ----------------------------------------------------------------------------------------------------------
@@ -259,7 +259,7 @@ def test_rows_that_are_left_out(tmp_path: Path, change: dict[str, object], reaso
 )
 def test_settings_that_are_none(options: dict[str, object], says: str) -> None:
     with pytest.raises(ContrastError, match=says):
-        load_contrast(CHOICES, **options)  # pyright: ignore[reportArgumentType]
+        load_contrast(CHOICES, **options)
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ def curve(**changes: object) -> SteeringCurve:
         redrawn=np.array([0.9, 1.0, 1.4])[:, None] * GRID,
         damage=Damage(np.array([0.2, 0.0, 0.3, 1.0]), np.array([12.0, 9.0, 14.0, 30.0]), 9.0, 3, 40, "all"),
     )
-    return dataclasses.replace(found, **changes)  # pyright: ignore[reportArgumentType]  # by name
+    return dataclasses.replace(found, **changes)
 
 
 def test_statistics_follow_from_the_numbers() -> None:

@@ -83,7 +83,7 @@ def activations() -> tuple[np.ndarray, np.ndarray]:
 
 
 def made(method: str, data: Any = ROWS, **options: Any) -> SteeringVector:
-    return extract(MODEL, data, sites="resid_post", method=method, **options)  # pyright: ignore[reportArgumentType]
+    return extract(MODEL, data, sites="resid_post", method=method, **options)
 
 
 def stacked(vector: SteeringVector, site: str = "resid_post") -> Tensor:
@@ -232,7 +232,7 @@ def test_what_needs_pairs() -> None:
         made("unpaired", UNPAIRED)
     for wrong in (([], ["a"]), (["a"], [3]), ("abc", ["a"]), (["a"], [""])):
         with pytest.raises(ContrastError, match="is no list of texts or conversations"):
-            Unpaired(*wrong)  # pyright: ignore[reportArgumentType]
+            Unpaired(*wrong)
     assert Unpaired(["a"], ["b"]).digest != Unpaired(["b"], ["a"]).digest
 
 
@@ -249,9 +249,7 @@ def test_principal_directions(method: str, matrices: bool) -> None:
     one, other = activations()
     data = ROWS
     if matrices:  # so many rows that a matrix is less
-        data = Contrast.pairs(
-            [(ROWS.rendered(row), row.positive, row.negative) for row in ROWS] * 10  # pyright: ignore[reportArgumentType]
-        )
+        data = Contrast.pairs([(ROWS.rendered(row), row.positive, row.negative) for row in ROWS] * 10)
     vector = made(method, data)
     for layer in range(3):
         differences = (one - other)[:, layer]
@@ -290,9 +288,7 @@ def test_the_logistic_probe_is_where_its_loss_has_no_slope() -> None:
 def test_the_discriminant(matrices: bool) -> None:
     one, other = activations()
     copies = 10 if matrices else 1
-    data = Contrast.pairs(
-        [(ROWS.rendered(row), row.positive, row.negative) for row in ROWS] * copies  # pyright: ignore[reportArgumentType]
-    )
+    data = Contrast.pairs([(ROWS.rendered(row), row.positive, row.negative) for row in ROWS] * copies)
     vector = made("lda", data)
     count, width = 2 * len(one) * copies, one.shape[-1]
     for layer in range(3):
@@ -332,9 +328,7 @@ def test_controls() -> None:
 
 
 def test_the_sign_is_that_of_the_mean_difference() -> None:
-    turned = Contrast.pairs(
-        [(ROWS.rendered(row), row.negative, row.positive) for row in ROWS]  # pyright: ignore[reportArgumentType]
-    )
+    turned = Contrast.pairs([(ROWS.rendered(row), row.negative, row.positive) for row in ROWS])
     mean = stacked(made("mean_difference"))
     for method in ("mean_difference", "pca", "pairwise_pca", "logistic", "lda"):
         vector = stacked(made(method))

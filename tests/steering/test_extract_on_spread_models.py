@@ -29,7 +29,7 @@ PAIRS = Contrast.pairs(
 
 
 def made(model: tl.Model, method: str = "mean_difference", **options: Any) -> SteeringVector:
-    return extract(model, PAIRS, sites=SITES, batch_size=3, method=method, **options)  # pyright: ignore[reportArgumentType]
+    return extract(model, PAIRS, sites=SITES, batch_size=3, method=method, **options)
 
 
 def same(one: SteeringVector, spread: SteeringVector) -> None:

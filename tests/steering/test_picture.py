@@ -41,7 +41,7 @@ def test_every_row_is_a_dot_with_its_slope() -> None:
 
 
 def _ends(found: object, at: int) -> str:
-    low, high = found.band  # pyright: ignore[reportAttributeAccessIssue]  # a curve
+    low, high = found.band
     return f"[{low[at]:.3g}, {high[at]:.3g}]"
 
 

@@ -343,11 +343,11 @@ def test_what_makes_no_sweep_is_refused(llama: tl.Model) -> None:
     v = vector(("resid_post", 1))
     for multipliers in ([1.0], [1.0, 1.0], [0.0, float("nan")], ["a", "b"]):
         with pytest.raises(errors.SteeringSweepError, match="make no line"):
-            sweep(llama, v, ROWS, multipliers)  # pyright: ignore[reportArgumentType]  # that is what is tested
+            sweep(llama, v, ROWS, multipliers)
     with pytest.raises(errors.SteeringSweepError, match="no rows"):
         sweep(llama, v, [])
     with pytest.raises(errors.SteeringSweepError, match="is none"):
-        sweep(llama, v, ["a text"])  # pyright: ignore[reportArgumentType]  # as above
+        sweep(llama, v, ["a text"])
     with pytest.raises(errors.SteeringSweepError, match="no texts"):
         sweep(llama, v, ROWS[:1], controls=False, damage=[])
     with pytest.raises(errors.SteeringSweepError, match=r"text 1 .* second token"):

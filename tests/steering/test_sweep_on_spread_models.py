@@ -33,7 +33,7 @@ def vector() -> SteeringVector:
 def same(one: tl.Model, spread: tl.Model, *, controls: int = 2, **options: object) -> None:
     """The same sweep twice; raises where any number differs by more than rounding does."""
     mine, theirs = (
-        sweep(model, vector(), ROWS, GRID, controls=controls, batch_size=3, **options)  # pyright: ignore[reportArgumentType]
+        sweep(model, vector(), ROWS, GRID, controls=controls, batch_size=3, **options)
         for model in (one, spread)
     )
     assert isinstance(mine, SteeringCurves)
@@ -62,7 +62,7 @@ def models(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
 ) -> Iterator[Both]:
     family, more = SPREADS[request.param]
-    found = both(family, tmp_path_factory.mktemp("sweep"), ranks_of, **more)  # pyright: ignore[reportArgumentType]
+    found = both(family, tmp_path_factory.mktemp("sweep"), ranks_of, **more)
     yield found
     found.close()
 

@@ -55,7 +55,7 @@ def test_directions_are_copies_in_float32_on_the_host_by_layer_and_site() -> Non
     alike += 1
     assert torch.equal(w["resid_post", 2], before)
     with pytest.raises(TypeError):
-        v.directions["resid_post", 2] = mine  # pyright: ignore[reportIndexIssue]  # that is what is tested
+        v.directions["resid_post", 2] = mine
 
 
 def test_a_saved_value_is_a_direction(model: tl.Model) -> None:
@@ -130,7 +130,7 @@ def test_a_part_of_a_vector() -> None:
             v.at(**wanted)
     for place in (("resid_post", 1), ("resid_pre", 3), "resid_pre", 0, ("resid_pre",)):
         with pytest.raises(errors.SteeringSelectionError, match="no direction"):
-            v[place]  # pyright: ignore[reportArgumentType]  # that is what is tested
+            v[place]
 
 
 def test_arithmetic_is_that_of_the_directions() -> None:
@@ -153,7 +153,7 @@ def test_lengths() -> None:
         (0 * a).normalized()
     for wrong in ({("resid_post", 0): 1.0}, "long", -1.0, float("nan"), None):
         with pytest.raises(errors.SteeringSelectionError):
-            a.to_norm(wrong)  # pyright: ignore[reportArgumentType]  # that is what is tested
+            a.to_norm(wrong)
 
 
 def test_only_vectors_of_one_model_and_of_the_same_places_have_a_sum() -> None:

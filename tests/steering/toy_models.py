@@ -66,4 +66,4 @@ def drawn_rows(count: int, seed: int = 0, longest: int = 7) -> list[LabelledRow]
     labels = [
         tuple(torch.randperm(VOCABULARY - 3, generator=generator)[:2].add(3).tolist()) for _ in range(count)
     ]
-    return rows_of(prompts, labels)  # pyright: ignore[reportArgumentType]  # two numbers each
+    return rows_of(prompts, labels)

@@ -39,8 +39,7 @@ from tracelens.location import Location
 FORMAT = "tracelens-graph"
 VERSION = (1, 0)
 
-# The library ships no types for this function.
-_deserialize = cast("Callable[[bytes], list[tuple[str, dict[str, Any]]]]", safetensors.deserialize)  # pyright: ignore[reportUnknownMemberType]
+_deserialize = cast("Callable[[bytes], list[tuple[str, dict[str, Any]]]]", safetensors.deserialize)  # pyright: ignore[reportUnknownMemberType]  # untyped
 
 _STORED = {
     "F64": DType.FLOAT64,

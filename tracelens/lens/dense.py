@@ -43,7 +43,7 @@ def from_logits(
     from tracelens.lens.result import LensResult
 
     if not isinstance(logits, Tensor) or logits.ndim != 4:  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
-        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__  # pyright: ignore[reportUnnecessaryIsInstance]
+        shape = list(logits.shape) if isinstance(logits, Tensor) else type(logits).__name__  # pyright: ignore[reportUnnecessaryIsInstance]  # as above
         raise LensResultError(
             f"logits are {shape}", at=here(), instead="a tensor [components, layers, positions, vocabulary]"
         )

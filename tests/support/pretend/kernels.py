@@ -31,7 +31,7 @@ _METADATA = (
 def _device_index(device: torch.device | None) -> int:
     if device is not None and device.index is not None:
         return device.index
-    return torch.pretend.current_device()  # type: ignore[attr-defined]  # there once it is registered
+    return torch.pretend.current_device()  # there once it is registered
 
 
 def _empty(
