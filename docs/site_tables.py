@@ -17,6 +17,7 @@ _WIDTHS = {
     "d": "head width",
     "E": "experts",
     "k": "experts per token",
+    "N": "neurons of an expert",
 }
 _REACH = {
     Effect.STREAM: "**stream**",
@@ -95,12 +96,17 @@ def _hook_point(family: Family, kind: Kind, tap: Tap) -> str:
     where = f"`{module}`" if module else "the model"
     if tap.side is Side.INSIDE:
         return f"the attention function that {where} calls"
+    if tap.side is Side.EXPERTS:
+        return f"per row, among the experts of {where}{_only(family, kind)}"
     side = "input" if tap.side is Side.IN else "output"
     field = f" (field `{tap.key}`)" if tap.side is Side.OUT and isinstance(tap.key, str) else ""
     if tap.side is Side.OUT and isinstance(tap.key, int) and isinstance(tap.view, RowsView):
         field = f" (part {tap.key + 1} of the tuple)"
-    only = next((f", in {some.these}" for some in family.in_some if kind.name in some.names), "")
-    return f"{_part(tap.view)}{side} of {where}{field}{only}"
+    return f"{_part(tap.view)}{side} of {where}{field}{_only(family, kind)}"
+
+
+def _only(family: Family, kind: Kind) -> str:
+    return next((f", in {some.these}" for some in family.in_some if kind.name in some.names), "")
 
 
 def _part(view: HeadsView | NeuronsView | RowsView | None) -> str:

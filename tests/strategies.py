@@ -82,7 +82,7 @@ WIDTHS = {
     "k": CHOSEN,
 }
 _ABSENT = ("pos_embed", "q_normed", "k_normed", "attn_post_norm", "mlp_post_norm")
-_ABSENT += ("router_logits", "expert_index", "expert_weights")
+_ABSENT += ("router_logits", "expert_index", "expert_weights", "expert_act", "expert_out")
 _ABSENT += ("next_tokens",)  # tokens, which hardly any function takes for numbers
 READABLE = tuple(
     Site(kind.name, layer)

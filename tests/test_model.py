@@ -115,7 +115,11 @@ def test_sites_lists_what_there_is_and_why_the_rest_is_not() -> None:
         assert table["post_ln"].name == "mlp_norm"
         absent = {row.name for row in table if row.absent}
         normed = set() if name in ("qwen3", "qwen3_moe", "gemma3") else {"q_normed", "k_normed"}
-        normed |= set() if name == "qwen3_moe" else {"router_logits", "expert_index", "expert_weights"}
+        normed |= (
+            set()
+            if name == "qwen3_moe"
+            else {"router_logits", "expert_index", "expert_weights", "expert_act", "expert_out"}
+        )
         normed |= set() if name == "gemma3" else {"attn_post_norm", "mlp_post_norm"}
         assert absent == normed | ({"mlp_up", "q_rot", "k_rot"} if name == "gpt2" else {"pos_embed"})
         text, html = repr(table), table._repr_html_()

@@ -188,7 +188,18 @@ def test_shapes_are_those_of_the_vocabulary(family: str) -> None:
     model, batch = built(family), BATCHES["ragged"]
     batch_size, width = batch.input_ids.shape
     heads = {"H": 4, "K": 4 if family.startswith("gpt2") else 2, "d": head_dim(model.config)}
-    sizes = {"B": batch_size, "P": width, "S": width, "D": 48, "M": 80, "V": 97, "E": 4, "k": 2, **heads}
+    sizes = {
+        "B": batch_size,
+        "P": width,
+        "S": width,
+        "D": 48,
+        "M": 80,
+        "V": 97,
+        "E": 4,
+        "k": 2,
+        "N": 40,
+        **heads,
+    }
     for site, tensor in hand_tensors(model, batch).items():
         assert tensor.shape == tuple(sizes[str(dim)] for dim in site.kind.shape), site
         own = {"token_mask": torch.bool, "expert_index": torch.int64}
@@ -249,7 +260,7 @@ def test_branch_writes_leave_the_stream_and_stream_writes_do_not(family: str) ->
         }
 
     mlp = {"mlp_norm", "mlp_in", "mlp_pre", "mlp_up", "mlp_act", "mlp_out", "mlp_post_norm", "mlp_add"}
-    mlp = (mlp | {"router_logits", "expert_index", "expert_weights"}) & {
+    mlp = (mlp | {"router_logits", "expert_index", "expert_weights", "expert_act", "expert_out"}) & {
         site.name for site in clean if site.layer == 1
     }
     assert changed(Site("mlp_norm", 1)) == mlp | {"resid_post"}

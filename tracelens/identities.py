@@ -185,6 +185,10 @@ def _weighed(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
     return chances, read["expert_weights"] / read["expert_weights"].sum(-1, keepdim=True)
 
 
+def _summed(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
+    return (read["expert_weights"][..., None] * read["expert_out"]).sum(-2), read["mlp_out"]
+
+
 STREAM = (
     Identity("resid_post == the next layer's resid_pre", ("resid_post", "next.resid_pre"), ("resid_post", "resid_pre"),
              lambda read, facts: (read["resid_post"], read["next.resid_pre"])),
@@ -233,6 +237,9 @@ IN_A_LAYER = (
              ("router_logits", "expert_index"), _chosen, refutes=False),
     Identity("expert_weights ~ softmax of the chosen router_logits",
              ("router_logits", "expert_index", "expert_weights"), ("expert_weights",), _weighed, refutes=False),
+    # Some families add an expert that all tokens go to. A run refuses experts whose sum is not what they return.
+    Identity("sum of expert_weights * expert_out == mlp_out", ("expert_weights", "expert_out", "mlp_out"),
+             ("expert_out", "expert_weights"), _summed, refutes=False),
 )  # fmt: skip
 
 OF_THE_MODEL = (

@@ -202,6 +202,11 @@ class Plan:
                 f"  layer{'s' if len(replaced) > 1 else ''} {', '.join(map(str, replaced))}: the model's attention "
                 "kernel is replaced by plain products and a softmax, as what is done to scores or pattern needs"
             )
+        if experts := sorted(replaced_experts(self.graph)):
+            lines.append(
+                f"  layer{'s' if len(experts) > 1 else ''} {', '.join(map(str, experts))}: what experts make is "
+                "computed and summed anew beside the model's own; tokens at which nothing is changed keep that"
+            )
         lines += self._backward()
         lines += self._transfers(sizes)
         lines += collectives.lines(self, sizes)
@@ -315,6 +320,14 @@ def replaced_layers(graph: Graph) -> frozenset[int]:
     )
 
 
+def replaced_experts(graph: Graph) -> frozenset[int]:
+    """The layers that go on with a sum of experts of ours, where what one of them makes is written."""
+    return frozenset(
+        op.site.layer for op in graph.writes if op.site.name in _MADE_BY_EXPERTS and op.site.layer is not None
+    )
+
+
+_MADE_BY_EXPERTS = ("expert_act", "expert_out")
 # Tensors that a fused attention kernel never holds.
 _MADE_BY_KERNELS = ("scores", "pattern")
 

@@ -19,6 +19,7 @@ from tracelens.ir.sites import Site
 
 ROWS = random_rows(EVEN)
 ROUTED = ("router_logits", "expert_index", "expert_weights")
+OF_EXPERTS = (*ROUTED, "expert_act", "expert_out")
 NEURONS = ("mlp_pre", "mlp_up", "mlp_act")
 
 

@@ -120,7 +120,11 @@ def _part(model: Model, site: Site, shape: tuple[int, ...]) -> None:
 @every_spread
 def test_every_site_is_written(spread: Both) -> None:
     """Each by one kind of edit, another one in each layer; what the router returns by all."""
-    sites = [site for site in hand_sites(spread.hf)[1:] if site.kind.effect is not Effect.NONE]
+    sites = [
+        site
+        for site in hand_sites(spread.hf)[1:]
+        if site.kind.effect is not Effect.NONE and spread.there.anatomy.has(site)
+    ]
     edits = [_add, _assign, _part]
     with spread.one.trace(ROWS):
         clean = {site: read(spread.one, site).save() for site in sites}
@@ -166,6 +170,33 @@ def test_layers_without_a_site_say_so_before_anything_runs(spread: Both) -> None
             spread.there.layers[1].mlp_act  # it raises
         with pytest.raises(AbsentSiteError, match="layer 2 has one MLP for all tokens"):
             spread.there.layers[2].router_logits
+
+
+@every_spread
+def test_what_each_expert_makes_is_there_where_a_rank_has_it_and_else_refused_by_name(spread: Both) -> None:
+    there = spread.there
+    for name in ("expert_act", "expert_out"):
+        if spread.name == "pp2":
+            assert there.sites()[name].layers == (0, 1)
+            continue
+        assert "ranks share its experts" in (there.sites()[name].absent or "")
+        with there.trace(ROWS):
+            there.logits.save()
+            with pytest.raises(AbsentSiteError, match="ranks share its experts") as failure:
+                getattr(there.layers[1], name)
+        assert "model.sites()" in str(failure.value.instead)
+    if spread.name != "pp2":
+        return
+
+    def block(model: Model) -> list[Tensor]:
+        with model.trace(RAGGED):
+            act = model.layers[0].expert_act.save()
+            model.layers[1].expert_out[..., 0, :] = 0
+            logits = model.logits.tok[-1].save()
+        return [torch.cat([part.flatten() for part in act.value]), logits.value]
+
+    for found, here in spread.beside(block):
+        assert relative(found, here) <= TOLERANCE
 
 
 @shared

@@ -102,8 +102,10 @@ def sites_of(models: Both) -> list[Site]:
     """All sites of the first layer, the one in the middle and the last, and those before and after the layers."""
     layers = (None, 0, middle(models), models.one.n_layers - 1)
     return [
-        site for site in hand_sites(models.hf)[1:] if site.layer in layers
-    ]  # the first is an input: the mask
+        site  # the first is an input: the mask; what each expert makes is not there where ranks share them
+        for site in hand_sites(models.hf)[1:]
+        if site.layer in layers and models.spread.anatomy.has(site)
+    ]
 
 
 def writable(models: Both) -> list[Site]:

@@ -76,7 +76,7 @@ def hand_sites(model: PreTrainedModel) -> list[Site]:
     names += ["attn_out", *(["attn_post_norm"] if gemma else []), "attn_add"]
     names += ["resid_mid", "mlp_norm", "mlp_in"]
     dense = ["mlp_pre", "mlp_act"] if gpt2 else ["mlp_pre", "mlp_up", "mlp_act"]
-    routed = ["router_logits", "expert_index", "expert_weights"]
+    routed = ["router_logits", "expert_index", "expert_weights", "expert_act", "expert_out"]
     sparse = with_experts(model.config) if experts else ()
     end = ["mlp_out", *(["mlp_post_norm"] if gemma else []), "mlp_add", "resid_post"]
     before = ["token_mask", "embed", "pos_embed"] if gpt2 else ["token_mask", "embed"]
@@ -155,14 +155,30 @@ def _expert_mlp(layer: Layer, mlp_in: Tensor) -> Tensor:
     chosen = layer.at("expert_index", chosen).flatten(0, 1)
     share = layer.at("expert_weights", share.to(mlp_in.dtype)).flatten(0, 1)
     rows = mlp_in.flatten(0, 1)
-    into, out = (weights[layer.path(f"mlp.experts.{name}")] for name in ("gate_up_proj", "down_proj"))
+    into, down = (weights[layer.path(f"mlp.experts.{name}")] for name in ("gate_up_proj", "down_proj"))
+
+    def of_each(width: int, make: Callable[[int, Tensor, Tensor], Tensor]) -> Tensor:
+        """What ``make(expert, token, place)`` makes for each token and each of its places: [T, k, width]."""
+        found = rows.new_zeros(*chosen.shape, width)
+        for expert in range(config.num_experts):
+            token, place = (chosen == expert).nonzero(as_tuple=True)
+            found = found.index_put((token, place), make(expert, token, place))
+        return found
+
+    def neurons(expert: int, token: Tensor, place: Tensor) -> Tensor:
+        gate, up = F.linear(rows[token], into[expert]).chunk(2, dim=-1)
+        return F.silu(gate) * up
+
+    sizes = mlp_in.shape[:2]
+    act = of_each(config.moe_intermediate_size, neurons).unflatten(0, sizes)
+    act = layer.at("expert_act", act).flatten(0, 1)
+    out = of_each(rows.shape[-1], lambda expert, token, place: F.linear(act[token, place], down[expert]))
+    out = layer.at("expert_out", out.unflatten(0, sizes)).flatten(0, 1)
     added = torch.zeros_like(rows)
     # In the order of the experts, as the eager loop of transformers adds them.
     for expert in range(config.num_experts):
-        row, place = (chosen == expert).nonzero(as_tuple=True)
-        gate, up = F.linear(rows[row], into[expert]).chunk(2, dim=-1)
-        made = F.linear(F.silu(gate) * up, out[expert]) * share[row, place, None]
-        added = added.index_add(0, row, made)
+        token, place = (chosen == expert).nonzero(as_tuple=True)
+        added = added.index_add(0, token, out[token, place] * share[token, place, None])
     return added.view(mlp_in.shape)
 
 

@@ -189,12 +189,11 @@ def _experts(layer: Layer, x: Tensor) -> Tensor:
     chosen = layer.at("expert_index", chosen)
     share = layer.at("expert_weights", share / share.sum(-1, keepdim=True))
     into, out = (layer.weights[layer.path(f"mlp.experts.{name}")] for name in ("gate_up_proj", "down_proj"))
-    added = torch.zeros_like(x)
-    for expert in range(config.num_local_experts):
-        weight = (share * (chosen == expert)).sum(-1, keepdim=True)
-        gate, up = F.linear(x, into[expert]).chunk(2, dim=-1)
-        added = added + weight * F.linear(F.silu(gate) * up, out[expert])
-    return added
+    gates, ups = torch.einsum("bpd,end->bpen", x, into).chunk(2, dim=-1)
+    every = F.silu(gates) * ups
+    act = layer.at("expert_act", every.gather(2, chosen[..., None].expand(*chosen.shape, every.shape[-1])))
+    made = layer.at("expert_out", torch.einsum("bpkn,bpkdn->bpkd", act, out[chosen]))
+    return (share[..., None] * made).sum(2)
 
 
 def _plain(into: str, out: str, active: Callable[[Tensor], Tensor]) -> Callable[[Layer, Tensor], Tensor]:

@@ -138,10 +138,13 @@ _EXPERT_HOOKS: dict[str, tuple[str, Side]] = {
     "router_logits": ("model.layers.{}.mlp.gate", "output"),
     "expert_index": ("model.layers.{}.mlp.gate", "output"),
     "expert_weights": ("model.layers.{}.mlp.gate", "output"),
+    # No module shows these: the block of experts is written by hand for them, as it is for its router.
+    "expert_act": ("model.layers.{}.mlp.gate", "output"),
+    "expert_out": ("model.layers.{}.mlp.gate", "output"),
     "mlp_out": ("model.layers.{}.mlp", "output"),
 }
-_ROUTER = ("router_logits", "expert_weights", "expert_index")
-"""What a router returns, in this order."""
+_ROUTER = ("router_logits", "expert_weights", "expert_index", "expert_act", "expert_out")
+"""What a block of experts has inside."""
 _GEMMA_HOOKS: dict[str, tuple[str, Side]] = {
     **_ROTARY_HOOKS,
     "attn_post_norm": ("model.layers.{}.post_attention_layernorm", "output"),
@@ -320,7 +323,21 @@ def edited_router(model: PreTrainedModel, path: str, edits: Mapping[str, Edit]) 
         weights = weights.to(logits.dtype)
         experts = at("expert_index", experts.unflatten(0, sizes)).flatten(0, 1)
         weights = at("expert_weights", weights.unflatten(0, sizes)).flatten(0, 1)
-        return block.experts(rows, experts, weights).unflatten(0, sizes)
+        if "expert_act" not in edits and "expert_out" not in edits:
+            return block.experts(rows, experts, weights).unflatten(0, sizes)
+        into, down = block.experts.gate_up_proj, block.experts.down_proj
+        act = rows.new_zeros(*experts.shape, down.shape[-1])
+        out = rows.new_zeros(*experts.shape, down.shape[-2])
+        for expert in range(len(down)):
+            place, token = (experts.t() == expert).nonzero(as_tuple=True)
+            gate, up = nn.functional.linear(rows[token], into[expert]).chunk(2, dim=-1)
+            act[token, place] = nn.functional.silu(gate) * up
+        act = at("expert_act", act.unflatten(0, sizes)).flatten(0, 1)
+        for expert in range(len(down)):
+            place, token = (experts.t() == expert).nonzero(as_tuple=True)
+            out[token, place] = nn.functional.linear(act[token, place], down[expert])
+        out = at("expert_out", out.unflatten(0, sizes)).flatten(0, 1)
+        return (out * weights[..., None]).sum(1).unflatten(0, sizes)
 
     block.forward = forward
     try:

@@ -13,6 +13,7 @@ from torch import nn
 from tracelens.backends import users_plan
 from tracelens.backends.architectures.lookup import family_of
 from tracelens.backends.base import Family, Side, Tap, head_of, text_of
+from tracelens.backends.experts import ON_RANKS, unfit
 from tracelens.backends.layouts import (
     expert_ranks,
     parameter_layouts,
@@ -153,8 +154,25 @@ class ModelAnatomy:
         kind = KIND[site.name]
         if kind.scope in TEXT or site.name in self.family.taps:
             found = self._withheld.get(site.name)
-            return found if found is None or isinstance(found, str) else found.get(site.layer)
+            found = found if found is None or isinstance(found, str) else found.get(site.layer)
+            return found or self._among_experts(site)
         return self.family.absent.get(site.name, f"the {self.family.name} table does not name it")
+
+    def _among_experts(self, site: Site) -> str | None:
+        """Why what each expert makes cannot be had in this model, if it is that and cannot."""
+        tap = self.family.taps.get(site.name)
+        if tap is None or tap.side is not Side.EXPERTS:
+            return None
+        places = () if self.elsewhere is None else self.elsewhere.places
+        if (self.mesh is not None and self.mesh.ranks > 1) or any(place.ranks > 1 for place in places):
+            return ON_RANKS
+        return self._unfit_experts
+
+    @cached_property
+    def _unfit_experts(self) -> str | None:
+        tap = self.family.taps["expert_out"]
+        paths = [self.module_path(tap, layer) for layer in self.layers_with("expert_out")]
+        return next(filter(None, (unfit(self._whole.get_submodule(path)) for path in paths)), None)
 
     def has(self, site: Site) -> bool:
         return self.absence(site) is None

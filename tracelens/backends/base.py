@@ -13,11 +13,16 @@ from tracelens.subject import HeadOf
 
 
 class Side(Enum):
-    """Which side of a module a hook point is on; the inside is where an attention module computes attention."""
+    """Which side of a module a hook point is on.
+
+    The inside is where an attention module computes attention; among experts is where a module of experts has what each
+    of them makes, before it adds that up.
+    """
 
     IN = "input"
     OUT = "output"
     INSIDE = "inside"
+    EXPERTS = "among experts"
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,6 +75,16 @@ class Tap:
     decides: Callable[[Any, Any], tuple[Any, ...]] | None = None
     changes: bool = False
     dtype: DType | None = None
+
+
+def expert_taps(experts: str) -> dict[str, Tap]:
+    """The sites among the experts of a module that transformers describes (``use_experts_implementation``).
+
+    A family says where that module is, what the configuration calls the neurons of an expert (``N`` of its ``widths``),
+    and by :class:`InSome` which layers have experts, if not all have. How experts compute is read off the module; one
+    that cannot be read, or that makes something else than the sum of its experts, is refused by name.
+    """
+    return {name: Tap(experts, Side.EXPERTS, name, RowsView()) for name in ("expert_act", "expert_out")}
 
 
 @dataclass(frozen=True, slots=True)

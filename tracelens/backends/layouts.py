@@ -44,7 +44,7 @@ def site_layouts(anatomy: ModelAnatomy, styles: Mapping[str, str]) -> dict[str, 
     found: dict[str, Layout] = {}
     for kind in KINDS:
         tap = anatomy.family.taps.get(kind.name)
-        if tap is None or kind.name in _AS_PROJECTED:
+        if tap is None or kind.name in _AS_PROJECTED or tap.side is Side.EXPERTS:
             continue
         layers = anatomy.layers_with(kind.name) if kind.scope is Scope.LAYER else (None,)
         if not layers:

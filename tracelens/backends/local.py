@@ -19,6 +19,7 @@ from tracelens.backends.devices import Devices
 from tracelens.backends.differentiate import gradients_of
 from tracelens.backends.enduring import remember
 from tracelens.backends.execute import State
+from tracelens.backends.expert_hooks import ExpertsHook, join_experts
 from tracelens.backends.hooks import Seat, seat_of
 from tracelens.backends.inside_hooks import InsideHook, join
 from tracelens.backends.module_hooks import ModuleHook
@@ -60,7 +61,7 @@ class LocalCode:
     graph: Graph
     devices: Devices
     before: Body | None
-    hooks: tuple[SideHook | ModuleHook | StandIn | InsideHook, ...]
+    hooks: tuple[SideHook | ModuleHook | StandIn | InsideHook | ExpertsHook, ...]
     count: int
     seat: Seat
     differentiates: bool
@@ -129,7 +130,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
             point = (path, Tap("", tap.side, tap.key, tap.view, tap.decides, tap.changes))
             points.setdefault(point, []).append(block)
     seat = seat_of(anatomy.model)
-    hooks: list[SideHook | ModuleHook | StandIn | InsideHook] = []
+    hooks: list[SideHook | ModuleHook | StandIn | InsideHook | ExpertsHook] = []
     standing: dict[str, StandIn] = {}
     for point, blocks in points.items():
         path, tap = _ends(point) if isinstance(point, ModuleSite) else point
@@ -176,6 +177,7 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
     inside = [hook for hook in hooks if isinstance(hook, InsideHook)]
     if inside:
         join(inside, seat, replaced_layers(graph), anatomy)
+    join_experts([hook for hook in hooks if isinstance(hook, ExpertsHook)], seat)
     count, differentiates = graph.next_value, bool(gradients)
     keepers = anatomy.spread.keepers
     last, end = (

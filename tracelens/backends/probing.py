@@ -249,8 +249,8 @@ def seen_layouts(anatomy: ModelAnatomy, probed: Probed, whole: Container[str]) -
     found: dict[str, dict[int | None, Layout | str]] = {}
     for kind in KINDS:
         tap = anatomy.family.taps.get(kind.name)
-        if tap is None:
-            continue
+        if tap is None or tap.side is Side.EXPERTS:
+            continue  # not there where ranks share experts
         for layer in anatomy.layers_with(kind.name) if kind.scope is Scope.LAYER else (None,):
             if tap.side is Side.INSIDE:
                 made = found[_INSIDE[kind.name]][layer]

@@ -14,6 +14,7 @@ from tracelens.backends.base import Side, Tap
 from tracelens.backends.body import Body
 from tracelens.backends.enduring import endured
 from tracelens.backends.execute import State
+from tracelens.backends.expert_hooks import ExpertsHook
 from tracelens.backends.hooks import Seat
 from tracelens.backends.inside_hooks import InsideHook
 from tracelens.backends.transfer import moved
@@ -221,14 +222,15 @@ def _copy(tensor: Any) -> Any:
     return tensor.clone() if isinstance(tensor, torch.Tensor) else tensor
 
 
-_HOOKS: dict[Side, Callable[[HookCode, Seat], SideHook | InsideHook]] = {
+_HOOKS: dict[Side, Callable[[HookCode, Seat], SideHook | InsideHook | ExpertsHook]] = {
     Side.IN: _Before,
     Side.OUT: _After,
     Side.INSIDE: InsideHook,
+    Side.EXPERTS: ExpertsHook,
 }
 
 
-def kind_of_hook(tap: Tap) -> Callable[[HookCode, Seat], SideHook | InsideHook]:
+def kind_of_hook(tap: Tap) -> Callable[[HookCode, Seat], SideHook | InsideHook | ExpertsHook]:
     """What is put at a hook point."""
     if tap.decides is not None:
         return DecidingHook

@@ -32,7 +32,7 @@ class SomeLayers:
     def absent(self, family: Family, site: Site, reason: str) -> AbsentSiteError:
         """The error for a site that a layer lacks, or all layers."""
         layers = self.layers.get(site.name)
-        if not layers:
+        if not layers or site.layer in layers:
             return AbsentSiteError(
                 f"{family.name} models have no {site.name!r}: {reason}",
                 instead="model.sites() lists the sites that this model has",

@@ -41,9 +41,9 @@ class Kind:
 
     ``shape`` uses the size symbols and the model's own widths by name: ``D`` (d_model), ``M`` (neurons), ``V``
     (vocabulary), ``H`` (heads), ``K`` (key and value heads), ``d`` (the width of a head), ``E`` (experts), ``k``
-    (experts for each token). ``level`` orders the rows; rows of one level cannot feed each other, and stand in the
-    order in which modules make them. ``dtype``: where it is another than that of the model. ``instead``: what to write
-    to, where the site is read-only.
+    (experts for each token), ``N`` (neurons of an expert). ``level`` orders the rows; rows of one level cannot feed
+    each other, and stand in the order in which modules make them. ``dtype``: where it is another than that of the
+    model. ``instead``: what to write to, where the site is read-only.
     """
 
     name: str
@@ -65,6 +65,8 @@ _KV_HEADS: tuple[Sym | str, ...] = (B, P, "K", "d")
 _LOOKS: tuple[Sym | str, ...] = (B, "H", P, S)
 _EXPERTS: tuple[Sym | str, ...] = (B, P, "E")
 _CHOSEN: tuple[Sym | str, ...] = (B, P, "k")
+_OF_CHOSEN: tuple[Sym | str, ...] = (B, P, "k", "D")
+_NEURONS_OF_CHOSEN: tuple[Sym | str, ...] = (B, P, "k", "N")
 
 KINDS: tuple[Kind, ...] = (
     Kind(
@@ -178,22 +180,38 @@ KINDS: tuple[Kind, ...] = (
         Effect.BRANCH,
         "what the outputs of these experts are multiplied by, in the same order",
     ),
-    Kind("mlp_pre", Scope.LAYER, 19, _NEURONS, Effect.BRANCH, "the neurons before the activation function"),
-    Kind("mlp_up", Scope.LAYER, 19, _NEURONS, Effect.BRANCH, "the linear branch of a gated MLP"),
     Kind(
-        "mlp_act", Scope.LAYER, 20, _NEURONS, Effect.BRANCH, "the neurons: the input of the down projection"
+        "expert_act",
+        Scope.LAYER,
+        19,
+        _NEURONS_OF_CHOSEN,
+        Effect.BRANCH,
+        "the neurons of these experts, in the same order: what each one's down projection reads",
     ),
-    Kind("mlp_out", Scope.LAYER, 21, _RESIDUAL, Effect.BRANCH, "the raw output of the MLP"),
+    Kind(
+        "expert_out",
+        Scope.LAYER,
+        20,
+        _OF_CHOSEN,
+        Effect.BRANCH,
+        "what these experts return, in the same order, before it is weighted and summed",
+    ),
+    Kind("mlp_pre", Scope.LAYER, 21, _NEURONS, Effect.BRANCH, "the neurons before the activation function"),
+    Kind("mlp_up", Scope.LAYER, 21, _NEURONS, Effect.BRANCH, "the linear branch of a gated MLP"),
+    Kind(
+        "mlp_act", Scope.LAYER, 22, _NEURONS, Effect.BRANCH, "the neurons: the input of the down projection"
+    ),
+    Kind("mlp_out", Scope.LAYER, 23, _RESIDUAL, Effect.BRANCH, "the raw output of the MLP"),
     Kind(
         "mlp_post_norm",
         Scope.LAYER,
-        22,
+        24,
         _RESIDUAL,
         Effect.BRANCH,
         "the output of the norm between the MLP and the stream",
     ),
-    Kind("mlp_add", Scope.LAYER, 23, _RESIDUAL, Effect.BRANCH, "what the MLP really adds to the stream"),
-    Kind("resid_post", Scope.LAYER, 24, _RESIDUAL, Effect.STREAM, "the tensor leaving the block"),
+    Kind("mlp_add", Scope.LAYER, 25, _RESIDUAL, Effect.BRANCH, "what the MLP really adds to the stream"),
+    Kind("resid_post", Scope.LAYER, 26, _RESIDUAL, Effect.STREAM, "the tensor leaving the block"),
     Kind(
         "final_norm",
         Scope.AFTER,

@@ -1,7 +1,7 @@
 """What several families lack, each with the reason."""
 
 NO_EXPERTS = dict.fromkeys(
-    ("router_logits", "expert_index", "expert_weights"),
+    ("router_logits", "expert_index", "expert_weights", "expert_act", "expert_out"),
     "its layers have one MLP for all tokens, and no experts that tokens are sent to",
 )
 NO_POST_NORMS = {

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tracelens.backends.architectures.absences import NO_EXPERTS
 from tracelens.backends.architectures.llama import MISTRAL
-from tracelens.backends.base import Family, RowsView, Side, Tap
+from tracelens.backends.base import Family, RowsView, Side, Tap, expert_taps
 from tracelens.ir.types import DType
 
 _NEURONS = ("mlp_pre", "mlp_up", "mlp_act")
@@ -30,6 +30,7 @@ MIXTRAL = Family(
         "expert_index": Tap("mlp.gate", Side.OUT, 2, RowsView()),
         # Left in the dtype of the softmax.
         "expert_weights": Tap("mlp.gate", Side.OUT, 1, RowsView(), dtype=DType.FLOAT32),
+        **expert_taps("mlp.experts"),
         "mlp_out": Tap("mlp", Side.OUT),
     },
     {
@@ -40,5 +41,5 @@ MIXTRAL = Family(
             "no [B, P, neurons]",
         ),
     },
-    widths={"E": "num_local_experts", "k": "num_experts_per_tok"},
+    widths={"E": "num_local_experts", "k": "num_experts_per_tok", "N": "intermediate_size"},
 )

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from tracelens.backends.architectures.absences import NO_EXPERTS
 from tracelens.backends.architectures.llama import QWEN3
-from tracelens.backends.base import Family, InSome, RowsView, Side, Tap
+from tracelens.backends.base import Family, InSome, RowsView, Side, Tap, expert_taps
 
 
 def _mixtures(config: Any) -> frozenset[int]:
@@ -46,13 +46,14 @@ QWEN3_MOE = Family(
         "router_logits": Tap("mlp.gate", Side.OUT, 0, RowsView(), _chosen),
         "expert_index": Tap("mlp.gate", Side.OUT, 2, RowsView()),
         "expert_weights": Tap("mlp.gate", Side.OUT, 1, RowsView()),
+        **expert_taps("mlp.experts"),
         "mlp_out": Tap("mlp", Side.OUT),
     },
     {name: reason for name, reason in QWEN3.absent.items() if name not in NO_EXPERTS},
-    widths={"E": "num_experts", "k": "num_experts_per_tok"},
+    widths={"E": "num_experts", "k": "num_experts_per_tok", "N": "moe_intermediate_size"},
     in_some=(
         InSome(
-            ("router_logits", "expert_index", "expert_weights"),
+            ("router_logits", "expert_index", "expert_weights", "expert_act", "expert_out"),
             _mixtures,
             "layers that are mixtures of experts",
             "has one MLP for all tokens, and no experts that tokens are sent to",
