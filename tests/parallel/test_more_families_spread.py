@@ -46,7 +46,8 @@ def sites_of(model: tl.Model) -> list[Site]:
 
 def all_alike(models: Both) -> None:
     """All sites in one pass; then a write at every one of them in one pass, each seen by those that come after."""
-    sites = sites_of(models.one)
+    # What each expert makes is not there where ranks share them.
+    sites = [site for site in sites_of(models.one) if models.spread.anatomy.has(site)]
     for rows in (ROWS, random_rows(RAGGED)):
         read_alike(models, sites, rows)
     with models.one.trace(ROWS) as clean:

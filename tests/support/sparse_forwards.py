@@ -148,14 +148,20 @@ def _silu(gate: Tensor, up: Tensor) -> Tensor:
 
 
 def _experts(layer: Layer, x: Tensor, share: Tensor, chosen: Tensor) -> Tensor:
-    """Each expert on every token, times what it counts there: [B, P, D]."""
+    """The sum of what the chosen experts make, times what each counts: [B, P, D]."""
     into, out = layer.weight("mlp.experts.gate_up_proj"), layer.weight("mlp.experts.down_proj")
-    added = torch.zeros_like(x)
-    for expert in range(into.shape[0]):
-        counts = (share * (chosen == expert)).sum(-1, keepdim=True)
-        gate, up = F.linear(x, into[expert]).chunk(2, dim=-1)
-        added = added + counts * F.linear(_silu(gate, up), out[expert])
-    return added
+    every = _silu(*torch.einsum("bpd,end->bpen", x, into).chunk(2, dim=-1))
+    return _counted(layer, share, chosen, every, out.mT)
+
+
+def _counted(
+    layer: Layer, share: Tensor, chosen: Tensor, every: Tensor, out: Tensor, bias: Tensor | None = None
+) -> Tensor:
+    """Of the neurons [B, P, E, N] of all experts, what the chosen ones make by ``out`` [E, N, D]."""
+    act = every.gather(2, chosen[..., None].expand(*chosen.shape, every.shape[-1]))
+    made = torch.einsum("bpkn,bpknd->bpkd", layer.at("expert_act", act), out[chosen])
+    made = layer.at("expert_out", made if bias is None else made + bias[chosen])
+    return (share[..., None] * made).sum(2)
 
 
 def _gpt_oss(layer: Layer, x: Tensor) -> Tensor:
@@ -163,18 +169,14 @@ def _gpt_oss(layer: Layer, x: Tensor) -> Tensor:
     logits = layer.at("router_logits", layer.linear("mlp.router", x))
     chosen = layer.at("expert_index", logits.topk(config.num_experts_per_tok, dim=-1).indices)
     share = layer.at("expert_weights", logits.gather(-1, chosen).softmax(-1))
-    added = torch.zeros_like(x)
     into, out = (layer.weight(f"mlp.experts.{name}_proj") for name in ("gate_up", "down"))
     into_bias, out_bias = (layer.weight(f"mlp.experts.{name}_proj_bias") for name in ("gate_up", "down"))
-    for expert in range(config.num_local_experts):
-        # Gate and other branch take turns.
-        made = (x @ into[expert] + into_bias[expert]).unflatten(-1, (-1, 2))
-        gate = made[..., 0].clamp(max=config.swiglu_limit)
-        up = made[..., 1].clamp(-config.swiglu_limit, config.swiglu_limit)
-        neurons = (up + 1) * gate * torch.sigmoid(1.702 * gate)
-        counts = (share * (chosen == expert)).sum(-1, keepdim=True)
-        added = added + counts * (neurons @ out[expert] + out_bias[expert])
-    return added
+    # Gate and other branch take turns.
+    made = (torch.einsum("bpd,edn->bpen", x, into) + into_bias).unflatten(-1, (-1, 2))
+    gate = made[..., 0].clamp(max=config.swiglu_limit)
+    up = made[..., 1].clamp(-config.swiglu_limit, config.swiglu_limit)
+    neurons = (up + 1) * gate * torch.sigmoid(1.702 * gate)
+    return _counted(layer, share, chosen, neurons, out, out_bias)
 
 
 def _of_all(layer: Layer, x: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from tracelens.backends.architectures.llama import LLAMA
 from tracelens.backends.architectures.mixtral import MIXTRAL
-from tracelens.backends.base import Family, RowsView, Side, Tap
+from tracelens.backends.base import Family, RowsView, Side, Tap, expert_taps
 
 
 def _chosen(router: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -26,12 +26,13 @@ GPT_OSS = Family(
         "router_logits": Tap("mlp.router", Side.OUT, 0, RowsView(), _chosen),
         "expert_index": Tap("mlp.router", Side.OUT, 2, RowsView()),
         "expert_weights": Tap("mlp.router", Side.OUT, 1, RowsView()),
+        **expert_taps("mlp.experts"),
         # Beside the weights of the experts, for which nobody asks.
         "mlp_out": Tap("mlp", Side.OUT, 0),
         "mlp_add": Tap("mlp", Side.OUT, 0),
     },
     MIXTRAL.absent,
-    widths={"E": "num_local_experts", "k": "num_experts_per_tok"},
+    widths=MIXTRAL.widths,
     # Rounded to the model's dtype before it is normed.
     wide_softmax=False,
     sinks=True,

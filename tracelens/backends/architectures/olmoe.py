@@ -7,7 +7,15 @@ from tracelens.backends.architectures.qwen3_moe import QWEN3_MOE
 from tracelens.backends.base import Family
 
 _OF_OLMO2 = ("q_normed", "k_normed")
-_OF_QWEN3 = ("mlp_in", "router_logits", "expert_index", "expert_weights", "mlp_out")
+_OF_QWEN3 = (
+    "mlp_in",
+    "router_logits",
+    "expert_index",
+    "expert_weights",
+    "expert_act",
+    "expert_out",
+    "mlp_out",
+)
 
 OLMOE = Family(
     "OLMoE",
@@ -19,7 +27,7 @@ OLMOE = Family(
         **{name: QWEN3_MOE.taps[name] for name in _OF_QWEN3},
     },
     {name: reason for name, reason in MIXTRAL.absent.items() if name not in _OF_OLMO2},
-    widths=QWEN3_MOE.widths,
+    widths={**QWEN3_MOE.widths, "N": "intermediate_size"},
     refusals={
         "clip_qkv": "what its projections and norms return is clipped in place, so that q_normed, k_normed and v are "
         "not what attention goes on with"
