@@ -67,13 +67,13 @@ def tried(hf: nn.Module, family: Family, **taps: Any) -> proving.SiteProof:
 
 
 UNSPOKEN = {
-    # Their attention gives no scores and no pattern.
+    # Their scores are no products of these: a bias (ALiBi), or a rotation that is no site.
     **dict.fromkeys(
         ("falcon_sequential", "falcon_one_norm", "falcon_two_norms", "falcon_new_one_norm"),
-        ("q", "k", "v", "z"),
+        ("q", "k"),
     ),
     # The same; and its activation function is in no configuration.
-    "bloom": ("q", "k", "v", "z", "mlp_pre", "mlp_act"),
+    "bloom": ("q", "k", "mlp_pre", "mlp_act"),
 }
 """Sites for which no identity speaks, by family: the conformance tests compare these."""
 

@@ -39,6 +39,7 @@ class Facts:
 
     ``activation``: the MLP's function. ``softcap``: what bends the head's logits. ``score_cap``: what bends
     attention's scores. ``sinks``: has attention something else to look at than tokens?
+    ``biased``: may scores be more than products of queries and keys, such as a bias (ALiBi), or of rotated ones?
     ``epsilon``: what norms add to the mean square of a row.
     """
 
@@ -46,6 +47,7 @@ class Facts:
     softcap: float | None = None
     score_cap: float | None = None
     sinks: bool = False
+    biased: bool = False
     epsilon: float = 0.0
 
 
@@ -99,10 +101,12 @@ def _mixed(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
     return torch.einsum("bhqk,bkhd->bqhd", pattern, values), read["z"]
 
 
-def _scored(queries: str, keys: str) -> Callable[[Read, Facts], tuple[Tensor, Tensor]]:
+def _scored(queries: str, keys: str) -> Callable[[Read, Facts], tuple[Tensor, Tensor] | None]:
     """Scores are products of queries and keys, all times one number, before they are bent."""
 
-    def both(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
+    def both(read: Read, facts: Facts) -> tuple[Tensor, Tensor] | None:
+        if facts.biased:
+            return None
         each = read[keys].repeat_interleave(read[queries].shape[2] // read[keys].shape[2], dim=2)
         products = torch.einsum("bqhd,bkhd->bhqk", read[queries], each)[_seen(read)]
         scores, cap = read["scores"][_seen(read)], facts.score_cap

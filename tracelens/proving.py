@@ -95,7 +95,12 @@ def prove(model: Model) -> SiteProof:
     anatomy = model.anatomy
     layers = layers_to_look_at(anatomy)
     read, whole = _read(model, layers)
-    facts = facts_of(anatomy.config, softcap=anatomy.head.softcap, sinks=anatomy.family.sinks)
+    facts = facts_of(
+        anatomy.config,
+        softcap=anatomy.head.softcap,
+        sinks=anatomy.family.sinks,
+        biased=anatomy.family.attends_itself,
+    )
     limit = max(1e-4, 8 * torch.finfo(anatomy.dtype).eps)
     stream = STREAM if anatomy.has(Site("resid_mid", layers[0])) else PARALLEL
     found: list[tuple[Identity, float, tuple[int, ...]]] = []

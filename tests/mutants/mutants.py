@@ -373,6 +373,20 @@ MUTANTS = (
         (*ATTENTION, "-k", "bit_identical and llama and sdpa"),
     ),
     Mutant(
+        "a softmax in a hook inside is taken for that of attention",
+        "backends/self_attending.py",
+        "frame.f_code is _code(type(self._module))",
+        "True",
+        (*MORE_FAMILIES, "what_its_module_returns"),
+    ),
+    Mutant(
+        "the pattern of a module that attends by itself is read and not written",
+        "backends/self_attending.py",
+        'return self._seen("pattern", weights) if "pattern" in visit.steps else weights',
+        'self._seen("pattern", weights) if "pattern" in visit.steps else weights\n        return weights',
+        (*MORE_FAMILIES, "patterns_are_written and bloom"),
+    ),
+    Mutant(
         "query heads are given the wrong keys and values",
         "backends/attention.py",
         "right[:, :, None].expand(batch, shared, heads // shared, *matrix)",

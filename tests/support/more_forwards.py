@@ -38,8 +38,8 @@ class Block:
     after_mlp: str | None = None
     parallel: bool = False
     rotates: bool = True
-    tapped: bool = True
-    """Is the inside of attention a site?"""
+    shows_rotated: bool = True
+    """Are queries and keys sites once more after rotation?"""
 
 
 def hand_forward(
@@ -100,7 +100,7 @@ def _attention(layer: Layer, attn_in: Tensor) -> Tensor:
     q, k, v = block.qkv(layer, attn_in)
     if block.rotates and not getattr(config, "alibi", False):
         q, k = layer.rotated(q), layer.rotated(k)
-    if block.tapped and block.rotates:
+    if block.shows_rotated and block.rotates:
         q, k = layer.at("q_rot", q), layer.at("k_rot", k)
     shared = q.shape[2] // k.shape[2]
     q, k, v = (tensor.transpose(1, 2) for tensor in (q, k, v))
@@ -112,12 +112,10 @@ def _attention(layer: Layer, attn_in: Tensor) -> Tensor:
         scores = cap * torch.tanh(scores / cap)
     scores = scores.masked_fill(~layer.allowed(), torch.finfo(scores.dtype).min)
     real = layer.mask[:, None, None, :]
-    if block.tapped:
-        # Whatever is written there, a query that is no padding sees none.
-        scores = layer.at("scores", scores).masked_fill(~real, torch.finfo(scores.dtype).min)
-    pattern = scores.softmax(-1)
-    if block.tapped:
-        pattern = layer.at("pattern", pattern).masked_fill(~real & layer.mask[:, None, :, None], 0.0)
+    # Whatever is written there, a query that is no padding sees none.
+    scores = layer.at("scores", scores).masked_fill(~real, torch.finfo(scores.dtype).min)
+    pattern = layer.at("pattern", scores.softmax(-1))
+    pattern = pattern.masked_fill(~real & layer.mask[:, None, :, None], 0.0)
     z = layer.at("z", (pattern @ v).transpose(1, 2))
     return layer.linear(f"{block.attention}.{block.out}", z.flatten(2))
 
@@ -352,7 +350,7 @@ def _bloom(**own: Any) -> Block:
         "qkv": _by_head,
         "mlp": _plain("mlp.dense_h_to_4h", "mlp.dense_4h_to_h", _tanh_gelu),
         "rotates": False,
-        "tapped": False,
+        "shows_rotated": False,
     }
     return Block(**{**given, **own})
 

@@ -67,20 +67,20 @@ class Visit:
         if "scores" in steps or "pattern" in steps or self.replaces:
             scores = scores_of(name, module, query, key, mask, options)
             if "scores" in steps:
-                scores = self._written("scores", scores)
+                scores = self.written("scores", scores)
             if "pattern" in steps or self.replaces:
                 # float32 has no number for the lowest one of float64, which a query that is padding sees everywhere.
                 dtype = torch.promote_types(scores.dtype, torch.float32) if self.wide else None
                 weights = _looks(scores, options.get("s_aux"), dtype).to(query.dtype)
                 if "pattern" in steps:
-                    weights = self._written("pattern", weights)
+                    weights = self.written("pattern", weights)
         if not self.replaces:
             return own(module, query, key, value, mask, **options)
         assert weights is not None
         mixed = nn.functional.dropout(weights, p=options.get("dropout", 0.0), training=module.training)
         return _grouped(mixed, value).transpose(1, 2).contiguous(), weights if name == "eager" else None
 
-    def _written(self, site: str, tensor: torch.Tensor) -> torch.Tensor:
+    def written(self, site: str, tensor: torch.Tensor) -> torch.Tensor:
         """Scores or pattern after the step of their site; where that wrote, padding stays out of sight."""
         found = self.steps[site](tensor)
         if found is tensor or (real := self.real(found.device)) is None:

@@ -115,7 +115,9 @@ class Family:
     model's dtype? ``sinks``: may heads look at nothing, so that the rows of a pattern are less than 1? ``reached``:
     sites of one level that the family's modules make in another order than the vocabulary has them. ``widths``: the
     configuration's words for further widths of sites, or what makes them of it. ``embedding``: the module with a row
-    for each token, where it is another than the one that shows ``embed``. ``in_some``: sites that not all layers have.
+    for each token, where it is another than the one that shows ``embed``. ``attends_itself``: does the attention module
+    compute attention in its own code, and not by a function that it looks up in transformers' table? ``in_some``:
+    sites that not all layers have.
     ``softcap``: the configuration's word for what bends the logits.
     """
 
@@ -135,6 +137,7 @@ class Family:
     )
     out_by_in: bool = True
     wide_softmax: bool = True
+    attends_itself: bool = False
     sinks: bool = False
     reached: tuple[str, ...] = ()
     widths: Mapping[str, str | Callable[[Any], int]] = field(

@@ -7,7 +7,7 @@ from typing import Any
 from tracelens.identities import Facts
 
 
-def facts_of(config: Any, *, softcap: float | None, sinks: bool = False) -> Facts:
+def facts_of(config: Any, *, softcap: float | None, sinks: bool = False, biased: bool = False) -> Facts:
     """The functions, and the numbers that they take."""
     from transformers.activations import ACT2FN  # heavy
 
@@ -17,6 +17,7 @@ def facts_of(config: Any, *, softcap: float | None, sinks: bool = False) -> Fact
         activation=ACT2FN[name] if name is not None and name in ACT2FN else None,
         softcap=softcap,
         sinks=sinks,
+        biased=biased,
         epsilon=getattr(config, "rms_norm_eps", None) or 0.0,
         score_cap=getattr(config, "attn_logit_softcapping", None),
     )

@@ -10,6 +10,7 @@ from torch import nn
 
 from tracelens.backends.attention import Session, Visit
 from tracelens.backends.hooks import Seat
+from tracelens.backends.self_attending import SelfAttending
 from tracelens.errors import SiteMismatchError, TracelensError
 
 if TYPE_CHECKING:
@@ -29,7 +30,7 @@ class InsideHook:
     def __init__(self, code: HookCode, seat: Seat) -> None:
         self.code = code
         self.seat = seat
-        self.session: Session | None = None
+        self.session: Session | SelfAttending | None = None
         self.fired = 0
 
     def register(self) -> None:
@@ -68,4 +69,7 @@ def join(hooks: Sequence[InsideHook], seat: Seat, replaced: frozenset[int], anat
         layers[code.module] = code.site.layer
     wide = anatomy.family.wide_softmax
     visits = {module: Visit(found, layers[module] in replaced, wide, real) for module, found in steps.items()}
-    hooks[0].session = Session(anatomy.attention_configs, visits)
+    by_itself = anatomy.family.attends_itself
+    hooks[0].session = (
+        SelfAttending(seat, visits) if by_itself else Session(anatomy.attention_configs, visits)
+    )

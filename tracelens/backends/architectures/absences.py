@@ -24,9 +24,3 @@ PARALLEL = {
     "resid_mid": "attention and MLP read the stream side by side and both are added to it at once, so there is nothing "
     "between them; use resid_pre or resid_post, or attn_add and mlp_add"
 }
-_TAPPED = "its block computes attention in a way of its own, which cannot be tapped"
-OWN_ATTENTION = {
-    "scores": f"{_TAPPED}; use q, k, v and z",
-    "pattern": f"{_TAPPED}; where that is eager, model.module('transformer.h.0.self_attention').output[1] shows it, "
-    "and z can be written",
-}

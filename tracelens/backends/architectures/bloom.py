@@ -5,7 +5,6 @@ from tracelens.backends.architectures.absences import (
     NO_GATE,
     NO_POST_NORMS,
     NO_QK_NORMS,
-    OWN_ATTENTION,
 )
 from tracelens.backends.base import Family, HeadsView, Side, Tap
 
@@ -25,6 +24,8 @@ BLOOM = Family(
         "q": Tap("self_attention.query_key_value", Side.OUT, view=HeadsView(_FUSED, 0, grouped=True)),
         "k": Tap("self_attention.query_key_value", Side.OUT, view=HeadsView(_FUSED, 1, grouped=True)),
         "v": Tap("self_attention.query_key_value", Side.OUT, view=HeadsView(_FUSED, 2, grouped=True)),
+        "scores": Tap("self_attention", Side.INSIDE, "scores"),
+        "pattern": Tap("self_attention", Side.INSIDE, "pattern"),
         "z": Tap("self_attention.dense", Side.IN, view=HeadsView(("H",))),
         "attn_out": Tap("self_attention.dense", Side.OUT),
         "attn_add": Tap("self_attention.dense", Side.OUT),
@@ -48,7 +49,6 @@ BLOOM = Family(
         **NO_GATE,
         **NO_POST_NORMS,
         **NO_QK_NORMS,
-        **OWN_ATTENTION,
         "q_rot": "positions are a bias on the scores (ALiBi), so nothing is rotated in attention; use q",
         "k_rot": "positions are a bias on the scores (ALiBi), so nothing is rotated in attention; use k",
     },
@@ -60,4 +60,5 @@ BLOOM = Family(
     },
     refused_if={"slow_but_exact": lambda config: config.slow_but_exact and config.pretraining_tp > 1},
     embedding="transformer.word_embeddings",
+    attends_itself=True,
 )

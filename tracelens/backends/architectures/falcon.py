@@ -46,6 +46,7 @@ FALCON_SEQUENTIAL = Family(
         "k_rot": f"{_POSITIONS}, which its block does in a way of its own that cannot be tapped; use k",
     },
     neurons="ffn_hidden_size",
+    attends_itself=True,
     carries=(Carry("resid_mid", "mlp_add", "resid_post"),),
     widths={"K": _kv_heads},
     serves=lambda config: not (config.parallel_attn or config.new_decoder_architecture),
