@@ -90,6 +90,10 @@ class MetaTensorError(TracelensError):
     """A tensor without data would be computed with: PyTorch may give numbers out of nowhere, and no error."""
 
 
+class PackedWeightError(TracelensError):
+    """A quantised matrix was asked for, and the module that keeps it packed does not give it."""
+
+
 class ModelMovedError(TracelensError):
     """A compiled program was made for other devices than those that the model is on now."""
 

@@ -20,6 +20,7 @@ PASSES = ("tests/ir/test_passes.py", "tests/properties/test_pass_meaning.py")
 GRAPHS = ("tests/properties/test_mutated_graphs.py",)
 MODEL = ("tests/test_model.py",)
 OTHERS = ("tests/test_other_architectures.py",)
+PACKED = ("tests/test_packed.py",)
 FAMILY_TABLES = ("tests/test_families.py", "-k", "not ranks")
 BITS = ("tests/conformance/test_writes.py", "-k", "bit_for_bit and bf16 and eager and llama")
 RESULTS = ("tests/test_results.py",)
@@ -3086,5 +3087,26 @@ MUTANTS = (
         "and (loads := other(config).loads) is not None:",
         "and (loads := None) is not None:",
         (*OTHERS, "-k", "bart"),
+    ),
+    Mutant(
+        "a packed matrix is not compared with what its module does",
+        "backends/packed.py",
+        "<= _NEARLY * expected.abs().max() + 1e-6",
+        "<= 1e9",
+        PACKED,
+    ),
+    Mutant(
+        "the bias of a packed module is part of its matrix",
+        "backends/packed.py",
+        "matrix = (module.forward(rows) - offset)",
+        "matrix = module.forward(rows)",
+        PACKED,
+    ),
+    Mutant(
+        "integers are taken for a matrix",
+        "backends/packed.py",
+        "return own or not plain or tuple(weight.shape) != size",
+        "return own or tuple(weight.shape) != size",
+        PACKED,
     ),
 )

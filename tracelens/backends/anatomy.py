@@ -23,6 +23,7 @@ from tracelens.backends.layouts import (
 )
 from tracelens.backends.mesh import Mesh, mesh_of, own_part_of, skeleton
 from tracelens.backends.module_sides import ModuleSides, language_model_passes
+from tracelens.backends.packed import packed_at, parameter_at, sizes, unpacked
 from tracelens.backends.places import placement
 from tracelens.backends.replacing import needed_in_generation, replacement
 from tracelens.backends.some_layers import SomeLayers
@@ -32,12 +33,11 @@ from tracelens.errors import (
     LayoutError,
     MetaTensorError,
     UnknownArchitectureError,
-    UnknownParameterError,
 )
 from tracelens.ir.infer import dtype_of
 from tracelens.ir.layout import Layout, Shard
 from tracelens.ir.module_sites import INPUT, OUTPUT, Key, ModuleSite
-from tracelens.ir.sites import KIND, KINDS, TEXT, Scope, Site, near
+from tracelens.ir.sites import KIND, KINDS, TEXT, Scope, Site
 from tracelens.ir.types import TensorType
 from tracelens.placement import Placement, Probed, Seen
 from tracelens.subject import HeadOf, Proof
@@ -372,20 +372,13 @@ class ModelAnatomy:
         return self.module_path(self.family.taps["z"], layer) + ".weight", self.family.out_by_in
 
     def parameter(self, path: str) -> torch.Tensor:
-        """A parameter or buffer of the model, by its path; where ranks share the model, one without numbers."""
-        owner, _, name = path.rpartition(".")
-        try:
-            found = getattr(self._whole.get_submodule(owner), name)
-        except AttributeError:
-            found = None
-        if not isinstance(found, torch.Tensor):
-            names = tuple(name for name, _ in self._whole.named_parameters())
-            candidates = near(path, names)
-            raise UnknownParameterError(
-                f"the model has no parameter or buffer {path!r}",
-                instead="did you mean " + ", ".join(candidates) + "?" if candidates else None,
-            )
-        return found
+        """A parameter or buffer of the model, by its path; where ranks share the model, one without numbers.
+
+        Of a linear module that keeps its matrix packed, ``weight`` is the matrix that it multiplies by.
+        """
+        if (module := packed_at(self._whole, path)) is not None:
+            return unpacked(module, path, self.dtype)
+        return parameter_at(self._whole, path)
 
     def weight(
         self,
@@ -400,6 +393,8 @@ class ModelAnatomy:
         numbers.
         """
         found = (self.parameter(path) if self.mesh is None else own_part_of(self.model, path)).detach()
+        if packed_at(self._whole, path) is not None:
+            return found  # made for this use
         if not found.is_meta:
             if path in self.spread.fleeting:
                 return found.clone()  # it goes when its module has run, or with whoever has loaded it
@@ -426,6 +421,8 @@ class ModelAnatomy:
                 f"{path!r} lies on its ranks in parts that are packed into each other, and cannot be read as a value",
                 instead="the sites around its module",
             )
+        if (module := packed_at(self._whole, path)) is not None:
+            return TensorType(dtype_of(self.dtype), sizes(module) or ())
         found = self.parameter(path)
         return TensorType(dtype_of(found.dtype), tuple(found.shape))
 

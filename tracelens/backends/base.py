@@ -181,5 +181,6 @@ def head_of(family: Family, model: Any, vocabulary: int) -> HeadOf:
         None if bias is None else f"{module}.bias",
         None if cap is None else float(cap),
         vocabulary,
-        head.weight.shape[-1],
+        # One that keeps its matrix packed says how wide it is.
+        getattr(head, "in_features", None) or head.weight.shape[-1],
     )
