@@ -93,20 +93,26 @@ def _hook_point(family: Family, kind: Kind, tap: Tap) -> str:
     if kind.scope is Scope.LAYER:
         layer = family.layers.format("i")
         module = f"{layer}.{tap.module}" if tap.module else layer
-    where = f"`{module}`" if module else "the model"
+    many = max(
+        (len(word.choices) for name, word in family.words.items() if f"{{{name}}}" in module), default=1
+    )
+    each = [
+        module.format_map({name: word.choices[number] for name, word in family.words.items()})
+        if many > 1
+        else module
+        for number in range(many)
+    ]
+    where = " or ".join(f"`{path}`" for path in each) if module else "the model"
+    only = next((f", in {some.these}" for some in family.in_some if kind.name in some.names), "")
     if tap.side is Side.INSIDE:
-        return f"the attention function that {where} calls"
+        return f"the attention function that {where} calls{only}"
     if tap.side is Side.EXPERTS:
-        return f"per row, among the experts of {where}{_only(family, kind)}"
+        return f"per row, among the experts of {where}{only}"
     side = "input" if tap.side is Side.IN else "output"
     field = f" (field `{tap.key}`)" if tap.side is Side.OUT and isinstance(tap.key, str) else ""
     if tap.side is Side.OUT and isinstance(tap.key, int) and isinstance(tap.view, RowsView):
         field = f" (part {tap.key + 1} of the tuple)"
-    return f"{_part(tap.view)}{side} of {where}{field}{_only(family, kind)}"
-
-
-def _only(family: Family, kind: Kind) -> str:
-    return next((f", in {some.these}" for some in family.in_some if kind.name in some.names), "")
+    return f"{_part(tap.view)}{side} of {where}{field}{only}"
 
 
 def _part(view: HeadsView | NeuronsView | RowsView | None) -> str:
@@ -119,7 +125,8 @@ def _part(view: HeadsView | NeuronsView | RowsView | None) -> str:
     if view.heads_first:
         return "heads and positions swapped, "
     parts = len(view.parts)
-    of = "of each kv head's share of the " if view.grouped else "of the "
+    one = "kv head" if "K" in view.parts else "head"
+    of = f"of each {one}'s share of the " if view.grouped else "of the "
     return "per head, " + (f"part {view.index + 1} of {parts} {of}" if parts > 1 else "")
 
 

@@ -101,6 +101,10 @@ class LayerHandle:
     def __getattr__(self, name: str) -> Value:
         if name not in _LAYER_NAMES and name.startswith("_"):
             raise AttributeError(name)  # Python asks for such names while it copies an object
+        if name == "head_out":
+            return (
+                self.z
+            )  # which says why there is none: Python asks here because the property has failed on it
         site = self._site(name)
         recorder = open_recorder(self._anatomy) or recorder_of(self._anatomy, f"{self!r}.{name}")
         return self._read(recorder, site)
@@ -196,6 +200,7 @@ class LayersSlice:
     def __getattr__(self, name: str) -> MappedValue:
         if name.startswith("_"):
             raise AttributeError(name)
+        name = "z" if name == "head_out" else name  # as in one layer
         self._require_site(name)
         return MappedValue(self._layers, tuple(getattr(handle, name) for handle in self._handles))
 

@@ -38,7 +38,8 @@ class Facts:
     """What an identity needs of the configuration.
 
     ``activation``: the MLP's function. ``softcap``: what bends the head's logits. ``score_cap``: what bends
-    attention's scores. ``sinks``: has attention something else to look at than tokens?
+    attention's scores. ``sinks``: has attention something else to look at than tokens? ``gated``: is what
+    heads mix multiplied by gates between 0 and 1?
     ``biased``: may scores be more than products of queries and keys, such as a bias (ALiBi), or of rotated ones?
     ``epsilon``: what norms add to the mean square of a row.
     """
@@ -48,6 +49,7 @@ class Facts:
     score_cap: float | None = None
     sinks: bool = False
     biased: bool = False
+    gated: bool = False
     epsilon: float = 0.0
 
 
@@ -98,7 +100,9 @@ def _softmax(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
 def _mixed(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
     pattern, values = read["pattern"], read["v"]
     values = values.repeat_interleave(pattern.shape[1] // values.shape[2], dim=2)
-    return torch.einsum("bhqk,bkhd->bqhd", pattern, values), read["z"]
+    mixed = torch.einsum("bhqk,bkhd->bqhd", pattern, values)
+    # Of a gate all that is known is that it leaves the sign, and makes nothing larger.
+    return read["z"].clamp(mixed.clamp(max=0), mixed.clamp(min=0)) if facts.gated else mixed, read["z"]
 
 
 def _scored(queries: str, keys: str) -> Callable[[Read, Facts], tuple[Tensor, Tensor] | None]:

@@ -95,12 +95,7 @@ def prove(model: Model) -> SiteProof:
     anatomy = model.anatomy
     layers = layers_to_look_at(anatomy)
     read, whole = _read(model, layers)
-    facts = facts_of(
-        anatomy.config,
-        softcap=anatomy.head.softcap,
-        sinks=anatomy.family.sinks,
-        biased=anatomy.family.attends_itself,
-    )
+    facts = facts_of(anatomy.config, anatomy.family, softcap=anatomy.head.softcap)
     limit = max(1e-4, 8 * torch.finfo(anatomy.dtype).eps)
     stream = STREAM if anatomy.has(Site("resid_mid", layers[0])) else PARALLEL
     found: list[tuple[Identity, float, tuple[int, ...]]] = []

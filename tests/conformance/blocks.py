@@ -38,6 +38,17 @@ def _llama(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> Tensor:
     return middle + block.mlp(block.post_attention_layernorm(middle))
 
 
+def _hybrid(block: Any, edit: Edit, x: Tensor, position_embeddings: Any, **kwargs: Any) -> Tensor:
+    normed, past = block.input_layernorm(x), kwargs.pop("past_key_values")
+    if hasattr(block, "linear_attn"):
+        attention = block.linear_attn(hidden_states=normed, cache_params=past, **kwargs)
+    else:
+        rotation = {"position_embeddings": position_embeddings, "past_key_values": past}
+        attention, _ = block.self_attn(hidden_states=normed, **rotation, **kwargs)
+    middle = edit(x + attention)
+    return middle + block.mlp(block.post_attention_layernorm(middle))
+
+
 def _gpt_oss(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> Tensor:
     attention, _ = block.self_attn(hidden_states=block.input_layernorm(x), **kwargs)
     middle = edit(x + attention)
@@ -84,6 +95,7 @@ def _falcon(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> tuple[Tensor, A
 _FORWARDS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("mixtral", "phi3", "olmoe"), _llama),
     "gpt_oss": _gpt_oss,
+    **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _hybrid),
     **dict.fromkeys(("gemma2", "gemma3_text"), _gemma),
     "olmo2": _olmo2,
     "gpt_neox": _neox,

@@ -486,6 +486,20 @@ MUTANTS = (
         (*MORE_FAMILIES, "site_is_read and gpt_oss"),
     ),
     Mutant(
+        "linear attention has the branches of a prompt side by side",
+        "backends/branching.py",
+        "    if others:\n",
+        "    if False:\n",
+        ("tests/conformance/test_sparse_families.py", "-k", "linear and qwen3_next"),
+    ),
+    Mutant(
+        "a gate shows nothing",
+        "identities.py",
+        "clamp(mixed.clamp(max=0), mixed.clamp(min=0))",
+        "clamp(-1e9, 1e9)",
+        ("tests/conformance/test_sparse_families.py", "-k", "make_more"),
+    ),
+    Mutant(
         "sinks are left out where sdpa leaves them out",
         "backends/attention.py",
         'beyond_sdpa = ("softcap", "s_aux")',

@@ -15,7 +15,7 @@ from tests.support.batches import RAGGED, random_rows
 from tests.support.more_families import LAYERS, MORE
 from tests.support.pretend import pretend_throughout
 from tests.support.ranks import PoolOf
-from tests.support.sparse_families import SPARSE, SPARSE_CUT, SPARSE_WITH_PLAN
+from tests.support.sparse_families import SPARSE_CUT, SPARSE_EXPERTS, SPARSE_WITH_PLAN
 from tests.support.spread_models import Both, both, over_devices, relative_error, stored
 from tracelens.errors import LayoutError
 from tracelens.ir.sites import KINDS, TEXT, Effect, Scope, Site
@@ -27,7 +27,7 @@ CUT = ("mixtral", "gemma2", "phi3", "olmo2", *SPARSE_CUT)
 SPREADS = [
     *((family, {"tp": 2}) for family in WITH_PLAN),
     *((family, {"pp": 2}) for family in CUT),
-    *((family, {"tp": 2, "ep": 2}) for family in (SPARSE if KNOWS_EP else ())),
+    *((family, {"tp": 2, "ep": 2}) for family in SPARSE_EXPERTS if KNOWS_EP),
 ]
 # accelerate gives the tokens to any of the devices, and Falcon with ALiBi wants them where its embedding is.
 OVER_DEVICES = [family for family in MORE if family != "falcon_sequential"]

@@ -114,8 +114,8 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
     the same attention to agree within 1e-5.
     """
     generator = torch.Generator().manual_seed(seed)
-    # Gemma keeps a gain as its distance from 1.
-    gain = 0.0 if model.config.model_type.startswith("gemma") else 1.0
+    # Gemma and Qwen3-Next keep a gain as its distance from 1, but for the norm in linear attention.
+    from_one = model.config.model_type.startswith(("gemma", "qwen3_next", "qwen3_5"))
     embedding = model.get_input_embeddings().weight
     # An embedding that is the unembedding too would else make logits of three times the size, with the same rounding.
     embedding_width = 0.2 if embedding is model.get_output_embeddings().weight else 0.4
@@ -124,7 +124,7 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
         if name.endswith("bias"):
             drawn = 0.2 * drawn
         elif parameter.ndim == 1:
-            drawn = gain + 0.3 * drawn
+            drawn = (0.0 if from_one and "linear_attn.norm" not in name else 1.0) + 0.3 * drawn
         elif parameter is embedding:
             drawn = embedding_width * drawn
         else:

@@ -4,12 +4,29 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import GptOssConfig, OlmoeConfig
+from transformers import GptOssConfig, OlmoeConfig, Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3NextConfig
 
 from tests.support.families import CHOSEN, EXPERTS, FAMILIES, Family
 
 _TWO: dict[str, Any] = {**FAMILIES["llama"].settings, "num_hidden_layers": 2}
 _ROUTED = {"num_experts_per_tok": CHOSEN}
+_HYBRID: dict[str, Any] = {
+    **_TWO,
+    "layer_types": ["full_attention", "linear_attention"],
+    # Half of a head is rotated.
+    "rope_parameters": {"rope_type": "default", "rope_theta": 10000.0, "partial_rotary_factor": 0.5},
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 4,
+    "linear_key_head_dim": 8,
+    "linear_value_head_dim": 10,
+    "linear_conv_kernel_dim": 3,
+}
+_SHARED = {
+    **_ROUTED,
+    "num_experts": EXPERTS,
+    "moe_intermediate_size": 40,
+    "shared_expert_intermediate_size": 24,
+}
 
 SPARSE: dict[str, Family] = {
     family.name: family
@@ -30,11 +47,18 @@ SPARSE: dict[str, Family] = {
             },
         ),
         Family("olmoe", OlmoeConfig, {**_TWO, **_ROUTED, "num_experts": EXPERTS, "norm_topk_prob": True}),
+        # The second layer has one MLP for all tokens.
+        Family("qwen3_next", Qwen3NextConfig, {**_HYBRID, **_SHARED, "mlp_only_layers": [1]}),
+        Family("qwen3_5", Qwen3_5TextConfig, _HYBRID),
+        Family("qwen3_5_moe", Qwen3_5MoeTextConfig, {**_HYBRID, **_SHARED}),
     )
 }
 SPARSE_EAGER_ALONE = ("gpt_oss",)
 """Families of which transformers has no other implementation on a CPU."""
-SPARSE_WITH_PLAN = ("olmoe",)
+_HYBRIDS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
+SPARSE_WITH_PLAN = ("olmoe", *_HYBRIDS)
 """Families that transformers spreads inside layers,"""
-SPARSE_CUT = ("gpt_oss",)
+SPARSE_CUT = ("gpt_oss", *_HYBRIDS)
 """... and that it cuts into stages."""
+SPARSE_EXPERTS = tuple(name for name, family in SPARSE.items() if "num_experts_per_tok" in family.settings)
+"""Families of which ranks can share whole experts."""

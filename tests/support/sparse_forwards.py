@@ -62,8 +62,10 @@ class Layer:
     def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.weight(f"{name}.weight"), self.weights.get(f"{self.prefix}.{name}.bias"))
 
-    def normed(self, name: str, x: Tensor, gain: float = 0.0) -> Tensor:
-        return rms(x, self.config.rms_norm_eps) * (gain + self.weight(f"{name}.weight"))
+    def normed(self, name: str, x: Tensor) -> Tensor:
+        # Qwen3-Next keeps a gain as its distance from 1.
+        one = 1.0 if self.config.model_type.startswith(("qwen3_next", "qwen3_5")) else 0.0
+        return rms(x, self.config.rms_norm_eps) * (one + self.weight(f"{name}.weight"))
 
     def heads(self, name: str, x: Tensor, width: int) -> Tensor:
         return self.linear(name, x).unflatten(-1, (-1, width))
@@ -140,6 +142,61 @@ def _normed_flat(layer: Layer, x: Tensor) -> Tensor:
     return layer.linear("self_attn.o_proj", layer.at("z", layer.mixed(made["q"], made["k"], v)).flatten(2))
 
 
+def _hybrid(layer: Layer, x: Tensor) -> Tensor:
+    if layer.config.layer_types[layer.index] == "linear_attention":
+        return _delta(layer, x)
+    width = layer.config.head_dim
+    both = layer.heads("self_attn.q_proj", x, 2 * width)
+    q, gate = layer.at("q", both[..., :width]), both[..., width:]
+    k = layer.heads("self_attn.k_proj", x, width)
+    rotated = int(width * layer.config.rope_parameters["partial_rotary_factor"])
+    q = layer.rotated(layer.at("q_normed", layer.normed("self_attn.q_norm", q)), rotated)
+    k = layer.rotated(layer.at("k_normed", layer.normed("self_attn.k_norm", layer.at("k", k))), rotated)
+    v = layer.at("v", layer.heads("self_attn.v_proj", x, width))
+    z = layer.at("z", layer.mixed(q, k, v) * gate.sigmoid())
+    return layer.linear("self_attn.o_proj", z.flatten(2))
+
+
+def _delta(layer: Layer, x: Tensor) -> Tensor:
+    """The gated delta rule, one token after the other."""
+    config = layer.config
+    keys, values = config.linear_num_key_heads, config.linear_num_value_heads
+    each, wide, narrow = values // keys, config.linear_value_head_dim, config.linear_key_head_dim
+    x = x * layer.mask[..., None]
+    if config.model_type == "qwen3_next":
+        # Key head by key head, what belongs to it.
+        parts = layer.linear("linear_attn.in_proj_qkvz", x).unflatten(-1, (keys, -1))
+        q, k, v, z = parts.split([narrow, narrow, each * wide, each * wide], dim=-1)
+        b, a = (
+            part.flatten(2)
+            for part in layer.linear("linear_attn.in_proj_ba", x).unflatten(-1, (keys, 2, each)).unbind(3)
+        )
+        flat = torch.cat((q.flatten(2), k.flatten(2), v.flatten(2)), dim=-1)
+    else:
+        flat, z, b, a = (layer.linear(f"linear_attn.in_proj_{name}", x) for name in ("qkv", "z", "b", "a"))
+    kernel = layer.weight("linear_attn.conv1d.weight")[:, 0]
+    before = F.pad(flat, (0, 0, kernel.shape[1] - 1, 0))
+    conv = sum(before[:, at : at + x.shape[1]] * kernel[:, at] for at in range(kernel.shape[1]))
+    assert isinstance(conv, Tensor)
+    q, k, v = F.silu(conv).split([keys * narrow, keys * narrow, values * wide], dim=-1)
+    q, k = (part.unflatten(-1, (keys, narrow)).repeat_interleave(each, dim=2) for part in (q, k))
+    q, k = (part * torch.rsqrt(part.pow(2).sum(-1, keepdim=True) + 1e-6) for part in (q, k))
+    v = v.unflatten(-1, (values, wide))
+    rate = b.sigmoid()[..., None]
+    kept = (
+        -layer.weight("linear_attn.A_log").exp() * F.softplus(a + layer.weight("linear_attn.dt_bias"))
+    ).exp()
+    state, found = x.new_zeros(x.shape[0], values, narrow, wide), []
+    for at in range(x.shape[1]):
+        state = state * kept[:, at, :, None, None]
+        known = torch.einsum("bhn,bhnw->bhw", k[:, at], state)
+        state = state + torch.einsum("bhn,bhw->bhnw", k[:, at], rate[:, at] * (v[:, at] - known))
+        found.append(torch.einsum("bhn,bhnw->bhw", q[:, at], state) * narrow**-0.5)
+    mixed = rms(torch.stack(found, dim=1), config.rms_norm_eps) * layer.weight("linear_attn.norm.weight")
+    mixed = mixed * F.silu(z.reshape(mixed.shape))
+    return layer.linear("linear_attn.out_proj", mixed.flatten(2))
+
+
 # --- experts -----------------------------------------------------------------------------------------------------
 
 
@@ -184,14 +241,38 @@ def _of_all(layer: Layer, x: Tensor) -> Tensor:
     logits = layer.at("router_logits", layer.linear("mlp.gate", x))
     share, chosen = logits.softmax(-1).topk(layer.config.num_experts_per_tok, dim=-1)
     chosen = layer.at("expert_index", chosen)
-    if layer.config.norm_topk_prob:
+    if getattr(layer.config, "norm_topk_prob", True):
         share = share / share.sum(-1, keepdim=True)
     return _experts(layer, x, layer.at("expert_weights", share), chosen)
+
+
+def _gated(layer: Layer, x: Tensor) -> Tensor:
+    pre, up = (
+        layer.at("mlp_pre", layer.linear("mlp.gate_proj", x)),
+        layer.at("mlp_up", layer.linear("mlp.up_proj", x)),
+    )
+    return layer.linear("mlp.down_proj", layer.at("mlp_act", _silu(pre, up)))
+
+
+def _shared(layer: Layer, name: str, x: Tensor) -> Tensor:
+    """What an expert makes of every token."""
+    inner = _silu(layer.linear(f"mlp.{name}.gate_proj", x), layer.linear(f"mlp.{name}.up_proj", x))
+    return layer.linear(f"mlp.{name}.down_proj", inner)
+
+
+def _of_all_and_one(layer: Layer, x: Tensor) -> Tensor:
+    if layer.index in getattr(layer.config, "mlp_only_layers", ()):
+        return _gated(layer, x)
+    counts = layer.linear("mlp.shared_expert_gate", x).sigmoid()
+    return _of_all(layer, x) + counts * _shared(layer, "shared_expert", x)
 
 
 Part = Callable[[Layer, Tensor], Tensor]
 FORWARDS: dict[str, tuple[Part, Part]] = {
     "gpt_oss": (_with_sinks, _gpt_oss),
     "olmoe": (_normed_flat, _of_all),
+    "qwen3_next": (_hybrid, _of_all_and_one),
+    "qwen3_5_text": (_hybrid, _gated),
+    "qwen3_5_moe_text": (_hybrid, _of_all_and_one),
 }
 """By model type: attention, and what comes after it."""

@@ -127,7 +127,8 @@ class ModelAnatomy:
             path = ""
             try:
                 # Of several kinds of layers each one is looked at; one stands for all where they are alike.
-                for layer in self.some.layers.get(kind.name, (0,)):
+                alike = (0,) if "{" not in tap.module else range(self.n_layers)
+                for layer in self.some.layers.get(kind.name, alike):
                     path = self.module_path(tap, layer if kind.scope is Scope.LAYER else None)
                     self._whole.get_submodule(path)
             except AttributeError:
@@ -281,8 +282,13 @@ class ModelAnatomy:
     def module_path(self, tap: Tap, layer: int | None) -> str:
         if layer is None:
             return tap.module
-        prefix = self.family.layers.format(layer)
-        return f"{prefix}.{tap.module}" if tap.module else prefix
+        prefix, module = self.family.layers.format(layer), tap.module
+        if "{" in module:
+            words = self.family.words.items()
+            module = module.format_map(
+                {name: word.choices[word.of(self.config, layer)] for name, word in words}
+            )
+        return f"{prefix}.{module}" if module else prefix
 
     def module(self, path: str) -> nn.Module:
         known = self._modules.get(path)

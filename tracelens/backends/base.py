@@ -101,6 +101,14 @@ class InSome:
     others: str
 
 
+@dataclass(frozen=True, slots=True)
+class Word:
+    """A part of a module's path: one of ``choices``, whose number ``of`` says, of the configuration and the layer."""
+
+    choices: tuple[str, ...]
+    of: Callable[[Any, int], int]
+
+
 @dataclass(frozen=True)
 class Family:
     """The table of one family of models.
@@ -117,8 +125,9 @@ class Family:
     configuration's words for further widths of sites, or what makes them of it. ``embedding``: the module with a row
     for each token, where it is another than the one that shows ``embed``. ``attends_itself``: does the attention module
     compute attention in its own code, and not by a function that it looks up in transformers' table? ``in_some``:
-    sites that not all layers have.
-    ``softcap``: the configuration's word for what bends the logits.
+    sites that not all layers have. ``softcap``: the configuration's word for what bends the logits. ``words``: what
+    stands in braces in the paths of taps, and is another in some layers than in others. ``gated``: is what heads mix of
+    values multiplied by gates between 0 and 1 before ``z``?
     """
 
     name: str
@@ -139,11 +148,13 @@ class Family:
     wide_softmax: bool = True
     attends_itself: bool = False
     sinks: bool = False
+    gated: bool = False
     reached: tuple[str, ...] = ()
     widths: Mapping[str, str | Callable[[Any], int]] = field(
         default_factory=dict[str, "str | Callable[[Any], int]"]
     )
     in_some: tuple[InSome, ...] = ()
+    words: Mapping[str, Word] = field(default_factory=dict[str, "Word"])
     softcap: str | None = None
     serves: Callable[[Any], bool] | None = None
     these: str = ""

@@ -43,6 +43,13 @@ def with_branches(anatomy: ModelAnatomy, prompt: Prompt, branches: Branches) -> 
             at=here(),
             instead="one prompt for each branch",
         )
+    others = set(getattr(anatomy.config, "layer_types", None) or ()) - {"full_attention", "sliding_attention"}
+    if others:
+        raise PromptError(
+            f"this model has layers with {' and '.join(sorted(others))}, where no mask says which token sees which",
+            at=here(),
+            instead="one prompt for each branch",
+        )
     longest = max(prompt.lengths) + (ends is not None)
     windows = {window_of(anatomy.config, layer) for layer in range(anatomy.n_layers)} - {None}
     shortest = min((window for window in windows if window is not None), default=longest)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from tracelens.backends.base import Family
 from tracelens.identities import Facts
 
 
-def facts_of(config: Any, *, softcap: float | None, sinks: bool = False, biased: bool = False) -> Facts:
-    """The functions, and the numbers that they take."""
+def facts_of(config: Any, family: Family, *, softcap: float | None) -> Facts:
+    """The functions, and the numbers that they take; some are facts of the family."""
     from transformers.activations import ACT2FN  # heavy
 
     words = ("hidden_activation", "hidden_act", "activation_function", "activation")
@@ -16,8 +17,9 @@ def facts_of(config: Any, *, softcap: float | None, sinks: bool = False, biased:
     return Facts(
         activation=ACT2FN[name] if name is not None and name in ACT2FN else None,
         softcap=softcap,
-        sinks=sinks,
-        biased=biased,
+        sinks=family.sinks,
+        biased=family.attends_itself,
+        gated=family.gated,
         epsilon=getattr(config, "rms_norm_eps", None) or 0.0,
         score_cap=getattr(config, "attn_logit_softcapping", None),
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from string import Formatter
 
 from tracelens.backends.base import Family, HeadsView, NeuronsView, Side, Tap
 from tracelens.errors import FamilyTableError
@@ -71,6 +72,13 @@ def _of_tap(family: Family, name: str, tap: Tap) -> Iterator[tuple[str, str | No
         return
     if tap.side is Side.INSIDE and tap.key not in _INSIDE:
         yield f"has {tap.key!r} inside attention for {name!r}", "one of " + ", ".join(_INSIDE)
+    words = [word for _, word, _, _ in Formatter().parse(tap.module) if word is not None]
+    for word in words:
+        if word not in family.words:
+            yield (
+                f"has the word {word!r} in the path of {name!r}, and does not say what it is",
+                f'words={{"{word}": ...}}',
+            )
     known = _WIDTHS | set(family.widths)
     used = {width for width in KIND[name].shape if isinstance(width, str)}
     if isinstance(tap.view, HeadsView | NeuronsView):

@@ -222,12 +222,13 @@ class _Recording:
         found: dict[str, Any] = {}
         added = self.here(layer.attn_add)
         found["attention"], found["attention size"] = _part(added, direction)
-        z = self.here(layer.z)
-        inner = self.inside(number, ("z", "attn_out", "attn_post_norm"), direction, found)
-        parts = (z * inner.towards.reshape(-1, heads, width)).sum(-1)
-        found["heads"] = parts if inner.scale is None else parts * inner.scale[:, None]
-        if inner.bias is not None:
-            found["attn_bias"] = inner.bias
+        if model.anatomy.has(Site("z", number)):
+            z = self.here(layer.z)
+            inner = self.inside(number, ("z", "attn_out", "attn_post_norm"), direction, found)
+            parts = (z * inner.towards.reshape(-1, heads, width)).sum(-1)
+            found["heads"] = parts if inner.scale is None else parts * inner.scale[:, None]
+            if inner.bias is not None:
+                found["attn_bias"] = inner.bias
         found["mlp"], found["mlp size"] = _part(self.here(layer.mlp_add), direction)
         if neurons:
             neuron = self.here(layer.mlp_act)  # refuses layers without neurons by name
@@ -340,7 +341,10 @@ class _Row:
         if self.has("pos_embed"):
             add("pos_embed", None, self("pos_embed") * scale)
         for layer in range(layers):
-            add_of("head", layer, "heads")
+            if layer in self.layers("heads"):
+                add_of("head", layer, "heads")
+            else:
+                add_of("attention", layer, "attention")
             add_of("attn_bias", layer, "attn_bias")
             if layer in self.layers("neurons"):
                 add_of("neuron", layer, "neurons")

@@ -22,6 +22,7 @@ Kind = Literal[
     "embed",
     "pos_embed",
     "head",
+    "attention",
     "attn_bias",
     "mlp",
     "neuron",
@@ -38,7 +39,8 @@ _BLOCKS = 20
 class Contribution:
     """One component's part of a logit, in logits.
 
-    ``kind``: ``"embed"``, ``"pos_embed"``, ``"head"``, ``"mlp"``, ``"neuron"``; ``"attn_bias"`` and ``"mlp_bias"`` for
+    ``kind``: ``"embed"``, ``"pos_embed"``, ``"head"``, ``"mlp"``, ``"neuron"``; ``"attention"`` for that of a
+    layer without heads that mix values (linear attention); ``"attn_bias"`` and ``"mlp_bias"`` for
     what a sublayer adds whatever it reads (the biases of its last projection and of a norm after it; without neurons
     that of the MLP is part of it), ``"final_norm_bias"``, ``"unembed_bias"``; and ``"rounding"``, what is left.
     ``index``: the number of the head or neuron.
@@ -59,6 +61,8 @@ class Contribution:
                 return f"L{self.layer}N{self.index}"
             case "mlp":
                 return f"L{self.layer} MLP"
+            case "attention":
+                return f"L{self.layer} attention"
             case "attn_bias":
                 return f"L{self.layer} attention bias"
             case "mlp_bias":
@@ -113,8 +117,11 @@ class LogitAttribution(Shown):
 
     @property
     def heads(self) -> Tensor:
-        """What each head contributes: [layers, heads]."""
-        return torch.stack([part.values for part in self.parts if part.kind == "head"])
+        """What each head contributes: [layers, heads]; nan in layers whose attention has none that mix values."""
+        of = {part.layer: part.values for part in self.parts if part.kind == "head"}
+        layers = [part.layer for part in self.parts if part.kind in ("head", "attention")]
+        nothing = torch.full_like(next(iter(of.values()), torch.zeros(0, dtype=torch.float64)), float("nan"))
+        return torch.stack([of.get(layer, nothing) for layer in layers])
 
     @property
     def mlps(self) -> Tensor:

@@ -31,6 +31,10 @@ def tolerance(dtype: torch.dtype) -> float:
     return max(1e-4, 4 * torch.finfo(dtype).eps)
 
 
+OF_ATTENTION = ("head", "attention", "attn_bias")
+"""The kinds of parts that attention adds, by layer."""
+
+
 def require_sums(model: Model, own: Found, parts: list[Part], weights: Tensor, logit: float) -> None:
     """Raises :class:`DecompositionError` that says which sum of the model is another than that of its parts."""
     allowed, scale = tolerance(model.anatomy.dtype), own("scale")
@@ -45,14 +49,14 @@ def require_sums(model: Model, own: Found, parts: list[Part], weights: Tensor, l
     allowed = (allowed * size).item()
     in_layer = [[part for part in parts if part.layer == layer] for layer in range(model.n_layers)]
     for layer, there in enumerate(in_layer):
-        of_attention = _sum([part for part in there if part.kind in ("head", "attn_bias")])
+        of_attention = _sum([part for part in there if part.kind in OF_ATTENTION])
         _require_sum(
             f"the heads of layer {layer} and the bias behind them",
             of_attention,
             own("attention")[layer] * scale,
             allowed,
         )
-        of_mlp = _sum([part for part in there if part.kind not in ("head", "attn_bias")])
+        of_mlp = _sum([part for part in there if part.kind not in OF_ATTENTION])
         _require_sum(
             f"the neurons of layer {layer} and the bias behind them",
             of_mlp,

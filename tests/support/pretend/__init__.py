@@ -23,8 +23,8 @@ Not like a GPU:
 * Backward passes run in the calling thread. A backward pass that a test starts in a thread of its own needs
   ``torch.autograd.set_multithreading_enabled(False)`` there.
 * Attention with a gradient is computed on the CPU's side of autograd: no second derivatives through it.
-* No convolutions, recurrent cells, sparse or quantised tensors, autocast, ``torch.compile``, nested ``torch.func``
-  transforms of several levels; nothing resizes a storage without its tensor.
+* No gradients of convolutions, no recurrent cells, sparse or quantised tensors, autocast, ``torch.compile``, nested
+  ``torch.func`` transforms of several levels; nothing resizes a storage without its tensor.
 """
 
 from __future__ import annotations

@@ -178,6 +178,8 @@ def register() -> list[torch.library.Library]:
         "_has_compatible_shallow_copy_type": _same_kind,
         "scaled_dot_product_attention": _attention,
         "record_stream": _nothing,
+        # What torch asks a new device for; backwards there is none.
+        "convolution_overrideable": partial(run, _aten.convolution.default),
     }
     own |= {name: partial(_overload(name).redispatch, memory.CPU_KEY) for name in _METADATA}
     for name, kernel in own.items():

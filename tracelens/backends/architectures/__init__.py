@@ -15,13 +15,14 @@ from tracelens.backends.architectures.olmoe import OLMOE
 from tracelens.backends.architectures.opt import OPT
 from tracelens.backends.architectures.phi3 import PHI3
 from tracelens.backends.architectures.qwen3_moe import QWEN3_MOE
+from tracelens.backends.architectures.qwen3_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from tracelens.backends.base import Family
 
 FAMILIES = (
     *(LLAMA, MISTRAL, MIXTRAL, QWEN2, QWEN3, QWEN3_MOE, GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES, PHI3, OLMO2),
     *(GPT2, GPT_NEOX_SEQUENTIAL, GPT_NEOX_PARALLEL, OPT, BLOOM),
     *(FALCON_SEQUENTIAL, FALCON_TWO_NORMS, FALCON_PARALLEL),
-    *(GPT_OSS, OLMOE),
+    *(GPT_OSS, OLMOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE),
 )
 FAMILIES_OF: Mapping[str, tuple[Family, ...]] = {
     model_type: tuple(family for family in FAMILIES if model_type in family.model_types)
