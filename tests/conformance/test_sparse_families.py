@@ -57,7 +57,7 @@ def test_linear_attention_has_no_heads_and_says_so(family: str) -> None:
         for layer, module in enumerate(("self_attn", "linear_attn")):
             model.layers[layer].attn_in.save(f"in {layer}")
             model.layers[layer].attn_add.save(f"add {layer}")
-            model.module(f"model.layers.{layer}.{module}").input.save(f"module in {layer}")
+            model.module(f"model.layers.{layer}.{module}").inputs["hidden_states"].save(f"module in {layer}")
     for layer in range(2):
         assert torch.equal(t[f"in {layer}"], t[f"module in {layer}"])
     with pytest.raises(PromptError, match="layers with linear_attention"):
