@@ -280,15 +280,7 @@ class ModelAnatomy:
         return self.module(path), tap, path
 
     def module_path(self, tap: Tap, layer: int | None) -> str:
-        if layer is None:
-            return tap.module
-        prefix, module = self.family.layers.format(layer), tap.module
-        if "{" in module:
-            words = self.family.words.items()
-            module = module.format_map(
-                {name: word.choices[word.of(self.config, layer)] for name, word in words}
-            )
-        return f"{prefix}.{module}" if module else prefix
+        return self.family.path(tap, self.config, layer)
 
     def module(self, path: str) -> nn.Module:
         known = self._modules.get(path)

@@ -165,6 +165,17 @@ class Family:
         """The path of the module with a row for each token."""
         return self.embedding or self.taps["embed"].module
 
+    def path(self, tap: Tap, config: Any, layer: int | None) -> str:
+        """The path of a tap's module."""
+        if layer is None:
+            return tap.module
+        prefix, module = self.layers.format(layer), tap.module
+        if "{" in module:
+            module = module.format_map(
+                {name: word.choices[word.of(config, layer)] for name, word in self.words.items()}
+            )
+        return f"{prefix}.{module}" if module else prefix
+
     def refused(self, config: Any) -> str | None:
         """The reason why a configuration of this family cannot be served, if there is one."""
         for option, reason in self.refusals.items():
