@@ -39,7 +39,7 @@ class Facts:
 
     ``activation``: the MLP's function. ``softcap``: what bends the head's logits. ``score_cap``: what bends
     attention's scores. ``sinks``: has attention something else to look at than tokens? ``gated``: is what
-    heads mix multiplied by gates between 0 and 1?
+    heads mix multiplied by gates between 0 and 1? ``shared``: is there an expert that all tokens go to?
     ``biased``: may scores be more than products of queries and keys, such as a bias (ALiBi), or of rotated ones?
     ``epsilon``: what norms add to the mean square of a row.
     """
@@ -50,6 +50,7 @@ class Facts:
     sinks: bool = False
     biased: bool = False
     gated: bool = False
+    shared: bool = False
     epsilon: float = 0.0
 
 
@@ -193,7 +194,9 @@ def _weighed(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
     return chances, read["expert_weights"] / read["expert_weights"].sum(-1, keepdim=True)
 
 
-def _summed(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
+def _summed(read: Read, facts: Facts) -> tuple[Tensor, Tensor] | None:
+    if facts.shared:
+        return None
     return (read["expert_weights"][..., None] * read["expert_out"]).sum(-2), read["mlp_out"]
 
 

@@ -127,7 +127,8 @@ class Family:
     compute attention in its own code, and not by a function that it looks up in transformers' table? ``in_some``:
     sites that not all layers have. ``softcap``: the configuration's word for what bends the logits. ``words``: what
     stands in braces in the paths of taps, and is another in some layers than in others. ``gated``: is what heads mix of
-    values multiplied by gates between 0 and 1 before ``z``?
+    values multiplied by gates between 0 and 1 before ``z``? ``shared``: is there an expert that all tokens go to,
+    beside those that are chosen?
     """
 
     name: str
@@ -149,6 +150,7 @@ class Family:
     attends_itself: bool = False
     sinks: bool = False
     gated: bool = False
+    shared: bool = False
     reached: tuple[str, ...] = ()
     widths: Mapping[str, str | Callable[[Any], int]] = field(
         default_factory=dict[str, "str | Callable[[Any], int]"]

@@ -20,6 +20,7 @@ def facts_of(config: Any, family: Family, *, softcap: float | None) -> Facts:
         sinks=family.sinks,
         biased=family.attends_itself,
         gated=family.gated,
+        shared=family.shared,
         epsilon=getattr(config, "rms_norm_eps", None) or 0.0,
         score_cap=getattr(config, "attn_logit_softcapping", None),
     )

@@ -59,6 +59,7 @@ QWEN3_NEXT = replace(
     in_some=(*QWEN3_MOE.in_some, _HEADS),
     words=_WORDS,
     gated=True,
+    shared=True,
 )
 QWEN3_5 = replace(
     QWEN3,
@@ -82,4 +83,5 @@ QWEN3_5_MOE = replace(
         **{name: MIXTRAL.absent[name] for name in _NEURONS},
     },
     widths=QWEN3_MOE.widths,
+    shared=True,
 )
