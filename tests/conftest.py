@@ -1,4 +1,4 @@
-"""Settings that hold for every test: no network, one thread, no progress bars, hypothesis profiles."""
+"""Settings that hold for every test: no network, one thread, no progress bars, hypothesis profiles; some fixtures."""
 
 from __future__ import annotations
 
@@ -14,12 +14,18 @@ os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tests wrap models that were changed on purpose, and count passes. Those of the probe at load ask for it.
 os.environ["TRACELENS_PROBE"] = "0"
 
+from typing import TYPE_CHECKING
+
+import pytest
 import torch
 import transformers
 from hypothesis import HealthCheck, settings
 
 from tests.support.ranks import ranks_of as ranks_of  # fixtures for all tests
 from tests.support.ranks import tiny_folder as tiny_folder
+
+if TYPE_CHECKING:
+    from tracelens.model import Model
 
 # The models are tiny, and the tests run in several processes: more threads only get in each other's way.
 torch.set_num_threads(1)
@@ -41,6 +47,19 @@ settings.register_profile(
     "dev", deadline=None, max_examples=300, print_blob=True, suppress_health_check=_SLOW
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture
+def one_model(model: Model, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
+    """Commands get the ``model`` of the module, which is there already; with what they asked for."""
+    asked: list[dict[str, object]] = []
+
+    def load(name: str, **options: object) -> Model:
+        asked.append({"name": name, **options})
+        return model
+
+    monkeypatch.setattr("tracelens.loading.load", load)
+    return asked
 
 
 def pytest_runtest_setup() -> None:

@@ -10,7 +10,7 @@ import torch
 import tracelens as tl
 from tracelens import cli, lens_command
 
-pytestmark = pytest.mark.smollm2
+pytestmark = [pytest.mark.smollm2, pytest.mark.usefixtures("one_model")]
 
 PROMPT = "The capital of France is"
 HERE = ["--layers", "0-2,27-", "--positions", "3-"]
@@ -19,19 +19,6 @@ HERE = ["--layers", "0-2,27-", "--positions", "3-"]
 @pytest.fixture(scope="module")
 def model() -> tl.Model:
     return tl.load("smollm2-135m")
-
-
-@pytest.fixture(autouse=True)
-def one_model(model: tl.Model, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    """The commands get the model that is there already; with what they asked for."""
-    asked: list[dict[str, object]] = []
-
-    def load(name: str, **options: object) -> tl.Model:
-        asked.append({"name": name, **options})
-        return model
-
-    monkeypatch.setattr("tracelens.loading.load", load)
-    return asked
 
 
 def test_the_table_is_that_of_the_method(model: tl.Model, capsys: pytest.CaptureFixture[str]) -> None:

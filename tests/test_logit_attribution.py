@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import xml.etree.ElementTree as ET
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,7 @@ import tracelens as tl
 from tests.support.families import D_MODEL, EVERY, HEADS, LAYERS, NEURONS, WITH_NEURONS
 from tests.support.offloading import WAYS
 from tests.support.pretend import pretend_throughout as pretend_throughout
-from tests.support.ranks import PoolOf
-from tests.support.spread_models import Both, both, over_devices
+from tests.support.spread_models import EVERY_WAY, Both, fixture_of, over_devices
 from tests.support.tokenizers import byte_level_bpe
 from tracelens.errors import (
     AbsentSiteError,
@@ -445,30 +444,15 @@ def test_a_sublayer_that_adds_nothing_contributes_nothing() -> None:
 # --- where the layers are --------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        "llama device_map",
-        "llama tp2",
-        "llama pp2",
-        "gemma3 tp2",
-        "gemma3 pp2",
-        "gpt2 device_map",
-        "qwen3_moe tp2",
-    ],
+spread = fixture_of(
+    {
+        **{f"llama {name}": there for name, there in EVERY_WAY.items()},
+        "gemma3 tp2": ("gemma3", {"tp": 2}),
+        "gemma3 pp2": ("gemma3", {"pp": 2}),
+        "gpt2 device_map": ("gpt2", {}),
+        "qwen3_moe tp2": ("qwen3_moe", {"tp": 2}),
+    }
 )
-def spread(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
-) -> Iterator[Both]:
-    family, how = request.param.split()
-    folder: Path = tmp_path_factory.mktemp(family)
-    if how == "device_map":
-        request.getfixturevalue("pretend_throughout")
-        yield over_devices(family, folder)
-        return
-    found = both(family, folder, ranks_of, **{how[:2]: 2})
-    yield found
-    found.close()
 
 
 def test_spread_models_give_the_same(spread: Both) -> None:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,8 +12,7 @@ import tracelens as tl
 from tests.errors import LLAMA, refused
 from tests.support.families import FAMILIES
 from tests.support.pretend import pretend_throughout
-from tests.support.ranks import PoolOf
-from tests.support.spread_models import Both, both, over_devices
+from tests.support.spread_models import EVERY_WAY, Both, fixture_of
 from tracelens.errors import (
     CausalityError,
     ForeignValueError,
@@ -537,18 +535,7 @@ def test_plain_blocks_advise_to_take_each_prompt_for_itself() -> None:
 # --- spread models ---------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module", params=["device_map", "tp2", "pp2"])
-def spread(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
-) -> Iterator[Both]:
-    folder: Path = tmp_path_factory.mktemp("prompts")
-    if request.param == "device_map":
-        request.getfixturevalue("pretend_throughout")
-        yield over_devices("llama", folder)
-        return
-    found = both("llama", folder, ranks_of, **({"tp": 2} if request.param == "tp2" else {"pp": 2}))
-    yield found
-    found.close()
+spread = fixture_of(EVERY_WAY)
 
 
 def test_on_spread_models(spread: Both) -> None:

@@ -13,7 +13,10 @@ from tests.support.tokenizers import byte_level_bpe
 from tracelens import cli
 from tracelens.steering import SteeringCurve, load_contrast
 
+pytestmark = pytest.mark.usefixtures("one_model")
+
 DATA = Path(__file__).parent / "data" / "contrast_choices.jsonl"
+EXTRACT = ["steer", "extract", str(DATA), "--layers", "1-", "--sites", "resid_post", "attn_out"]
 
 
 @pytest.fixture(scope="module")
@@ -22,36 +25,11 @@ def model() -> tl.Model:
     return tl.wrap(FAMILIES["llama"].build(vocab_size=len(tokenizer), max_position_embeddings=256), tokenizer)
 
 
-@pytest.fixture(autouse=True)
-def one_model(model: tl.Model, monkeypatch: pytest.MonkeyPatch) -> list[dict[str, object]]:
-    """The commands get the model that is there already; with what they asked for."""
-    asked: list[dict[str, object]] = []
-
-    def load(name: str, **options: object) -> tl.Model:
-        asked.append({"name": name, **options})
-        return model
-
-    monkeypatch.setattr("tracelens.loading.load", load)
-    return asked
-
-
 def test_from_a_file_to_a_report(
     model: tl.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], one_model: list[dict[str, object]]
 ) -> None:
     file, page, numbers = tmp_path / "v.safetensors", tmp_path / "out.html", tmp_path / "out.json"
-    extract = [
-        "steer",
-        "extract",
-        str(DATA),
-        "--layers",
-        "1-",
-        "--sites",
-        "resid_post",
-        "attn_out",
-        "--seed",
-        "3",
-    ]
-    assert cli.main([*extract, "--save", str(file), "--model", "some/model", "--tp", "1"]) == 0
+    assert cli.main([*EXTRACT, "--seed", "3", "--save", str(file), "--model", "some/model", "--tp", "1"]) == 0
     data = load_contrast(DATA, template="plain", letters="balanced", seed=3)
     v = tl.steering.extract(model, data.train, sites=["resid_post", "attn_out"], layers=[1, 2], seed=3)
     assert capsys.readouterr().out == f"{v.report()}\nwrote {file}\n"
@@ -95,19 +73,7 @@ def test_a_text_for_each_strength(
     model: tl.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     file = tmp_path / "v.safetensors"
-    extract = [
-        "steer",
-        "extract",
-        str(DATA),
-        "--layers",
-        "1-",
-        "--sites",
-        "resid_post",
-        "attn_out",
-        "--rows",
-        "4",
-    ]
-    assert cli.main([*extract, "--save", str(file)]) == 0
+    assert cli.main([*EXTRACT, "--rows", "4", "--save", str(file)]) == 0
     capsys.readouterr()
     asked = [
         "steer",

@@ -2389,6 +2389,21 @@ MUTANTS = (
         (*TUNED, "code_in_a_file"),
     ),
     Mutant(
+        "steering: the decision of neutral texts is all of theirs",
+        "steering/damage.py",
+        """    if isinstance(positions, str) and positions == "decision":
+""",
+        "    if False:\n",
+        ("tests/steering/test_sweep.py", "-k", "damage"),
+    ),
+    Mutant(
+        "what is made of an unembedding is made anew where that has changed",
+        "lens/fingerprint.py",
+        "        if known is None or known[0] != state:\n",
+        "        if known is None:\n",
+        ("tests/test_tuned_lens.py", "tests/steering/test_vector_files.py"),
+    ),
+    Mutant(
         "tuned lens: another unembedding is refused",
         "lens/tuned.py",
         "        if not agrees:\n",

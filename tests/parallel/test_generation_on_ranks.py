@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +10,9 @@ import pytest
 import torch
 
 import tracelens as tl
-from tests.parallel.cells import knows_ep
 from tests.support.families import D_MODEL, FAMILIES
 from tests.support.ranks import PoolOf
-from tests.support.spread_models import Both, both
+from tests.support.spread_models import Both, fixture_of
 from tests.support.tokenizers import byte_level_bpe
 from tracelens import errors
 
@@ -31,19 +30,7 @@ SPREADS = {
 }
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=knows_ep if len(more) > 1 else ()) for name, (_, more) in SPREADS.items()
-    ],
-)
-def models(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
-) -> Iterator[Both]:
-    family, more = SPREADS[request.param]
-    found = both(family, tmp_path_factory.mktemp("generating"), ranks_of, settings=SHARP, **more)
-    yield found
-    found.close()
+models = fixture_of(SPREADS, SHARP)
 
 
 Block = Callable[[tl.Model, tl.Generation], None]

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 from unittest.mock import patch
 
-import pytest
 import torch
 from torch.testing import assert_close
 
 import tracelens as tl
-from tests.parallel.cells import knows_ep
-from tests.support.ranks import PoolOf
-from tests.support.spread_models import Both, both
+from tests.support.spread_models import Both, fixture_of
 from tracelens import compiling
 from tracelens.collectives import collectives
 from tracelens.generation_plan import CompiledGeneration
@@ -22,26 +18,13 @@ from tracelens.ir.ops import Call
 ROWS = [[5, 6, 7, 8, 9, 10, 4, 3], [11, 12, 90, 2, 3, 4, 5, 6]]
 SPREADS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama tp2": ("llama", {"tp": 2}),
-    "gemma3 tp2, soft-capped": ("gemma3", {"tp": 2}),
+    "gemma3 tp2, soft-capped": ("gemma3", {"tp": 2, "settings": {"final_logit_softcapping": 4.0}}),
     "mistral pp2": ("mistral", {"pp": 2}),
     "qwen3 pp2 x tp2": ("qwen3", {"pp": 2, "tp": 2}),
 }
 
 
-@pytest.fixture(
-    scope="module",
-    params=[
-        pytest.param(name, marks=knows_ep if len(more) > 1 else ()) for name, (_, more) in SPREADS.items()
-    ],
-)
-def models(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
-) -> Iterator[Both]:
-    family, more = SPREADS[request.param]
-    settings = {"final_logit_softcapping": 4.0} if "capped" in request.param else {}
-    found = both(family, tmp_path_factory.mktemp("lens"), ranks_of, settings=settings, **more)
-    yield found
-    found.close()
+models = fixture_of(SPREADS)
 
 
 def looked_at(model: tl.Model) -> tl.Trace:

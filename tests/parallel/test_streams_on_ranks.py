@@ -12,8 +12,8 @@ import torch
 
 import tracelens as tl
 from tests.support.families import D_MODEL
-from tests.support.ranks import PoolOf, fragile
-from tests.support.spread_models import Both, both
+from tests.support.ranks import fragile
+from tests.support.spread_models import Both, fixture_of
 from tracelens import errors, ranked
 from tracelens.backends.ranks.pool import Ranks
 
@@ -25,15 +25,7 @@ V = 3 * torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0))
 SPREADS = {"llama tp2": ("llama", {"tp": 2}), "gemma3 pp2": ("gemma3", {"pp": 2})}
 
 
-@pytest.fixture(scope="module", params=SPREADS)
-def models(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
-) -> Iterator[Both]:
-    more: dict[str, Any]
-    family, more = SPREADS[request.param]
-    found = both(family, tmp_path_factory.mktemp("streaming"), ranks_of, settings=SHARP, **more)
-    yield found
-    found.close()
+models = fixture_of(SPREADS, SHARP)
 
 
 def recorded(model: tl.Model) -> tl.Graph:

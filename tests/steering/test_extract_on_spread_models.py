@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,8 +11,7 @@ from torch.testing import assert_close
 
 import tracelens as tl
 from tests.support.pretend import Pretend, pretend, watched
-from tests.support.ranks import PoolOf
-from tests.support.spread_models import Both, both, over_devices
+from tests.support.spread_models import Both, fixture_of, over_devices
 from tests.support.tokenizers import byte_level_bpe
 from tracelens.steering import Contrast, SteeringVector, extract
 
@@ -52,14 +50,7 @@ def with_tokenizer(models: Both) -> tuple[tl.Model, tl.Model]:
 SPREADS = {"llama tp2": ("llama", {"tp": 2}), "qwen3 pp2": ("qwen3", {"pp": 2})}
 
 
-@pytest.fixture(scope="module", params=SPREADS)
-def models(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
-) -> Iterator[Both]:
-    family, more = SPREADS[request.param]
-    found = both(family, tmp_path_factory.mktemp("steering"), ranks_of, settings=SETTINGS, **more)
-    yield found
-    found.close()
+models = fixture_of(SPREADS, SETTINGS)
 
 
 @pytest.mark.parametrize("positions", ["label", "mean"])

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import numpy as np
 import pytest
 import torch
@@ -12,8 +10,7 @@ import tracelens as tl
 from tests.steering.toy_models import drawn_rows
 from tests.support.families import D_MODEL
 from tests.support.pretend import Pretend, pretend, watched
-from tests.support.ranks import PoolOf
-from tests.support.spread_models import Both, both, over_devices
+from tests.support.spread_models import Both, fixture_of, over_devices
 from tracelens.steering import SteeringCurves, SteeringVector, sweep
 from tracelens.steering.propensity import End, readings
 
@@ -57,14 +54,7 @@ def same(one: tl.Model, spread: tl.Model, *, controls: int = 2, **options: objec
 SPREADS = {"llama tp2": ("llama", {"tp": 2}), "qwen3 pp2": ("qwen3", {"pp": 2})}
 
 
-@pytest.fixture(scope="module", params=SPREADS)
-def models(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
-) -> Iterator[Both]:
-    family, more = SPREADS[request.param]
-    found = both(family, tmp_path_factory.mktemp("sweep"), ranks_of, **more)
-    yield found
-    found.close()
+models = fixture_of(SPREADS)
 
 
 def test_ranks_measure_what_one_process_does(models: Both) -> None:

@@ -1,16 +1,18 @@
-"""Models in two ways: on ranks of the tests' pools, and in one process."""
+"""Models in two ways: on ranks of the tests' pools or over devices, and in one process; fixtures of them."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pytest
 from torch import Tensor
 from transformers import PreTrainedModel
 
 import tracelens as tl
+from tests.parallel.cells import knows_ep
 from tests.support.more_families import ALL, EAGER_ALONE
 from tests.support.pretend import device_map
 from tests.support.ranks import PoolOf
@@ -68,6 +70,45 @@ def stored(family: str, folder: Path, settings: Mapping[str, Any] | None = None)
     hf = ALL[family].build(attn=attn, **(settings or {}))
     hf.save_pretrained(folder)
     return hf
+
+
+EVERY_WAY: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "device_map": ("llama", {}),
+    "tp2": ("llama", {"tp": 2}),
+    "pp2": ("llama", {"pp": 2}),
+}
+"""A tiny model that is spread in each of the ways that there are."""
+
+
+def fixture_of(
+    spreads: Mapping[str, tuple[str, Mapping[str, Any]]], settings: Mapping[str, Any] | None = None
+) -> Any:
+    """A fixture of a module: one model after another, by family and what :func:`both` takes beside ``settings``.
+
+    Where there is nothing beside, the model lies over devices, for which the module has ``pretend_throughout``.
+    """
+
+    @pytest.fixture(
+        scope="module",
+        params=[
+            pytest.param(name, marks=knows_ep if {"tp", "pp"} <= more.keys() else ())
+            for name, (_, more) in spreads.items()
+        ],
+    )
+    def models(
+        request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, ranks_of: PoolOf
+    ) -> Iterator[Both]:
+        family, more = spreads[request.param]
+        folder = tmp_path_factory.mktemp(family)
+        if not more:
+            request.getfixturevalue("pretend_throughout")
+            yield over_devices(family, folder, settings)
+            return
+        found = both(family, folder, ranks_of, **{"settings": settings, **more})
+        yield found
+        found.close()
+
+    return models
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import contextvars
 import hashlib
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -28,6 +28,7 @@ _PRINTED = {
     "formatter": None,
     "legacy": False,
 }
+Made = TypeVar("Made")
 _ROUNDED = {"float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -77,24 +78,37 @@ def _printed_digest(numbers: np.ndarray) -> str:
         return hashlib.sha256(np.array_str(numbers, precision=1).encode()).hexdigest()
 
 
-_known: weakref.WeakKeyDictionary[object, tuple[object, Fingerprint]] = weakref.WeakKeyDictionary()
+class OfUnembeddings(Generic[Made]):
+    """What is made of a model's unembedding once, and anew where that is another tensor, or has changed since.
+
+    A user may train the model, or add tokens to it.
+    """
+
+    def __init__(self, make: Callable[[Model], Made]) -> None:
+        self._make = make
+        self._known: weakref.WeakKeyDictionary[object, tuple[object, Made]] = weakref.WeakKeyDictionary()
+
+    def __call__(self, model: Model) -> Made:
+        anatomy = model.anatomy
+        parameter = anatomy.parameter(anatomy.head.weight)
+        state = (parameter.data_ptr(), parameter._version, tuple(parameter.shape))
+        known = self._known.get(anatomy)
+        if known is None or known[0] != state:
+            # In a context of its own, so that it can be asked for while the user's block is open.
+            made = contextvars.Context().run(self._make, model)
+            known = self._known[anatomy] = (state, made)
+        return known[1]
+
+
+def _fingerprint(model: Model) -> Fingerprint:
+    with model.trace([[0]]):
+        saved = model.unembed.save()
+    return fingerprint(saved.value)
+
+
+_fingerprints = OfUnembeddings(_fingerprint)
 
 
 def fingerprint_of(model: Model) -> Fingerprint:
     """The digests of a model's unembedding, made once: it is read, whole, from wherever it lies."""
-    anatomy = model.anatomy
-    parameter = anatomy.parameter(anatomy.head.weight)
-    # Of another tensor, or changed since: a user may train the model, or add tokens to it.
-    state = (parameter.data_ptr(), parameter._version, tuple(parameter.shape))
-    known = _known.get(anatomy)
-    if known is None or known[0] != state:
-        # In a context of its own, so that it can be asked for while the user's block is open.
-        unembedding = contextvars.Context().run(_unembedding, model)
-        known = _known[anatomy] = (state, fingerprint(unembedding))
-    return known[1]
-
-
-def _unembedding(model: Model) -> torch.Tensor:
-    with model.trace([[0]]):
-        saved = model.unembed.save()
-    return saved.value
+    return _fingerprints(model)

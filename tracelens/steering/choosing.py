@@ -136,13 +136,12 @@ def choose(
         allowed = np.ones(len(grid), dtype=bool)
         hurt: Damage | None = None
         if damage is not None and most_kl is not None:
-            there = "all" if isinstance(positions, str) and positions == "decision" else positions
             hurt = damage_of(
                 model,
                 own,
                 damage,
                 grid,
-                positions=there,
+                positions=positions,
                 operator=operator,
                 settings=settings,
                 progress=progress,

@@ -46,7 +46,12 @@ def damage(
     settings: Mapping[str, Any] | None = None,
     progress: bool | None = None,
 ) -> Damage:
-    """Runs every text as it is and at all multipliers, in one batch, and compares what is said of each next token."""
+    """Runs every text as it is and at all multipliers, in one batch, and compares what is said of each next token.
+
+    Texts have no decision: ``positions="decision"`` is all of theirs.
+    """
+    if isinstance(positions, str) and positions == "decision":
+        positions = "all"
     rows = [model.prepare(text).batch.tokens(0) for text in texts]
     short = next((number for number, row in enumerate(rows) if len(row) < 2), None)
     if not rows or short is not None:

@@ -171,13 +171,12 @@ def sweep(
             )
             if damage is not None:
                 own = vector.at(sites=place[0], layers=place[1])
-                there = "all" if isinstance(positions, str) and positions == "decision" else positions
                 hurt = damage_of(
                     model,
                     own,
                     damage,
                     grid,
-                    positions=there,
+                    positions=positions,
                     operator=operator,
                     settings=settings,
                     progress=progress,
