@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from tracelens.backends.architectures import FAMILIES
-from tracelens.backends.base import Family, HeadsView, NeuronsView, RowsView, Side, Tap
+from tracelens.backends.base import Family, NeuronsView, RowsView, ScaledView, Side, Tap, View
 from tracelens.ir.sites import KINDS, TEXT, Effect, Kind, Scope
 
 _WIDTHS = {
@@ -77,6 +77,12 @@ def _family(family: Family) -> str:
     if family.refusals:
         refused = (f"* `{option}`: {reason}" for option, reason in family.refusals.items())
         parts.append("Configurations that are refused when the model is loaded:\n\n" + "\n".join(refused))
+    if family.not_on_ranks:
+        reasons = (f"* `{way}=`: {reason}" for way, reason in family.not_on_ranks.items())
+        parts.append(
+            "Refused by `tl.load`, because transformers would compute something else:\n\n"
+            + "\n".join(reasons)
+        )
     return "\n\n".join(parts)
 
 
@@ -115,11 +121,13 @@ def _hook_point(family: Family, kind: Kind, tap: Tap) -> str:
     return f"{_part(tap.view)}{side} of {where}{field}{only}"
 
 
-def _part(view: HeadsView | NeuronsView | RowsView | None) -> str:
+def _part(view: View | None) -> str:
     if view is None:
         return ""
     if isinstance(view, NeuronsView):
         return f"part {view.index + 1} of {len(view.parts)} of the "
+    if isinstance(view, ScaledView):
+        return f"`{view.by}` times the "
     if isinstance(view, RowsView):
         return "per row, "
     if view.heads_first:

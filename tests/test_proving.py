@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import nn
 from torch.testing import assert_close
-from transformers import AutoModelForCausalLM, BitNetConfig, GraniteConfig, SmolLM3Config
+from transformers import AutoModelForCausalLM, BitNetConfig, SeedOssConfig
 
 import tracelens as tl
 from tests.support.families import EVERY, FAMILIES, randomise
@@ -197,7 +197,7 @@ def test_models_that_are_built_alike_are_looked_at_once(
 def test_it_may_be_left_out_everywhere(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TRACELENS_PROBE", "0")
     assert tl.wrap(FAMILIES["llama"].build()).anatomy.proof is None
-    assert isinstance(tl.wrap(built(SmolLM3Config(**TINY))), tl.PlainModel)
+    assert isinstance(tl.wrap(built(SeedOssConfig(**TINY))), tl.PlainModel)
 
 
 @pytest.mark.usefixtures("forgotten")
@@ -227,12 +227,12 @@ def test_it_shows_itself() -> None:
 
 
 def test_a_type_without_a_table_gets_the_one_that_fits() -> None:
-    hf = built(SmolLM3Config(**TINY))
+    hf = built(SeedOssConfig(**TINY))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model = tl.wrap(hf)
     assert isinstance(model, tl.Model)
-    assert repr(model).count("smollm3") == 1
+    assert repr(model).count("seed_oss") == 1
     rows = {row.name: row.status for row in model.sites()}
     assert rows["resid_post"] == rows["pattern"] == rows["mlp_act"] == "verified"
     assert set(rows.values()) == {"verified", "absent"}
@@ -261,6 +261,14 @@ def test_of_a_table_that_fits_in_part_the_rest_is_withheld() -> None:
 
 
 def test_a_table_without_the_head_is_none() -> None:
-    # The logits are divided by a number of which no table knows, so a lens would be wrong.
-    config = GraniteConfig(**TINY, logits_scaling=8.0, residual_multiplier=0.2)
-    assert isinstance(tl.wrap(built(config)), tl.PlainModel)
+    # The logits are multiplied with a number of which no table knows, so a lens would be wrong.
+    hf = built(SeedOssConfig(**TINY))
+    before = hf.forward
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        found = before(*args, **kwargs)
+        found.logits = 0.3 * found.logits
+        return found
+
+    hf.forward = forward
+    assert isinstance(tl.wrap(hf), tl.PlainModel)

@@ -30,7 +30,7 @@ from tracelens.backends.architectures.absences import (
     NO_ROTATION,
     PARALLEL,
 )
-from tracelens.backends.base import Family, HeadsView, InSome, NeuronsView, RowsView, Side, Tap
+from tracelens.backends.base import Family, HeadsView, InSome, NeuronsView, RowsView, ScaledView, Side, Tap
 from tracelens.errors import Blaming, UnknownArchitectureError
 from tracelens.location import here
 from tracelens.plan import Carry
@@ -49,6 +49,7 @@ __all__ = [
     "InSome",
     "NeuronsView",
     "RowsView",
+    "ScaledView",
     "Side",
     "Tap",
     "forget",

@@ -6,6 +6,7 @@ the sum of what was added to it, or a pattern that is not the soft-max of the sc
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -37,14 +38,15 @@ class Identity:
 class Facts:
     """What an identity needs of the configuration.
 
-    ``activation``: the MLP's function. ``softcap``: what bends the head's logits. ``score_cap``: what bends
-    attention's scores. ``sinks``: has attention something else to look at than tokens? ``gated``: is what
-    heads mix multiplied by gates between 0 and 1? ``shared``: is there an expert that all tokens go to?
-    ``biased``: may scores be more than products of queries and keys, such as a bias (ALiBi), or of rotated ones?
-    ``epsilon``: what norms add to the mean square of a row.
+    ``activation``: the MLP's function. ``scale``: what the head's logits are multiplied with. ``softcap``: what then
+    bends them. ``score_cap``: what bends attention's scores. ``sinks``: has attention something else to look at than
+    tokens? ``gated``: is what heads mix multiplied by gates between 0 and 1? ``shared``: is there an expert that all
+    tokens go to? ``biased``: may scores be more than products of queries and keys, such as a bias (ALiBi), or of
+    rotated ones? ``epsilon``: what norms add to the mean square of a row.
     """
 
     activation: Callable[[Tensor], Tensor] | None = None
+    scale: float | None = None
     softcap: float | None = None
     score_cap: float | None = None
     sinks: bool = False
@@ -132,18 +134,24 @@ def _turned(before: str, after: str) -> Callable[[Read, Facts], tuple[Tensor, Te
 
 
 def _normed(before: str, after: str) -> Callable[[Read, Facts], tuple[Tensor, Tensor]]:
-    """A norm without a centre: each row by its length, times one gain for each of its numbers.
+    """A norm: each row by its length, times one gain for each of its numbers; perhaps centred first, with a bias.
 
-    A row is a head's, or all heads' side by side; the one that fits better is taken.
+    A row is a head's, with gains that all heads share or have of their own, or all heads' side by side; the one that
+    fits best is taken.
     """
 
     def both(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
         found: list[tuple[float, tuple[Tensor, Tensor]]] = []
-        for start in {2, read[before].ndim - 1}:
+        whole = read[before].ndim - 1
+        for start, gains, centred in itertools.product({2, whole}, {2, whole}, (False, True)):
             rows, normed = read[before].flatten(start), read[after].flatten(start)
+            rows = rows - rows.mean(-1, keepdim=True) if centred else rows
             unit = _per(rows, (rows.square().mean(-1, keepdim=True) + facts.epsilon).sqrt())
-            axes = tuple(range(unit.ndim - 1))
-            sides = unit * _per((unit * normed).sum(axes), unit.square().sum(axes)), normed
+            axes = tuple(range(min(gains, unit.ndim - 1)))
+            # The bias of a norm that centres is what the rows have in common.
+            bias, own = (normed.mean(axes), unit.mean(axes)) if centred else (0.0, 0.0)
+            gain = _per(((unit - own) * (normed - bias)).sum(axes), (unit - own).square().sum(axes))
+            sides = (unit - own) * gain + bias, normed
             found.append((error(*sides), sides))
         return min(found, key=lambda one: one[0])[1]
 
@@ -158,7 +166,7 @@ def _activated(read: Read, facts: Facts) -> tuple[Tensor, Tensor] | None:
 
 
 def _returned(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
-    found, cap = read["lm_head"], facts.softcap
+    found, cap = read["lm_head"] * (1.0 if facts.scale is None else facts.scale), facts.softcap
     return (found if cap is None else cap * (found / cap).tanh()), read["logits"]
 
 
@@ -262,5 +270,5 @@ OF_THE_MODEL = (
              ("final_norm", "lm_head"),
              lambda read, facts: (
                  read["final_norm"] @ read["unembedding"].T + read.get("unembedding bias", 0.0), read["lm_head"])),
-    Identity("lm_head [capped] == logits", ("lm_head", "logits"), ("lm_head", "logits"), _returned),
+    Identity("lm_head [scaled] [capped] == logits", ("lm_head", "logits"), ("lm_head", "logits"), _returned),
 )  # fmt: skip

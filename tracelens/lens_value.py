@@ -150,6 +150,7 @@ class Lens:
         weight: Any = _parameter(first, head.weight)
         bias: Any = None if head.bias is None else _parameter(first, head.bias)
         found = torch.nn.functional.linear(self._state, weight, bias)
+        found = found if head.scale is None else found * head.scale
         return found if head.softcap is None else torch.tanh(found / head.softcap) * head.softcap
 
     # --- how -----------------------------------------------------------------------------------------------------
@@ -170,7 +171,7 @@ class Lens:
         first, head = _member(self._state), self._head
         weight = _parameter(first, head.weight)
         bias = None if head.bias is None else _parameter(first, head.bias)
-        options = {"softcap": head.softcap, **self._options}
+        options = {"scale": head.scale, "softcap": head.softcap, **self._options}
         return first, (weight, bias), {key: value for key, value in options.items() if value is not None}
 
     def _token(self, token: Token) -> Any:

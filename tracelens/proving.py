@@ -95,7 +95,8 @@ def prove(model: Model) -> SiteProof:
     anatomy = model.anatomy
     layers = layers_to_look_at(anatomy)
     read, whole = _read(model, layers)
-    facts = facts_of(anatomy.config, anatomy.family, softcap=anatomy.head.softcap)
+    head = anatomy.head
+    facts = facts_of(anatomy.config, anatomy.family, scale=head.scale, softcap=head.softcap)
     limit = max(1e-4, 8 * torch.finfo(anatomy.dtype).eps)
     stream = STREAM if anatomy.has(Site("resid_mid", layers[0])) else PARALLEL
     found: list[tuple[Identity, float, tuple[int, ...]]] = []

@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from tracelens.backends.architectures.lookup import require_table
-from tracelens.backends.architectures.registry import told
+from tracelens.backends.architectures.lookup import family_of, require_shareable, require_table
+from tracelens.backends.architectures.registry import families_of, told
 from tracelens.backends.layouts import require_divisible
 from tracelens.backends.pipeline import require_cut
 from tracelens.backends.places import look_at
@@ -121,6 +121,8 @@ def load_over_ranks(
 def require_fit(config: Any, sizes: Sizes) -> None:
     """Refuses numbers of ranks and stages that a model cannot be shared by, and names some that it can."""
     with Blaming(here()):
+        if families_of(config.model_type):
+            require_shareable(family_of(config), tp=sizes["tp"] > 1, pp=sizes["pp"] > 1)
         if sizes["tp"] > 1:
             # gpt-oss has one for its experts alone.
             plans = ("base_model_tp_plan", *(("base_model_ep_plan",) if sizes.get("ep", 1) > 1 else ()))

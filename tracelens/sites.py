@@ -156,8 +156,15 @@ def _of_module(name: str, model: Model | None) -> Site | None:
 
 
 def _shown(model: Model, path: str, side: str) -> tuple[Site, ...]:
-    """The named sites that one side of a module shows."""
-    return tuple(dict.fromkeys(model.anatomy.named_at(path, side)))
+    """The named sites that one side of a module shows: the very tensor, not one that the model multiplies first."""
+    anatomy = model.anatomy
+    return tuple(
+        dict.fromkeys(
+            site
+            for site in anatomy.named_at(path, side)
+            if anatomy.factor(anatomy.family.taps[site.name]) == 1
+        )
+    )
 
 
 def _unknown(name: str) -> Site:

@@ -24,11 +24,15 @@ INPUTS = "inputs"
 
 @dataclass(frozen=True)
 class HeadOf:
-    """How a model makes logits of its last residual stream: paths of its norm, matrix and bias, and what follows."""
+    """How a model makes logits of its last residual stream: paths of its norm, matrix and bias, and what follows.
+
+    ``scale``: what is multiplied with first, and ``softcap``: what then bends the logits.
+    """
 
     norm: str
     weight: str
     bias: str | None
+    scale: float | None
     softcap: float | None
     vocabulary: int
     width: int

@@ -55,6 +55,18 @@ def _gpt_oss(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> Tensor:
     return middle + block.mlp(block.post_attention_layernorm(middle))[0]
 
 
+def _granite(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> Tensor:
+    attention, _ = block.self_attn(hidden_states=block.input_layernorm(x), **kwargs)
+    middle = edit(x + attention * block.residual_multiplier)
+    return middle + block.mlp(block.post_attention_layernorm(middle)) * block.residual_multiplier
+
+
+def _glm4(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> Tensor:
+    attention, _ = block.self_attn(hidden_states=block.input_layernorm(x), **kwargs)
+    middle = edit(x + block.post_self_attn_layernorm(attention))
+    return middle + block.post_mlp_layernorm(block.mlp(block.post_attention_layernorm(middle)))
+
+
 def _gemma(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> Tensor:
     attention, _ = block.self_attn(hidden_states=block.input_layernorm(x), **kwargs)
     middle = edit(x + block.post_attention_layernorm(attention))
@@ -93,9 +105,11 @@ def _falcon(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> tuple[Tensor, A
 
 
 _FORWARDS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("mixtral", "phi3", "olmoe"), _llama),
+    **dict.fromkeys(("mixtral", "phi3", "olmoe", "glm"), _llama),
     "gpt_oss": _gpt_oss,
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _hybrid),
+    "granite": _granite,
+    "glm4": _glm4,
     **dict.fromkeys(("gemma2", "gemma3_text"), _gemma),
     "olmo2": _olmo2,
     "gpt_neox": _neox,

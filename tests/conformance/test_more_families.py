@@ -498,6 +498,7 @@ def test_a_logit_is_the_sum_of_what_every_component_writes(family: str) -> None:
     head = hf.get_submodule(model.anatomy.output_projection(last)[0].removesuffix(".weight"))
     z = clean(family)[Site("z", last)][0, -1]
     own = (head.weight.view(48, 4, 12).transpose(0, 1) @ z[..., None])[..., 0]
+    own = own * getattr(hf.config, "residual_multiplier", 1.0)
     final = hf.get_submodule(model.anatomy.head.norm)
     stream = clean(family)[Site("resid_post", 1)][0, -1]
     head_rows = hf.lm_head.weight[5] - hf.lm_head.weight[9]

@@ -3138,4 +3138,32 @@ MUTANTS = (
         "return own or tuple(weight.shape) != size",
         PACKED,
     ),
+    Mutant(
+        "what is written is not divided by what the model multiplies with",
+        "backends/views.py",
+        "lambda whole, new: new / factor",
+        "lambda whole, new: new",
+        (*MORE_FAMILIES, "site_is_written and granite"),
+    ),
+    Mutant(
+        "what stands in for a module is not divided by what the model multiplies with",
+        "backends/local.py",
+        "or _view_of_what_stands_in(anatomy, blocks[0]),",
+        "or None,",
+        (*MORE_FAMILIES, "not_run_is_replaced and granite"),
+    ),
+    Mutant(
+        "heads contribute what they are before the model multiplies",
+        "lens/attribution.py",
+        "direction = direction if factor == 1 else direction * factor",
+        "pass",
+        (*MORE_FAMILIES, "sum_of_what and granite"),
+    ),
+    Mutant(
+        "a lens forgets what logits are multiplied with",
+        "backends/base.py",
+        "None if scale == 1 else scale,",
+        "None,",
+        (*MORE_FAMILIES, "lens_reads and cohere2"),
+    ),
 )

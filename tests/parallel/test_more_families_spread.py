@@ -12,6 +12,7 @@ from tests.parallel.cells import KNOWS_EP
 from tests.parallel.compared import ROWS, read_alike
 from tests.parallel.writes import numbers
 from tests.support.batches import RAGGED, random_rows
+from tests.support.dense_families import DENSE_CUT, DENSE_SPREAD_WRONGLY, DENSE_WITH_PLAN
 from tests.support.more_families import LAYERS, MORE
 from tests.support.pretend import pretend_throughout
 from tests.support.ranks import PoolOf
@@ -22,8 +23,8 @@ from tracelens.ir.sites import KINDS, TEXT, Effect, Scope, Site
 
 __all__ = ["pretend_throughout"]
 
-WITH_PLAN = ("mixtral", "gemma2", "phi3", "olmo2", "gpt_neox", "pythia", *SPARSE_WITH_PLAN)
-CUT = ("mixtral", "gemma2", "phi3", "olmo2", *SPARSE_CUT)
+WITH_PLAN = ("mixtral", "gemma2", "phi3", "olmo2", "gpt_neox", "pythia", *SPARSE_WITH_PLAN, *DENSE_WITH_PLAN)
+CUT = ("mixtral", "gemma2", "phi3", "olmo2", *SPARSE_CUT, *DENSE_CUT)
 SPREADS = [
     *((family, {"tp": 2}) for family in WITH_PLAN),
     *((family, {"pp": 2}) for family in CUT),
@@ -106,6 +107,14 @@ def test_what_transformers_cannot_spread_is_refused(family: str, tmp_path: Path)
         if family not in served:
             with pytest.raises(LayoutError, match="no plan"):
                 tl.load(tmp_path, **spread).close()
+
+
+@pytest.mark.parametrize(("family", "way"), DENSE_SPREAD_WRONGLY)
+def test_what_transformers_would_spread_wrongly_is_refused(family: str, way: str, tmp_path: Path) -> None:
+    stored(family, tmp_path)
+    with pytest.raises(LayoutError, match=DENSE_SPREAD_WRONGLY[family, way]) as failure:
+        tl.load(tmp_path, **{way: 2}).close()
+    assert "device_map" in str(failure.value.instead)
 
 
 def test_stages_that_would_each_norm_the_stream_are_refused(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from transformers import (
     Phi3Config,
 )
 
+from tests.support.dense_families import DENSE
 from tests.support.families import (
     CHOSEN,
     D_MODEL,
@@ -132,6 +133,7 @@ MORE: dict[str, Family] = {
         ),
     )
 } | SPARSE
+MORE |= DENSE
 ALL: dict[str, Family] = {**EVERY, **MORE}
 EAGER_ALONE = ("gemma2", "bloom", *SPARSE_EAGER_ALONE)
 """Families of which transformers has no other implementation on a CPU."""

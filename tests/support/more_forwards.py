@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 
+from tests.support import dense_forwards
 from tests.support.hand_forward import Intercept, unchanged
 from tests.support.sparse_forwards import FORWARDS, sparse_forward
 from tracelens.ir.sites import Site
@@ -53,6 +54,8 @@ def hand_forward(
     config = model.config.get_text_config()
     if config.model_type in FORWARDS:
         return sparse_forward(model, input_ids, mask, position_ids, intercept)
+    if config.model_type in dense_forwards.BLOCKS:
+        return dense_forwards.dense_forward(model, input_ids, mask, position_ids, intercept)
     block = block_of(config)
     weights = dict(model.state_dict(keep_vars=True))
     embed = F.embedding(input_ids, weights[f"{block.embed}.weight"])

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from tracelens.backends import users_plan
-from tracelens.backends.architectures.lookup import family_of
-from tracelens.backends.base import Family, Side, Tap, head_of, text_of
+from tracelens.backends.architectures.lookup import family_of, require_shareable
+from tracelens.backends.base import Family, ScaledView, Side, Tap, head_of, text_of
 from tracelens.backends.experts import ON_RANKS, unfit
 from tracelens.backends.layouts import (
     expert_ranks,
@@ -78,6 +78,8 @@ class ModelAnatomy:
         if self.mesh is not None:
             self._skeleton = skeleton(model)
         self.family = family_of(config) if family is None else family
+        if self.mesh is not None and not self.mesh.by_user:
+            require_shareable(self.family, tp=self.mesh.ranks > 1, pp=self.mesh.pipeline is not None)
         config = self.config = text_of(config)
         self.n_layers: int = config.num_hidden_layers
         neurons = getattr(config, self.family.neurons, None)
@@ -279,6 +281,10 @@ class ModelAnatomy:
         path = self.module_path(tap, site.layer)
         return self.module(path), tap, path
 
+    def factor(self, tap: Tap) -> float:
+        """What the model multiplies a module's tensor with before it is the site."""
+        return float(getattr(self.config, tap.view.by)) if isinstance(tap.view, ScaledView) else 1.0
+
     def module_path(self, tap: Tap, layer: int | None) -> str:
         return self.family.path(tap, self.config, layer)
 
@@ -437,6 +443,3 @@ class ModelAnatomy:
             # Not ours: remember that, so that another module's weights are looked for only once.
             self._paths[id(tensor)] = (weakref.ref(tensor), None)
         return None
-
-
-__all__ = ["ModelAnatomy", "Side"]

@@ -55,6 +55,20 @@ class RowsView:
 
 
 @dataclass(frozen=True, slots=True)
+class ScaledView:
+    """A site that is the module's tensor times a number, which the model multiplies with outside the module.
+
+    ``by``: the configuration's word for the number. What is read is the product, as the model makes it; what is written
+    is divided by the number, so that the model's product is it up to rounding.
+    """
+
+    by: str
+
+
+View = HeadsView | NeuronsView | RowsView | ScaledView
+
+
+@dataclass(frozen=True, slots=True)
 class Tap:
     """Where a site is found: a module (relative to its layer, for sites of a layer), a side, and a key into it.
 
@@ -71,7 +85,7 @@ class Tap:
     module: str
     side: Side
     key: str | int | None = None
-    view: HeadsView | NeuronsView | RowsView | None = None
+    view: View | None = None
     decides: Callable[[Any, Any], tuple[Any, ...]] | None = None
     changes: bool = False
     dtype: DType | None = None
@@ -125,10 +139,12 @@ class Family:
     configuration's words for further widths of sites, or what makes them of it. ``embedding``: the module with a row
     for each token, where it is another than the one that shows ``embed``. ``attends_itself``: does the attention module
     compute attention in its own code, and not by a function that it looks up in transformers' table? ``in_some``:
-    sites that not all layers have. ``softcap``: the configuration's word for what bends the logits. ``words``: what
-    stands in braces in the paths of taps, and is another in some layers than in others. ``gated``: is what heads mix of
-    values multiplied by gates between 0 and 1 before ``z``? ``shared``: is there an expert that all tokens go to,
-    beside those that are chosen?
+    sites that not all layers have. ``logits_times``, ``logits_over``: the configuration's words for what the
+    unembedding's logits are multiplied with, or divided by. ``softcap``: its word for what then bends them. ``words``:
+    what stands in braces in the paths of taps, and is another in some layers than in others. ``gated``: is what heads
+    mix of values multiplied by gates between 0 and 1 before ``z``? ``shared``: is there an expert that all tokens go
+    to, beside those that are chosen? ``not_on_ranks``: why transformers cannot share such a model out, where its own
+    plan says that it can: by ``"tp"`` or ``"pp"``.
     """
 
     name: str
@@ -157,7 +173,10 @@ class Family:
     )
     in_some: tuple[InSome, ...] = ()
     words: Mapping[str, Word] = field(default_factory=dict[str, "Word"])
+    logits_times: str | None = None
+    logits_over: str | None = None
     softcap: str | None = None
+    not_on_ranks: Mapping[str, str] = field(default_factory=dict[str, str])
     serves: Callable[[Any], bool] | None = None
     these: str = ""
     embedding: str | None = None
@@ -178,8 +197,17 @@ class Family:
             )
         return f"{prefix}.{module}" if module else prefix
 
+    @property
+    def factors(self) -> tuple[str, ...]:
+        """The configuration's words for the numbers that its sites and logits are multiplied with."""
+        found = {tap.view.by: None for tap in self.taps.values() if isinstance(tap.view, ScaledView)}
+        return (*found, *(word for word in (self.logits_times, self.logits_over) if word is not None))
+
     def refused(self, config: Any) -> str | None:
         """The reason why a configuration of this family cannot be served, if there is one."""
+        for word in self.factors:
+            if getattr(config, word, None) == 0:
+                return f"its {word} is 0, so that nothing is left of what it multiplies"
         for option, reason in self.refusals.items():
             judge = self.refused_if.get(option)
             if getattr(config, option, False) if judge is None else judge(config):
@@ -198,11 +226,15 @@ def head_of(family: Family, model: Any, vocabulary: int) -> HeadOf:
     module = family.taps["lm_head"].module
     head = model.get_submodule(module)
     bias = getattr(head, "bias", None)
-    cap = None if family.softcap is None else getattr(text_of(model.config), family.softcap, None)
+    config = text_of(model.config)
+    cap = None if family.softcap is None else getattr(config, family.softcap, None)
+    scale = 1.0 if family.logits_times is None else float(getattr(config, family.logits_times))
+    scale /= 1.0 if family.logits_over is None else float(getattr(config, family.logits_over))
     return HeadOf(
         family.taps["final_norm"].module,
         f"{module}.weight",
         None if bias is None else f"{module}.bias",
+        None if scale == 1 else scale,
         None if cap is None else float(cap),
         vocabulary,
         # One that keeps its matrix packed says how wide it is.

@@ -8,7 +8,7 @@ from tracelens.backends.base import Family
 from tracelens.identities import Facts
 
 
-def facts_of(config: Any, family: Family, *, softcap: float | None) -> Facts:
+def facts_of(config: Any, family: Family, *, scale: float | None, softcap: float | None) -> Facts:
     """The functions, and the numbers that they take; some are facts of the family."""
     from transformers.activations import ACT2FN  # heavy
 
@@ -16,11 +16,15 @@ def facts_of(config: Any, family: Family, *, softcap: float | None) -> Facts:
     name = next((found for word in words if isinstance(found := getattr(config, word, None), str)), None)
     return Facts(
         activation=ACT2FN[name] if name is not None and name in ACT2FN else None,
+        scale=scale,
         softcap=softcap,
         sinks=family.sinks,
         biased=family.attends_itself,
         gated=family.gated,
         shared=family.shared,
-        epsilon=getattr(config, "rms_norm_eps", None) or 0.0,
+        epsilon=next((found for word in _EPSILON if (found := getattr(config, word, None))), 0.0),
         score_cap=getattr(config, "attn_logit_softcapping", None),
     )
+
+
+_EPSILON = ("rms_norm_eps", "layer_norm_eps", "layer_norm_epsilon")

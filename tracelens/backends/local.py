@@ -13,7 +13,7 @@ from torch import nn
 
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.autograd_mode import plain_mode, with_autograd
-from tracelens.backends.base import HeadsView, NeuronsView, RowsView, Side, Tap
+from tracelens.backends.base import HeadsView, NeuronsView, RowsView, ScaledView, Side, Tap
 from tracelens.backends.body import Body, body
 from tracelens.backends.devices import Devices
 from tracelens.backends.differentiate import gradients_of
@@ -36,7 +36,7 @@ from tracelens.backends.spread import Keeper, Loading, is_hooked
 from tracelens.backends.stand_in import StandIn, missed
 from tracelens.backends.transfer import Everywhere
 from tracelens.backends.users_plan import LocalHookCode, refuse_stand_in
-from tracelens.backends.views import Put, Take, TakeSized, rows_apart, shown, taking_and_putting
+from tracelens.backends.views import Put, Take, TakeSized, rows_apart, scaled, shown, taking_and_putting
 from tracelens.errors import (
     NestedTraceError,
     OpFailedError,
@@ -150,7 +150,8 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
                 shapes,
                 gradients,
                 devices,
-                _view(anatomy, tap, cast(Site, blocks[0].site)),
+                _view(anatomy, tap, cast(Site, blocks[0].site))
+                or _view_of_what_stands_in(anatomy, blocks[0]),
                 cuts=isinstance(tap.view, HeadsView | NeuronsView) and len(tap.view.parts) > 1,
                 sized=isinstance(tap.view, RowsView),
             ),
@@ -225,7 +226,16 @@ def _view(anatomy: ModelAnatomy, tap: Tap, site: Site) -> tuple[Take | TakeSized
     """How a site is found in its module's tensor, where it is not that tensor itself."""
     if isinstance(tap.view, HeadsView | NeuronsView):
         return taking_and_putting(tap.view, anatomy.local_widths(site))
+    if isinstance(tap.view, ScaledView):
+        return scaled(anatomy.factor(tap))
     return None if tap.view is None else rows_apart()
+
+
+def _view_of_what_stands_in(anatomy: ModelAnatomy, block: Block) -> tuple[Take | TakeSized, Put] | None:
+    """A module that is not run would have returned what the model multiplies: the quotient is what stands in for it."""
+    if not block.stands_in or isinstance(written := _written(block).site, ModuleSite):
+        return None
+    return _view(anatomy, anatomy.family.taps[written.name], written)
 
 
 def _written(block: Block) -> Write:

@@ -12,9 +12,9 @@ from typing import Any
 import torch
 
 from tracelens.backends.anatomy import ModelAnatomy
-from tracelens.backends.base import RowsView, Side, Tap
+from tracelens.backends.base import RowsView, ScaledView, Side, Tap
 from tracelens.backends.module_hooks import replaced
-from tracelens.backends.views import taking_and_putting
+from tracelens.backends.views import scaled, taking_and_putting
 from tracelens.errors import BridgeError
 from tracelens.ir.graph import Graph
 from tracelens.ir.module_sites import INPUT, ModuleSite
@@ -112,7 +112,11 @@ class _Place:
                 instead="sites around it, or model.compile(graph)(prompt) on a model of tracelens",
             )
         self.tap: Tap = tap
-        self.view = None if tap.view is None else taking_and_putting(tap.view, anatomy.widths)
+        self.view = None
+        if isinstance(tap.view, ScaledView):
+            self.view = scaled(anatomy.factor(tap))
+        elif tap.view is not None:
+            self.view = taking_and_putting(tap.view, anatomy.widths)
         self.envoy = _envoy_at(root, path)
 
     def get(self) -> torch.Tensor:

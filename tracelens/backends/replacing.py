@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
-from tracelens.backends.base import Side
+from tracelens.backends.base import ScaledView, Side
 from tracelens.backends.stand_in import unfillable
 from tracelens.backends.survey import ModuleCall
 from tracelens.errors import AbsentSiteError, ReplacementError, TracelensError, VerificationError
@@ -58,7 +58,7 @@ def replacement(anatomy: ModelAnatomy, site: Site) -> Replacement:
 def _made_by(anatomy: ModelAnatomy, site: Site) -> tuple[ModuleCall, Key]:
     tap = anatomy.family.taps[site.name]
     path = anatomy.module_path(tap, site.layer)  # the module itself may be another stage's
-    if tap.side is not Side.OUT or getattr(tap, "view", None) is not None:
+    if tap.side is not Side.OUT or not isinstance(getattr(tap, "view", None), ScaledView | None):
         raise ReplacementError(
             f"{site} is not the whole output of a module, so no module can be left out for it",
             instead=f"a write: model.layers[i].{site.name} = value; or replace(attn_add=...), replace(mlp_add=...)",

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from string import Formatter
 
-from tracelens.backends.base import Family, HeadsView, NeuronsView, Side, Tap
+from tracelens.backends.base import Family, HeadsView, NeuronsView, ScaledView, Side, Tap
 from tracelens.errors import FamilyTableError
 from tracelens.ir.sites import KIND, KINDS, TEXT, Scope, near
 
@@ -79,6 +79,8 @@ def _of_tap(family: Family, name: str, tap: Tap) -> Iterator[tuple[str, str | No
                 f"has the word {word!r} in the path of {name!r}, and does not say what it is",
                 f'words={{"{word}": ...}}',
             )
+    if isinstance(tap.view, ScaledView) and tap.side is Side.INSIDE:
+        yield f"multiplies {name!r}, which is inside attention", "a ScaledView of a module's input or output"
     known = _WIDTHS | set(family.widths)
     used = {width for width in KIND[name].shape if isinstance(width, str)}
     if isinstance(tap.view, HeadsView | NeuronsView):

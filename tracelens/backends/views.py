@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from tracelens.backends.base import HeadsView, NeuronsView, RowsView
+from tracelens.backends.base import HeadsView, NeuronsView, View
 from tracelens.ir.layout import Layout, Shard
 
 Take = Callable[[torch.Tensor], torch.Tensor]
@@ -82,7 +82,7 @@ def _of_groups(heads: list[int], index: int, width: int, groups: int) -> tuple[T
     return take, put
 
 
-def shown(layout: Layout, view: HeadsView | NeuronsView | RowsView | None) -> Layout:
+def shown(layout: Layout, view: View | None) -> Layout:
     """How a module's tensor lies in which a site lies so; and the inverse, for a site that is all of that tensor."""
     if isinstance(view, HeadsView) and view.heads_first and isinstance(layout, Shard):
         return Shard({1: 2, 2: 1}.get(layout.dim, layout.dim))
@@ -92,6 +92,13 @@ def shown(layout: Layout, view: HeadsView | NeuronsView | RowsView | None) -> La
 def _heads_inside(tensor: torch.Tensor) -> torch.Tensor:
     """[B, H, P, d] as [B, P, H, d], and back."""
     return tensor.transpose(1, 2)
+
+
+def scaled(factor: float) -> tuple[Take, Put] | None:
+    """The same for a site that is the module's tensor times a number; nothing is to be done where that is 1."""
+    if factor == 1:
+        return None
+    return lambda whole: whole * factor, lambda whole, new: new / factor
 
 
 def rows_apart() -> tuple[TakeSized, Put]:

@@ -224,7 +224,7 @@ class _Recording:
         found["attention"], found["attention size"] = _part(added, direction)
         if model.anatomy.has(Site("z", number)):
             z = self.here(layer.z)
-            inner = self.inside(number, ("z", "attn_out", "attn_post_norm"), direction, found)
+            inner = self.inside(number, ("z", "attn_out", "attn_post_norm", "attn_add"), direction, found)
             parts = (z * inner.towards.reshape(-1, heads, width)).sum(-1)
             found["heads"] = parts if inner.scale is None else parts * inner.scale[:, None]
             if inner.bias is not None:
@@ -232,7 +232,7 @@ class _Recording:
         found["mlp"], found["mlp size"] = _part(self.here(layer.mlp_add), direction)
         if neurons:
             neuron = self.here(layer.mlp_act)  # refuses layers without neurons by name
-            inner = self.inside(number, ("mlp_act", "mlp_out", "mlp_post_norm"), direction, found)
+            inner = self.inside(number, ("mlp_act", "mlp_out", "mlp_post_norm", "mlp_add"), direction, found)
             parts = neuron * inner.towards
             found["neurons"] = parts if inner.scale is None else parts * inner.scale[:, None]
             if inner.bias is not None:
@@ -240,10 +240,12 @@ class _Recording:
         return found
 
     def inside(
-        self, number: int, sites: tuple[str, str, str], direction: Any, found: dict[str, Any]
+        self, number: int, sites: tuple[str, str, str, str], direction: Any, found: dict[str, Any]
     ) -> _Inside:
-        """The direction as a sublayer's last projection reads it, through the norm after it where there is one."""
-        model, (read, made, normed) = self.model, sites
+        """The direction as a sublayer's last projection reads it, through the norm or factor after it, if any."""
+        model, (read, made, normed, added) = self.model, sites
+        factor = model.anatomy.factor(model.anatomy.family.taps[added])
+        direction = direction if factor == 1 else direction * factor
         layer, path = model.layers[number], self.path(read, number)
         scale = constant = None
         if model.anatomy.has(Site(normed, number)):

@@ -1,4 +1,4 @@
-"""What a model does after its last layer (norm, unembedding, soft-cap), as a function that can be trained through."""
+"""What a model does after its last layer (norm, unembedding, factor, soft-cap), as a function to train through."""
 
 from __future__ import annotations
 
@@ -37,6 +37,7 @@ class Head:
         self.unembedding = on(self.unembedding, self.device)
         self.bias: Tensor | None = None if head.bias is None else on(t["bias"], self.device)
         self._norm = bare(norm, {name: on(t[f"norm {name}"], self.device) for name in names})
+        self.scale = head.scale
         self.cap = head.softcap
 
     def norm(self, state: Tensor) -> Tensor:
@@ -47,6 +48,8 @@ class Head:
     def logits(self, normed: Tensor) -> Tensor:
         """Logits [n, V] in float32 of what the last norm returns."""
         found = nn.functional.linear(normed, self.unembedding, self.bias)
+        if self.scale is not None:
+            found *= self.scale
         if self.cap is not None:
             found = torch.tanh_(found / self.cap) * self.cap
         return found.float()
@@ -59,6 +62,8 @@ class Head:
         """
         if self.cap is not None:
             gradient *= 1 - (logits / self.cap) ** 2
+        if self.scale is not None:
+            gradient *= self.scale
         return gradient.to(self.unembedding.dtype) @ self.unembedding
 
     def require_models_own(self, state: Tensor, logits: Tensor) -> None:
@@ -69,8 +74,9 @@ class Head:
         error = ((found - wanted).abs().max() / wanted.abs().max()).item()
         if not error <= 1e-4 + 8 * torch.finfo(logits.dtype).eps:
             raise LensTrainingError(
-                "the model makes something else of its last layer than its norm, its unembedding and a soft-cap: its "
-                f"logits are off by {error:.2g} of the largest, so a lens would be trained for another model",
+                "the model makes something else of its last layer than its norm, its unembedding, a factor and a "
+                f"soft-cap: its logits are off by {error:.2g} of the largest, so a lens would be trained for another "
+                "model",
                 instead="a model whose head is one of these; or tell us of this one",
             )
 

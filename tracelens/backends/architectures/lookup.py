@@ -9,7 +9,7 @@ from torch import nn
 from tracelens.backends.architectures.others import other, sentence
 from tracelens.backends.architectures.registry import families_of
 from tracelens.backends.base import Family, text_of
-from tracelens.errors import UnknownArchitectureError
+from tracelens.errors import LayoutError, UnknownArchitectureError
 
 
 def family_of(config: Any) -> Family:
@@ -27,6 +27,16 @@ def family_of(config: Any) -> Family:
     if reason is not None:
         raise UnknownArchitectureError(f"this {family.name} model cannot be served: {reason}")
     return family
+
+
+def require_shareable(family: Family, **ways: bool) -> None:
+    """Raises :class:`LayoutError` where transformers has a plan by which it spreads such a model, but a wrong one."""
+    for way, used in ways.items():
+        if used and way in family.not_on_ranks:
+            raise LayoutError(
+                f"transformers computes something else of {family.name} models with {way}=: {family.not_on_ranks[way]}",
+                instead='tl.load(name, device_map="auto"), which spreads the layers over devices',
+            )
 
 
 def no_table(model: object) -> str | None:
