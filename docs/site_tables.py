@@ -14,6 +14,7 @@ _WIDTHS = {
     "V": "vocabulary",
     "H": "heads",
     "K": "kv heads",
+    "c": "query width",
     "d": "head width",
     "E": "experts",
     "k": "experts per token",

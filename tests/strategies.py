@@ -77,6 +77,7 @@ WIDTHS = {
     "V": VOCABULARY,
     "H": HEADS,
     "K": KV_HEADS,
+    "c": HEAD_DIM,
     "d": HEAD_DIM,
     "E": EXPERTS,
     "k": CHOSEN,

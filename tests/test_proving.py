@@ -77,7 +77,7 @@ UNSPOKEN = {
     # Of neurons of experts nothing is known but what they are multiplied by.
     **dict.fromkeys(("qwen3_moe", "mixtral", "gpt_oss", "olmoe"), ("expert_act",)),
     # What is added to the sum of the experts is that of another one.
-    **dict.fromkeys(("qwen3_next", "qwen3_5_moe"), ("expert_act", "expert_out")),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe", "deepseek_v3"), ("expert_act", "expert_out")),
 }
 """Sites for which no identity speaks, by family: the conformance tests compare these."""
 

@@ -187,7 +187,11 @@ def test_sites_come_in_order_and_complete(family: str) -> None:
 def test_shapes_are_those_of_the_vocabulary(family: str) -> None:
     model, batch = built(family), BATCHES["ragged"]
     batch_size, width = batch.input_ids.shape
-    heads = {"H": 4, "K": 4 if family.startswith("gpt2") else 2, "d": head_dim(model.config)}
+    heads = {
+        "H": 4,
+        "K": 4 if family.startswith("gpt2") else 2,
+        **dict.fromkeys("cd", head_dim(model.config)),
+    }
     sizes = {
         "B": batch_size,
         "P": width,

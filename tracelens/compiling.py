@@ -16,6 +16,7 @@ import torch
 from tracelens.agreeing import refuse_on_ranks, require_agreement, require_success
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.autograd_mode import outside_inference
+from tracelens.backends.base import inside
 from tracelens.backends.departing import Departures, Peaks
 from tracelens.backends.differentiate import require_differentiable, usable
 from tracelens.backends.enduring import remember
@@ -205,11 +206,18 @@ class Compiler:
         for number, op in enumerate(graph.ops):
             try:
                 if isinstance(op, Read | Write):
-                    if generating and op.site.name == "k_rot":
+                    if (
+                        generating
+                        and op.site.name in ("k_rot", "v")
+                        and inside(self.anatomy.family, op.site.name)
+                    ):
+                        before = (
+                            "k, which stands before the cache, or " if self.anatomy.layers_with("k") else ""
+                        )
                         raise WriteTargetError(
                             f"{op.site} cannot be used in a generation: behind it stands the cache, which keeps the "
                             "keys as the model made them, so that a change would hold for one step",
-                            instead="k, which stands before the cache, or scores",
+                            instead=f"{before}scores",
                         )
                     own = self.anatomy.type_of(op.site)
                     if isinstance(op, Read) and op.type != own:

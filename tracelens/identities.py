@@ -42,7 +42,8 @@ class Facts:
     bends them. ``score_cap``: what bends attention's scores. ``sinks``: has attention something else to look at than
     tokens? ``gated``: is what heads mix multiplied by gates between 0 and 1? ``shared``: is there an expert that all
     tokens go to? ``biased``: may scores be more than products of queries and keys, such as a bias (ALiBi), or of
-    rotated ones? ``epsilon``: what norms add to the mean square of a row.
+    rotated ones? ``sigmoid``: does each expert count what a sigmoid makes of its own logit? ``epsilon``: what norms add
+    to the mean square of a row.
     """
 
     activation: Callable[[Tensor], Tensor] | None = None
@@ -53,6 +54,7 @@ class Facts:
     biased: bool = False
     gated: bool = False
     shared: bool = False
+    sigmoid: bool = False
     epsilon: float = 0.0
 
 
@@ -190,16 +192,25 @@ def _along(one: str, other: str, unless: str) -> Identity:
     return Identity(f"{one} ~ {other}", (one, other), (one,), both, unless=(unless,))
 
 
-def _chosen(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
+def _chosen(read: Read, facts: Facts) -> tuple[Tensor, Tensor] | None:
+    if facts.sigmoid:
+        return None  # a bias and groups of experts have their say, which no site shows
     index = read["expert_index"].long()
-    return read["router_logits"].gather(-1, index).sort(-1).values, read["router_logits"].topk(
-        index.shape[-1]
-    ).values.sort(-1).values
+    best = read["router_logits"].topk(index.shape[-1]).values
+    return read["router_logits"].gather(-1, index).sort(-1).values, best.sort(-1).values
 
 
-def _weighed(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
-    chances = read["router_logits"].gather(-1, read["expert_index"].long()).softmax(-1)
-    return chances, read["expert_weights"] / read["expert_weights"].sum(-1, keepdim=True)
+def _weighed(by_sigmoid: bool) -> Callable[[Read, Facts], tuple[Tensor, Tensor] | None]:
+    def both(read: Read, facts: Facts) -> tuple[Tensor, Tensor] | None:
+        if facts.sigmoid is not by_sigmoid:
+            return None
+        logits = read["router_logits"].gather(-1, read["expert_index"].long())
+        chances = logits.sigmoid() if by_sigmoid else logits.softmax(-1)
+        return chances / chances.sum(-1, keepdim=True), read["expert_weights"] / read["expert_weights"].sum(
+            -1, keepdim=True
+        )
+
+    return both
 
 
 def _summed(read: Read, facts: Facts) -> tuple[Tensor, Tensor] | None:
@@ -255,7 +266,10 @@ IN_A_LAYER = (
     Identity("expert_index == router_logits.topk(k)", ("router_logits", "expert_index"),
              ("router_logits", "expert_index"), _chosen, refutes=False),
     Identity("expert_weights ~ softmax of the chosen router_logits",
-             ("router_logits", "expert_index", "expert_weights"), ("expert_weights",), _weighed, refutes=False),
+             ("router_logits", "expert_index", "expert_weights"), ("expert_weights",), _weighed(False), refutes=False),
+    Identity("expert_weights ~ sigmoid of the chosen router_logits",
+             ("router_logits", "expert_index", "expert_weights"), ("router_logits", "expert_index", "expert_weights"),
+             _weighed(True), refutes=False),
     # Some families add an expert that all tokens go to. A run refuses experts whose sum is not what they return.
     Identity("sum of expert_weights * expert_out == mlp_out", ("expert_weights", "expert_out", "mlp_out"),
              ("expert_out", "expert_weights"), _summed, refutes=False),

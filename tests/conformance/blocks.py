@@ -105,7 +105,7 @@ def _falcon(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> tuple[Tensor, A
 
 
 _FORWARDS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("mixtral", "phi3", "olmoe", "glm"), _llama),
+    **dict.fromkeys(("mixtral", "phi3", "olmoe", "glm", "deepseek_v3"), _llama),
     "gpt_oss": _gpt_oss,
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _hybrid),
     "granite": _granite,

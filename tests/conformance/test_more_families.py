@@ -412,7 +412,8 @@ def test_generation_is_the_same_with_and_without_a_cache(family: str) -> None:
         for site in writable(family)
         if (site.layer == 1 or (site.layer == 0 and site.name not in second))
         and not looks(site)
-        and site.name != "k_rot"
+        # Of all tokens in the cache.
+        and not (site.name in ("k_rot", "v") and model.anatomy.tap(site)[1].side is Side.INSIDE)
     ]
     with untouched(hf), model.generate([row], max_new_tokens=new) as plain:
         pass

@@ -6,6 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn import functional as F
 
 import tracelens as tl
 from tests.conformance.test_more_families import ROWS, built
@@ -17,6 +18,7 @@ from tracelens.errors import (
     AttentionImplementationError,
     PromptError,
     UnknownArchitectureError,
+    WriteTargetError,
 )
 from tracelens.model import Model
 
@@ -84,6 +86,75 @@ def test_a_gate_that_would_make_more_of_a_value_is_none() -> None:
     wrong = replace(family, taps={**family.taps, "v": family.taps["k"]})
     found = proving.prove(Model(built("qwen3_next")[0], None, _family=wrong))
     assert "v" in found.refuted
+
+
+def test_latent_attention_has_the_widths_that_it_computes_with() -> None:
+    """Queries and keys are wider than values; what is no tensor of the model is refused with what there is."""
+    _, model = built("deepseek_v3")
+    shapes = {row.name: row.shape for row in model.sites() if row.absent is None}
+    assert shapes["q"] == shapes["q_rot"] == shapes["k_rot"] == "[B, P, 4, 14]"
+    assert shapes["v"] == shapes["z"] == "[B, P, 4, 12]"
+    for name, says in {"k": "use k_rot", "q_normed": "q_a_layernorm", "k_normed": "kv_a_layernorm"}.items():
+        with pytest.raises(AbsentSiteError, match=says), model.trace(ROWS):
+            getattr(model.layers[0], name).save()
+    with model.trace(ROWS[:1]) as t:
+        for name in ("q_rot", "k_rot", "scores", "pattern", "v", "z"):
+            getattr(model.layers[0], name).save(name)
+        # What the reasons name is there.
+        model.module("model.layers.0.self_attn.kv_a_proj_with_mqa").output.save("latent")
+        model.module("model.layers.0.self_attn.q_a_layernorm").output.save("normed")
+    q, k, v = (t[name].transpose(1, 2) for name in ("q_rot", "k_rot", "v"))
+    scores = q @ k.mT * 14**-0.5
+    seen = t["scores"] > -1e30
+    torch.testing.assert_close(t["scores"][seen], scores[seen], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close((t["pattern"] @ v).transpose(1, 2), t["z"], atol=1e-5, rtol=1e-5)
+    # One rotated key for all heads.
+    assert torch.equal(t["k_rot"][:, :, 0, 8:], t["k_rot"][:, :, 3, 8:])
+    assert t["latent"].shape[-1] == 16 + 6
+    assert t["normed"].shape[-1] == 20
+
+
+@pytest.mark.parametrize("name", ["v", "k_rot"])
+def test_what_latents_make_of_the_cache_is_refused_in_a_generation(name: str) -> None:
+    _, model = built("deepseek_v3")
+    refused = pytest.raises(WriteTargetError, match="behind it stands the cache")
+    with refused as failure, model.generate(ROWS[:1], max_new_tokens=2):
+        setattr(model.layers[0], name, 0.0)
+    assert failure.value.instead == "scores"
+
+
+def test_queries_without_a_latent() -> None:
+    """As in smaller models: another module has the same site."""
+    hf = SPARSE["deepseek_v3"].build(q_lora_rank=None)
+    model = tl.wrap(hf)
+    with model.trace(ROWS[:1]) as t:
+        model.layers[1].attn_in.save("x")
+        model.layers[1].q.save("q")
+    torch.testing.assert_close(t["q"].flatten(2), hf.model.layers[1].self_attn.q_proj(t["x"]).detach())
+
+
+def test_experts_are_chosen_by_group_and_by_bias() -> None:
+    """Written logits choose anew as the router does: the largest one is not taken where its group is not."""
+    hf, model = built("deepseek_v3")
+    router = hf.model.layers[1].mlp.gate
+    with model.trace(ROWS[:1]) as t:
+        model.layers[1].mlp_in.save("x")
+        model.layers[1].router_logits = model.layers[1].router_logits * -2.0 + 0.3
+        model.layers[1].router_logits.save("logits")
+        model.layers[1].expert_index.save("index")
+        model.layers[1].expert_weights.save("weights")
+    wanted = F.linear(t["x"], router.weight).detach() * -2.0 + 0.3
+    torch.testing.assert_close(t["logits"], wanted, atol=1e-5, rtol=1e-5)
+    ranked = wanted.sigmoid() + router.e_score_correction_bias
+    for token, (row, chosen) in enumerate(zip(ranked[0], t["index"][0], strict=True)):
+        pairs = row.view(4, 2).sum(-1).topk(2).indices.tolist()
+        inside = [expert for pair in pairs for expert in (2 * pair, 2 * pair + 1)]
+        best = sorted(inside, key=lambda expert: -row[expert].item())[:2]
+        assert sorted(chosen.tolist()) == sorted(best)
+        own = wanted[0, token, chosen].sigmoid()
+        torch.testing.assert_close(t["weights"][0, token], 2.5 * own / own.sum(), atol=1e-5, rtol=1e-5)
+    ignored = (ranked.topk(2, dim=-1).indices.sort(-1).values != t["index"].sort(-1).values).any()
+    assert ignored  # the groups matter
 
 
 def test_clipped_projections_are_refused() -> None:

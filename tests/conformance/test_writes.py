@@ -58,7 +58,7 @@ def forgotten(hf: PreTrainedModel, site: Site, code: str) -> bool:
 
 def vectors(hf: PreTrainedModel, site: Site) -> tuple[Tensor, Tensor]:
     """What is added and what is assigned at a site: two random vectors of its width."""
-    sizes = {"D": 48, "M": 80, "V": 97, "E": 4, "k": 2, "N": 40, "d": head_dim(hf.config)}
+    sizes = {"D": 48, "M": 80, "V": 97, "E": 4, "k": 2, "N": 40, **dict.fromkeys("cd", head_dim(hf.config))}
     width = sizes[str(site.kind.shape[-1])]
     generator = torch.Generator().manual_seed(17 + len(site.name))
     return 0.5 * torch.randn(width, generator=generator), torch.randn(width, generator=generator)

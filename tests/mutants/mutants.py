@@ -493,6 +493,20 @@ MUTANTS = (
         ("tests/conformance/test_sparse_families.py", "-k", "linear and qwen3_next"),
     ),
     Mutant(
+        "values are shown before they are written",
+        "backends/attention.py",
+        '            value = _passed(steps["v"], value)',
+        '            _passed(steps["v"], value)',
+        (*MORE_FAMILIES, "every_site_is_written and deepseek"),
+    ),
+    Mutant(
+        "groups of experts are forgotten where logits are written",
+        "backends/architectures/deepseek_v3.py",
+        'masked_fill(~kept[..., None], float("-inf"))',
+        "masked_fill(~kept[..., None], -0.0)",
+        ("tests/conformance/test_sparse_families.py", "-k", "by_group"),
+    ),
+    Mutant(
         "a gate shows nothing",
         "identities.py",
         "clamp(mixed.clamp(max=0), mixed.clamp(min=0))",

@@ -130,6 +130,9 @@ def randomise(model: PreTrainedModel, seed: int) -> None:
         else:
             drawn = 0.15 * drawn
         parameter.copy_(drawn)
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(0.2 * torch.randn(buffer.shape, generator=generator))
 
 
 FAMILIES: dict[str, Family] = {

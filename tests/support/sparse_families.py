@@ -4,9 +4,16 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import GptOssConfig, OlmoeConfig, Qwen3_5MoeTextConfig, Qwen3_5TextConfig, Qwen3NextConfig
+from transformers import (
+    DeepseekV3Config,
+    GptOssConfig,
+    OlmoeConfig,
+    Qwen3_5MoeTextConfig,
+    Qwen3_5TextConfig,
+    Qwen3NextConfig,
+)
 
-from tests.support.families import CHOSEN, EXPERTS, FAMILIES, Family
+from tests.support.families import CHOSEN, EXPERTS, FAMILIES, HEAD_DIM, HEADS, Family
 
 _TWO: dict[str, Any] = {**FAMILIES["llama"].settings, "num_hidden_layers": 2}
 _ROUTED = {"num_experts_per_tok": CHOSEN}
@@ -50,15 +57,36 @@ SPARSE: dict[str, Family] = {
         # The second layer has one MLP for all tokens.
         Family("qwen3_next", Qwen3NextConfig, {**_HYBRID, **_SHARED, "mlp_only_layers": [1]}),
         Family("qwen3_5", Qwen3_5TextConfig, _HYBRID),
+        Family(
+            "deepseek_v3",
+            DeepseekV3Config,
+            {
+                **{name: value for name, value in _TWO.items() if name != "head_dim"},
+                **_ROUTED,
+                "num_key_value_heads": HEADS,
+                "q_lora_rank": 20,
+                "kv_lora_rank": 16,
+                # Other widths for what is rotated, for what is not, and for values.
+                "qk_nope_head_dim": 8,
+                "qk_rope_head_dim": 6,
+                "v_head_dim": HEAD_DIM,
+                "first_k_dense_replace": 1,
+                "moe_intermediate_size": 40,
+                # Two of four groups, and two experts of the four in them.
+                "n_routed_experts": 8,
+                "n_group": 4,
+                "topk_group": 2,
+            },
+        ),
         Family("qwen3_5_moe", Qwen3_5MoeTextConfig, {**_HYBRID, **_SHARED}),
     )
 }
 SPARSE_EAGER_ALONE = ("gpt_oss",)
 """Families of which transformers has no other implementation on a CPU."""
 _HYBRIDS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
-SPARSE_WITH_PLAN = ("olmoe", *_HYBRIDS)
+SPARSE_WITH_PLAN = ("olmoe", "deepseek_v3", *_HYBRIDS)
 """Families that transformers spreads inside layers,"""
-SPARSE_CUT = ("gpt_oss", *_HYBRIDS)
+SPARSE_CUT = ("gpt_oss", "deepseek_v3", *_HYBRIDS)
 """... and that it cuts into stages."""
 SPARSE_EXPERTS = tuple(name for name, family in SPARSE.items() if "num_experts_per_tok" in family.settings)
 """Families of which ranks can share whole experts."""

@@ -142,6 +142,31 @@ def _normed_flat(layer: Layer, x: Tensor) -> Tensor:
     return layer.linear("self_attn.o_proj", layer.at("z", layer.mixed(made["q"], made["k"], v)).flatten(2))
 
 
+def _latent(layer: Layer, x: Tensor) -> Tensor:
+    """DeepSeek-V3: queries of one latent, keys and values of another, and one rotated key for all heads."""
+    config = layer.config
+    still, turning = config.qk_nope_head_dim, config.qk_rope_head_dim
+
+    def normed(name: str, latent: Tensor) -> Tensor:
+        return rms(latent, 1e-6) * layer.weight(f"self_attn.{name}.weight")
+
+    def turned(part: Tensor) -> Tensor:
+        pairs = layer.rotated(part, neighbours=True)
+        return torch.cat((pairs[..., ::2], pairs[..., 1::2]), dim=-1)
+
+    latent = normed("q_a_layernorm", layer.linear("self_attn.q_a_proj", x))
+    q = layer.at("q", layer.heads("self_attn.q_b_proj", latent, still + turning))
+    latent, key = layer.linear("self_attn.kv_a_proj_with_mqa", x).split(
+        [config.kv_lora_rank, turning], dim=-1
+    )
+    own = layer.heads("self_attn.kv_b_proj", normed("kv_a_layernorm", latent), still + config.v_head_dim)
+    k, v = own[..., :still], layer.at("v", own[..., still:])
+    key = turned(key[:, :, None]).expand(*k.shape[:3], turning)
+    q = torch.cat((q[..., :still], turned(q[..., still:])), dim=-1)
+    z = layer.at("z", layer.mixed(q, torch.cat((k, key), dim=-1), v))
+    return layer.linear("self_attn.o_proj", z.flatten(2))
+
+
 def _hybrid(layer: Layer, x: Tensor) -> Tensor:
     if layer.config.layer_types[layer.index] == "linear_attention":
         return _delta(layer, x)
@@ -267,10 +292,33 @@ def _of_all_and_one(layer: Layer, x: Tensor) -> Tensor:
     return _of_all(layer, x) + counts * _shared(layer, "shared_expert", x)
 
 
+def _in_groups(layer: Layer, x: Tensor) -> Tensor:
+    config = layer.config
+    if layer.index < config.first_k_dense_replace:
+        return _gated(layer, x)
+    logits = layer.at("router_logits", layer.linear("mlp.gate", x))
+    chances = logits.sigmoid()
+    ranked = chances + layer.weight("mlp.gate.e_score_correction_bias")
+    each = config.n_routed_experts // config.n_group
+    groups = ranked.unflatten(-1, (config.n_group, each)).topk(2, dim=-1).values.sum(-1)
+    worst = groups.argsort(-1)[..., : config.n_group - config.topk_group]
+    out = torch.zeros_like(groups, dtype=torch.bool).scatter(-1, worst, True).repeat_interleave(each, dim=-1)
+    chosen = (
+        ranked.masked_fill(out, float("-inf")).topk(config.num_experts_per_tok, dim=-1, sorted=False).indices
+    )
+    chosen = layer.at("expert_index", chosen)
+    share = chances.gather(-1, chosen)
+    if config.norm_topk_prob:
+        share = share / share.sum(-1, keepdim=True)
+    share = layer.at("expert_weights", share * config.routed_scaling_factor)
+    return _experts(layer, x, share, chosen) + _shared(layer, "shared_experts", x)
+
+
 Part = Callable[[Layer, Tensor], Tensor]
 FORWARDS: dict[str, tuple[Part, Part]] = {
     "gpt_oss": (_with_sinks, _gpt_oss),
     "olmoe": (_normed_flat, _of_all),
+    "deepseek_v3": (_latent, _in_groups),
     "qwen3_next": (_hybrid, _of_all_and_one),
     "qwen3_5_text": (_hybrid, _gated),
     "qwen3_5_moe_text": (_hybrid, _of_all_and_one),

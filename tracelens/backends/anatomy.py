@@ -96,6 +96,7 @@ class ModelAnatomy:
             name: getattr(config, word) if isinstance(word, str) else word(config)
             for name, word in self.family.widths.items()
         }
+        self.widths.setdefault("c", self.widths["d"])
         self._withheld: dict[str, str | Mapping[int | None, str]] = {
             name: reason
             for option, (names, reason) in self.family.withheld.items()

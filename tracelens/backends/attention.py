@@ -59,6 +59,8 @@ class Visit:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Attention of ``query`` [B, H, P, d] over ``key`` and ``value`` [B, K, S, d]: [B, P, H, d], and weights."""
         steps = self.steps
+        if "v" in steps:
+            value = _passed(steps["v"], value)
         if "q_rot" in steps:
             query = _passed(steps["q_rot"], query)
         if "k_rot" in steps:

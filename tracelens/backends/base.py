@@ -31,13 +31,14 @@ class HeadsView:
 
     ``parts`` are what lies there one after the other, each named by the width that counts its heads (``H`` or ``K``);
     the site is part number ``index``. ``heads_first``: the tensor has an axis for the heads already, before that of the
-    positions: [B, H, P, d]. ``grouped``: the axis is cut into as many groups as there are kv heads first, and each
-    group has its own heads of every part, one part after the other.
+    positions: [B, H, P, d]. ``width`` names that of a head. ``grouped``: the axis is cut into as many groups as there
+    are kv heads first, and each group has its own heads of every part, one part after the other.
     """
 
     parts: tuple[str, ...]
     index: int = 0
     heads_first: bool = False
+    width: str = "d"
     grouped: bool = False
 
 
@@ -75,11 +76,11 @@ class Tap:
     ``key`` for an input is the name of a keyword argument that may carry the tensor instead of the first positional
     one; for an output it is a position in a tuple or the name of a field, and ``None`` is the tensor itself (or the
     first element, where a version of transformers returns a tuple). Inside attention it names one of the tensors there:
-    ``q_rot``, ``k_rot``, ``scores`` or ``pattern``. ``view`` finds the site in a tensor that holds more, or in another
-    shape. ``decides``: the module makes the rest of its output of this tensor, and the model goes on with that alone.
-    The function makes it once more (of the module and the tensor), where the tensor is written. ``changes``: the block
-    goes on to change the tensor in place, so that nobody else may hold it. ``dtype``: where it is another than that of
-    the model and of the vocabulary.
+    ``v``, ``q_rot``, ``k_rot``, ``scores`` or ``pattern``. ``view`` finds the site in a tensor that holds more, or in
+    another shape. ``decides``: the module makes the rest of its output of this tensor, and the model goes on with that
+    alone. The function makes it once more (of the module and the tensor), where the tensor is written. ``changes``: the
+    block goes on to change the tensor in place, so that nobody else may hold it. ``dtype``: where it is another than
+    that of the model and of the vocabulary.
     """
 
     module: str
@@ -144,7 +145,8 @@ class Family:
     what stands in braces in the paths of taps, and is another in some layers than in others. ``gated``: is what heads
     mix of values multiplied by gates between 0 and 1 before ``z``? ``shared``: is there an expert that all tokens go
     to, beside those that are chosen? ``not_on_ranks``: why transformers cannot share such a model out, where its own
-    plan says that it can: by ``"tp"`` or ``"pp"``.
+    plan says that it can: by ``"tp"`` or ``"pp"``. ``sigmoid``: does each expert count what a
+    sigmoid makes of its own logit?
     """
 
     name: str
@@ -167,6 +169,7 @@ class Family:
     sinks: bool = False
     gated: bool = False
     shared: bool = False
+    sigmoid: bool = False
     reached: tuple[str, ...] = ()
     widths: Mapping[str, str | Callable[[Any], int]] = field(
         default_factory=dict[str, "str | Callable[[Any], int]"]
@@ -213,6 +216,12 @@ class Family:
             if getattr(config, option, False) if judge is None else judge(config):
                 return reason
         return None
+
+
+def inside(family: Family, name: str) -> bool:
+    """Is a site inside attention, where its function is called?"""
+    tap = family.taps.get(name)
+    return tap is not None and tap.side is Side.INSIDE
 
 
 def text_of(config: Any) -> Any:

@@ -22,6 +22,7 @@ def facts_of(config: Any, family: Family, *, scale: float | None, softcap: float
         biased=family.attends_itself,
         gated=family.gated,
         shared=family.shared,
+        sigmoid=family.sigmoid,
         epsilon=next((found for word in _EPSILON if (found := getattr(config, word, None))), 0.0),
         score_cap=getattr(config, "attn_logit_softcapping", None),
     )

@@ -238,7 +238,7 @@ def shown_at(anatomy: ModelAnatomy, tap: Tap, layer: int | None, whole: Containe
 
 # --- named sites -----------------------------------------------------------------------------------------------------
 
-_INSIDE = {"q_rot": "q", "k_rot": "k", "scores": "q", "pattern": "q"}
+_INSIDE = {"q_rot": "q", "k_rot": "k", "scores": "q", "pattern": "q", "v": "k"}
 """Sites inside attention, which no module shows, and the projections that they are made from."""
 
 
@@ -253,7 +253,8 @@ def seen_layouts(anatomy: ModelAnatomy, probed: Probed, whole: Container[str]) -
             continue  # not there where ranks share experts
         for layer in anatomy.layers_with(kind.name) if kind.scope is Scope.LAYER else (None,):
             if tap.side is Side.INSIDE:
-                made = found[_INSIDE[kind.name]][layer]
+                # Keys and values of latents are no projection's.
+                made = found.get(_INSIDE[kind.name], {}).get(layer, "is made of latents")
                 layout = _inside(kind.name, made)
             else:
                 name = shown_at(anatomy, tap, layer, whole)

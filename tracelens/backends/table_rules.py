@@ -11,8 +11,8 @@ from tracelens.ir.sites import KIND, KINDS, TEXT, Scope, near
 
 NEEDED = ("resid_pre", "resid_post", "final_norm", "lm_head", "logits")
 """Without these nothing can be run or read: the stream, and what becomes of it."""
-_INSIDE = ("q_rot", "k_rot", "scores", "pattern")
-_WIDTHS = frozenset({"D", "M", "V", "H", "K", "d"})
+_INSIDE = ("v", "q_rot", "k_rot", "scores", "pattern")
+_WIDTHS = frozenset({"D", "M", "V", "H", "K", "c", "d"})
 
 
 def require_complete(family: Family) -> None:

@@ -23,7 +23,7 @@ def taking_and_putting(view: HeadsView | NeuronsView, widths: Mapping[str, int])
         return _stretch([widths[part] for part in view.parts], view.index)
     if view.heads_first:
         return _heads_inside, lambda whole, new: _heads_inside(new)
-    width = widths["d"]
+    width = widths[view.width]
     heads = [widths[part] for part in view.parts]
     if view.grouped:
         return _of_groups(heads, view.index, width, groups=min(heads))

@@ -40,10 +40,10 @@ class Kind:
     """One row of the vocabulary.
 
     ``shape`` uses the size symbols and the model's own widths by name: ``D`` (d_model), ``M`` (neurons), ``V``
-    (vocabulary), ``H`` (heads), ``K`` (key and value heads), ``d`` (the width of a head), ``E`` (experts), ``k``
-    (experts for each token), ``N`` (neurons of an expert). ``level`` orders the rows; rows of one level cannot feed
-    each other, and stand in the order in which modules make them. ``dtype``: where it is another than that of the
-    model. ``instead``: what to write to, where the site is read-only.
+    (vocabulary), ``H`` (heads), ``K`` (key and value heads), ``d`` (the width of a head), ``c`` (that of its queries
+    and keys, mostly the same), ``E`` (experts), ``k`` (experts for each token), ``N`` (neurons of an expert). ``level``
+    orders the rows; rows of one level cannot feed each other, and stand in the order in which modules make them.
+    ``dtype``: where it is another than that of the model. ``instead``: what to write to, where the site is read-only.
     """
 
     name: str
@@ -62,6 +62,8 @@ _NEURONS: tuple[Sym | str, ...] = (B, P, "M")
 _TOKENS: tuple[Sym | str, ...] = (B, P, "V")
 _HEADS: tuple[Sym | str, ...] = (B, P, "H", "d")
 _KV_HEADS: tuple[Sym | str, ...] = (B, P, "K", "d")
+_QUERIES: tuple[Sym | str, ...] = (B, P, "H", "c")
+_KEYS: tuple[Sym | str, ...] = (B, P, "K", "c")
 _LOOKS: tuple[Sym | str, ...] = (B, "H", P, S)
 _EXPERTS: tuple[Sym | str, ...] = (B, P, "E")
 _CHOSEN: tuple[Sym | str, ...] = (B, P, "k")
@@ -110,17 +112,15 @@ KINDS: tuple[Kind, ...] = (
     ),
     Kind("attn_in", Scope.LAYER, 2, _RESIDUAL, Effect.BRANCH, "what the attention module receives"),
     # One level, in the order of the modules: Qwen3 makes q, norms it, and only then makes k.
-    Kind("q", Scope.LAYER, 3, _HEADS, Effect.BRANCH, "the queries, before QK-norm and rotation"),
-    Kind("q_normed", Scope.LAYER, 3, _HEADS, Effect.BRANCH, "the queries after QK-norm"),
-    Kind("k", Scope.LAYER, 3, _KV_HEADS, Effect.BRANCH, "the keys, before QK-norm and rotation"),
-    Kind("k_normed", Scope.LAYER, 3, _KV_HEADS, Effect.BRANCH, "the keys after QK-norm"),
+    Kind("q", Scope.LAYER, 3, _QUERIES, Effect.BRANCH, "the queries, before QK-norm and rotation"),
+    Kind("q_normed", Scope.LAYER, 3, _QUERIES, Effect.BRANCH, "the queries after QK-norm"),
+    Kind("k", Scope.LAYER, 3, _KEYS, Effect.BRANCH, "the keys, before QK-norm and rotation"),
+    Kind("k_normed", Scope.LAYER, 3, _KEYS, Effect.BRANCH, "the keys after QK-norm"),
     Kind("v", Scope.LAYER, 3, _KV_HEADS, Effect.BRANCH, "the values"),
     Kind(
-        "q_rot", Scope.LAYER, 5, _HEADS, Effect.BRANCH, "the queries after rotation, as attention uses them"
+        "q_rot", Scope.LAYER, 5, _QUERIES, Effect.BRANCH, "the queries after rotation, as attention uses them"
     ),
-    Kind(
-        "k_rot", Scope.LAYER, 5, _KV_HEADS, Effect.BRANCH, "the keys after rotation, as attention uses them"
-    ),
+    Kind("k_rot", Scope.LAYER, 5, _KEYS, Effect.BRANCH, "the keys after rotation, as attention uses them"),
     Kind("scores", Scope.LAYER, 6, _LOOKS, Effect.BRANCH, "before the softmax, scale and mask included"),
     Kind("pattern", Scope.LAYER, 7, _LOOKS, Effect.BRANCH, "after the softmax: where each query looks"),
     Kind(

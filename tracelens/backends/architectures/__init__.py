@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from tracelens.backends.architectures.bloom import BLOOM
 from tracelens.backends.architectures.cohere import COHERE, COHERE2, COHERE_QK_NORM
+from tracelens.backends.architectures.deepseek_v3 import DEEPSEEK_V3
 from tracelens.backends.architectures.falcon import FALCON_PARALLEL, FALCON_SEQUENTIAL, FALCON_TWO_NORMS
 from tracelens.backends.architectures.gemma import GEMMA2, GEMMA3, GEMMA3_WITH_IMAGES
 from tracelens.backends.architectures.glm import GLM, GLM4
@@ -26,7 +27,7 @@ FAMILIES = (
     *(GRANITE, COHERE_QK_NORM, COHERE, COHERE2, GLM, GLM4),
     *(GPT2, GPT_NEOX_SEQUENTIAL, GPT_NEOX_PARALLEL, OPT, BLOOM),
     *(FALCON_SEQUENTIAL, FALCON_TWO_NORMS, FALCON_PARALLEL),
-    *(GPT_OSS, OLMOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE),
+    *(GPT_OSS, OLMOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, DEEPSEEK_V3),
 )
 FAMILIES_OF: Mapping[str, tuple[Family, ...]] = {
     model_type: tuple(family for family in FAMILIES if model_type in family.model_types)
