@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tracelens.ir.sites import CANONICAL
+from tracelens.other_names import TRANSFORMER_LENS, NoSite
 
 _RAW = "model.hf.{name}: model.hf is the transformers model"
 _STREAM = "with model.trace(prompt) as t: model.layers[i].resid_post; model.layers holds the layers"
@@ -82,18 +83,16 @@ ON_A_LAYER: dict[str, str] = {
     **dict.fromkeys(("hidden_states", "output", "outputs", "save", "value"), "{owner}.resid_post"),
     **dict.fromkeys(("input", "inputs"), "{owner}.resid_pre"),
     **dict.fromkeys(
-        ("attention", "attn", "hook_attn_out", "self_attn", "self_attention"),
+        ("attention", "attn", "self_attn", "self_attention"),
         "{owner}.attn_out, or .attn_in for what it receives; other modules by path: model.module(path).output",
     ),
     **dict.fromkeys(
-        ("feed_forward", "ffn", "hook_mlp_out", "mlp"),
+        ("feed_forward", "ffn", "mlp"),
         "{owner}.mlp_out, or .mlp_in for what it receives; other modules by path: model.module(path).output",
     ),
-    **dict.fromkeys(("hook_post", "act_fn"), "{owner}.mlp_act"),
-    "hook_pre": "{owner}.mlp_pre",
+    "act_fn": "{owner}.mlp_act",
     # Another tensor than ours of that name: theirs has the chances of all experts.
     "hook_expert_weights": "{owner}.router_logits.softmax(-1); or .expert_weights of the chosen ones",
-    "hook_expert_indices": "{owner}.expert_index",
     **dict.fromkeys(("gate", "router"), "{owner}.router_logits, or .expert_index for what it chooses"),
     "experts": "{owner}.mlp_out for what they make together, or .expert_weights",
     "heads": "{owner}.head(3) or {owner}.head([0, 3])",
@@ -113,7 +112,19 @@ def elsewhere_called(name: str, owner: str) -> str | None:
         return hint + ".save()" if name == "save" else hint
     if name.startswith("register_") and "hook" in name:
         return _HOOKS if on_model else _HOOKS.replace("model.layers[i]", owner)
+    return _of_transformer_lens(name, "model.layers[i]" if on_model else owner)
+
+
+def _of_transformer_lens(name: str, layer: str) -> str | None:
+    """What a ``hook_...`` is, which is called so in a block, in its attention or in its MLP."""
+    if not name.startswith("hook_"):
+        return None
+    for inside in ("", "attn.", "mlp."):
+        meaning = TRANSFORMER_LENS.of_layers.get(inside + name)
+        if isinstance(meaning, str):
+            return f"{layer}.{meaning}"
+        if isinstance(meaning, NoSite):
+            near = " or ".join(f"{layer}.{site}" for site in meaning.near)
+            return f"{near}, which are other tensors: {name} is {meaning.meaning}"
     plain = name.removeprefix("hook_")
-    if plain != name and plain in CANONICAL:
-        return f"{'model.layers[i]' if on_model else owner}.{plain}"
-    return None
+    return f"{layer}.{plain}" if plain in CANONICAL else None

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -265,6 +266,7 @@ def _key(anatomy: ModelAnatomy) -> str:
     return hashlib.sha256(repr(told).encode()).hexdigest()
 
 
+@cache
 def _version() -> str:
     """Of the identities themselves, so that a change of theirs looks anew."""
     return hashlib.sha256(inspect.getsource(identities).encode()).hexdigest()

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 
 from tracelens.errors import UnknownSaveError
+from tracelens.extras import required
 from tracelens.ir import dims
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import (
@@ -140,8 +141,7 @@ class Results(Mapping[str, Any], Shown):
 
     def to_pandas(self, name: str | None = None) -> pandas.DataFrame:
         """A table: with ``name`` one row per number of that tensor, its axes as columns; else one row per tensor."""
-        import pandas
-
+        pandas: Any = required("pandas", extra="pandas", what="results.to_pandas()")
         if name is None:
             return pandas.DataFrame([_summary(entry) for entry in self.entries.values()]).set_index("name")
         if name not in self.entries:

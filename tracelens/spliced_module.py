@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any, cast
 
 import torch
@@ -71,17 +71,20 @@ class Coder:
         for name in self._kept:
             vars(self.module).pop(name, None)
 
+    @property
+    def _parameters(self) -> Iterable[nn.Parameter]:
+        """A module may be none of torch's, and keep tensors of which nothing is known."""
+        return self.module.parameters() if isinstance(self.module, nn.Module) else ()
+
     def _widened(self, value: Value) -> Value:
-        parameters = self.module.parameters() if isinstance(self.module, nn.Module) else ()
-        wide = next((each.dtype for each in parameters if each.is_floating_point()), value.dtype)
+        wide = next((each.dtype for each in self._parameters if each.is_floating_point()), value.dtype)
         widens = wide != value.dtype and torch.promote_types(wide, value.dtype) == wide
         return value.to(wide) if widens else value
 
     def _features(self, value: Value) -> tuple[int, torch.dtype]:
         """How wide the features are, and of which dtype: the module tells it of one row of zeros."""
         sizes = [size for size in value.shape[2:] if isinstance(size, int)]
-        parameters = self.module.parameters() if isinstance(self.module, nn.Module) else ()
-        home = next((each.device for each in parameters), None)
+        home = next((each.device for each in self._parameters), None)
         with torch.no_grad():
             row: Tensor = cast("Any", self.module).encode(
                 torch.zeros(1, 1, *sizes, dtype=value.dtype, device=home)

@@ -2418,6 +2418,13 @@ MUTANTS = (
         ("tests/test_tuned_lens.py", "tests/steering/test_vector_files.py"),
     ),
     Mutant(
+        "hooks of TransformerLens mean what their table says",
+        "porting.py",
+        '            return f"{layer}.{meaning}"\n',
+        """            return f"{layer}.{name.removeprefix('hook_')}"\n""",
+        ("tests/errors/test_porting.py",),
+    ),
+    Mutant(
         "tuned lens: another unembedding is refused",
         "lens/tuned.py",
         "        if not agrees:\n",

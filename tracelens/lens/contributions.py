@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import TYPE_CHECKING, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from tracelens.errors import LayerRangeError
+from tracelens.extras import required
 from tracelens.lens.bars import Bars
 from tracelens.location import here
 from tracelens.view import Line, Shown, Stack, Table, View, html
@@ -153,8 +154,7 @@ class LogitAttribution(Shown):
 
     def to_pandas(self) -> pandas.DataFrame:
         """A table with one row for each contribution: kind, layer, index, label, contribution."""
-        import pandas
-
+        pandas: Any = required("pandas", extra="pandas", what="attribution.to_pandas()")
         return pandas.DataFrame(
             {
                 "kind": [row.kind for row in self.contributions],
@@ -239,8 +239,7 @@ class LogitAttributions(Sequence[LogitAttribution], Shown):
 
     def to_pandas(self) -> pandas.DataFrame:
         """A table with one row for each prompt's contributions; the first column is the prompt's number."""
-        import pandas
-
+        pandas: Any = required("pandas", extra="pandas", what="attribution.to_pandas()")
         frames = [one.to_pandas() for one in self.each]
         for number, frame in enumerate(frames):
             frame.insert(0, "prompt", number)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from tracelens.extras import required
 from tracelens.lens.head import Head
 from tracelens.lens.text_windows import Windows
 from tracelens.lens.training import States, Target, translated
@@ -47,8 +48,7 @@ class LensEvaluation(Shown):
 
     def to_pandas(self) -> pandas.DataFrame:
         """A table with a row for each state."""
-        import pandas
-
+        pandas: Any = required("pandas", extra="pandas", what="evaluation.to_pandas()")
         names = ("kl", "kl_error", "identity_kl", "identity_kl_error")
         return pandas.DataFrame(
             {"state": self.states, **{name: getattr(self, name).numpy() for name in names}}

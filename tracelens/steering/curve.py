@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from tracelens.errors import SteeringSweepError
+from tracelens.extras import required
 from tracelens.location import here
 from tracelens.steering import steerability
 from tracelens.steering.facts import Place, written
@@ -292,8 +293,7 @@ class SteeringCurve(Shown):
 
     def to_pandas(self) -> pandas.DataFrame:
         """A table with a line for each row and multiplier: row, label, multiplier, propensity, label_mass, slope."""
-        import pandas
-
+        pandas: Any = required("pandas", extra="pandas", what="curve.to_pandas()")
         count, multipliers = self.propensity.shape
         return pandas.DataFrame(
             {
