@@ -92,7 +92,7 @@ READABLE = tuple(
     for layer in (range(LAYERS) if kind.scope is Scope.LAYER else (None,))
 )
 """The sites of a tiny model of the Llama kind."""
-WRITABLE = tuple(site for site in READABLE if site.kind.effect is not Effect.NONE)
+WRITABLE = tuple(site for site in READABLE if site.kind.effect is not Effect.NONE and site.kind.dtype is None)
 
 
 def type_of(site: Site) -> TensorType:
@@ -322,7 +322,9 @@ class _Builder:
             self.ops.append(IndexPut(out, self.types[base], base, index, value))
 
     def write(self) -> None:
-        site = self.one(*(site for site in self.sites if site.kind.effect is not Effect.NONE))
+        site = self.one(
+            *(site for site in self.sites if site.kind.effect is not Effect.NONE and site.kind.dtype is None)
+        )
         fitting: list[Ref | Scalar] = [0.5, 2, True, as_held(-0.0)]
         for value, kind in enumerate(self.types):
             origin = self.origins[value]

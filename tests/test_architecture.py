@@ -58,6 +58,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("mapped", 3),
     ("porting", 3),
     ("heads", 3),
+    ("experts", 3),
     ("handles", 3),
     ("prompts", 3),
     ("language", 3),

@@ -153,6 +153,10 @@ class SharedHeadError(TracelensError):
     """A key or value head serves several query heads, so it cannot be changed for one of them alone."""
 
 
+class ExpertChoiceError(TracelensError):
+    """What was written to a router leaves a token without its experts: too few, one of them twice, or none there is."""
+
+
 class ValueBranchError(TracelensError, TypeError):
     """Python asked a value for a number or a truth that does not exist before the run."""
 

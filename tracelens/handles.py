@@ -13,11 +13,11 @@ from tracelens.errors import (
     LayerMappingError,
     LayerRangeError,
     NoTraceError,
-    ReplacementError,
     TracelensError,
     UnknownSiteError,
     WriteTargetError,
 )
+from tracelens.experts import ExpertHandle, ExpertsOfLayers
 from tracelens.heads import Headed, HeadHandle, HeadsOfLayers, head_out, read_only
 from tracelens.ir.dims import bounds_text
 from tracelens.ir.module_sites import ModuleSite
@@ -28,7 +28,13 @@ from tracelens.open_recordings import open_recorder, open_recorders
 from tracelens.operand import Operand
 from tracelens.porting import elsewhere_called
 from tracelens.recorder import Recorder
-from tracelens.refusing import one_layer_only, parameter_target, require_replacement
+from tracelens.refusing import (
+    one_layer_only,
+    parameter_target,
+    replace_names_sites,
+    require_replacement,
+    skip_takes_nothing,
+)
 from tracelens.subject import Anatomy
 from tracelens.values import Value
 
@@ -131,6 +137,16 @@ class LayerHandle:
         """
         return HeadHandle(self._anatomy, self, self._index, heads)
 
+    def expert(self, number: int) -> ExpertHandle:
+        """One expert by its number: ``.expert(5).out`` is [B, P, D], what it returned of the tokens that went to it.
+
+        ``.chosen`` says which did, ``.weight`` how much it counts there; ``.mask()`` and ``.force()`` change who does.
+        Raises :class:`~tracelens.errors.ExpertRangeError` for experts that there are not.
+
+        >>> model.layers[8].expert(5).out = 0                                        # doctest: +SKIP
+        """
+        return ExpertHandle(self._anatomy, self, number)
+
     @property
     def head_out(self) -> Value:
         """What each head adds to ``attn_out`` (without the bias): [B, P, H, D], computed from ``z``. Read-only."""
@@ -141,12 +157,10 @@ class LayerHandle:
 
         Later writes to what it receives are refused (:class:`~tracelens.errors.SkippedSiteError`).
 
-        >>> with model.trace("The capital of France is"):                             # doctest: +SKIP
-        ...     model.layers[5].skip()
-        ...     logits = model.logits.save()
+        >>> model.layers[5].skip()                                                   # doctest: +SKIP
         """
         if given:
-            raise _skip_takes_nothing(repr(self))
+            raise skip_takes_nothing(repr(self))
         recorder = recorder_of(self._anatomy, f"{self!r}.skip")
         site = _layer_site("resid_post", self._index)
         with Blaming(here()):
@@ -165,7 +179,7 @@ class LayerHandle:
         :class:`~tracelens.errors.ReplacementError` for other sites, and as :meth:`tracelens.ModuleHandle.replace` does.
         """
         if unnamed:
-            raise _replace_names_sites(repr(self))
+            raise replace_names_sites(repr(self))
         require_replacement(new, self)
         for name, value in new.items():
             site = self._site(name)
@@ -213,6 +227,10 @@ class LayersSlice:
         """The same heads in each of the layers; see :meth:`LayerHandle.head`."""
         return HeadsOfLayers(tuple(handle.head(heads) for handle in self._handles), self._layers)
 
+    def expert(self, number: int) -> ExpertsOfLayers:
+        """The same number's expert in each of the layers; see :meth:`LayerHandle.expert`."""
+        return ExpertsOfLayers(tuple(handle.expert(number) for handle in self._handles), self._layers)
+
     @property
     def head_out(self) -> MappedValue:
         """What each head adds to ``attn_out``, in each of the layers: [B, P, H, D]. Read-only."""
@@ -221,14 +239,14 @@ class LayersSlice:
     def skip(self, *given: Any) -> None:
         """Does not run these layers: each returns what it received."""
         if given:
-            raise _skip_takes_nothing(repr(self))
+            raise skip_takes_nothing(repr(self))
         for handle in self._handles:
             handle.skip()
 
     def replace(self, *unnamed: Any, **new: Any) -> None:
         """Does not run the modules that make these sites, in each of the layers."""
         if unnamed:
-            raise _replace_names_sites(repr(self))
+            raise replace_names_sites(repr(self))
         require_replacement(new, self)
         for name, value in new.items():
             for handle, part in zip(self._handles, each_layer(value, self._layers), strict=True):
@@ -358,22 +376,6 @@ class Layers:
         return f"model.layers (0 to {len(self) - 1})"
 
 
-def _skip_takes_nothing(owner: str) -> ReplacementError:
-    return ReplacementError(
-        "skip() takes nothing: the layer returns what it received",
-        at=here(),
-        instead=f"{owner}.skip(); {owner}.replace(resid_post=value) for another value",
-    )
-
-
-def _replace_names_sites(owner: str) -> ReplacementError:
-    return ReplacementError(
-        "replace() was given a value without the site that it stands for",
-        at=here(),
-        instead=f"{owner}.replace(resid_post=value) for the whole layer, {owner}.replace(mlp_add=value) for the MLP",
-    )
-
-
 def _of_which_layer(name: str) -> TracelensError:
     """The error for ``model.layers.<name>``, which does not say which layers are meant."""
     if name not in _LAYER_NAMES:
@@ -396,7 +398,8 @@ def _present(anatomy: Described, layer: int) -> list[str]:
     for kind in LAYER_KINDS:
         if anatomy.has(Site(kind.name, layer)):
             names += [kind.name, *kind.aliases]
-    return sorted([*names, "head", "head_out", "replace", "skip"])
+    experts = ["expert"] if "expert_out" in names else []
+    return sorted([*names, *experts, "head", "head_out", "replace", "skip"])
 
 
 def global_site(name: str) -> Site | None:

@@ -7,6 +7,7 @@ from tracelens.tracelens_error import TracelensError
 __all__ = [
     "AbsentSiteError",
     "AmbiguousSiteError",
+    "ExpertRangeError",
     "HeadRangeError",
     "LayerRangeError",
     "RefutedSitesWarning",
@@ -41,6 +42,10 @@ class LayerRangeError(TracelensError, IndexError):
 
 class HeadRangeError(TracelensError, IndexError):
     """There is no such head, or heads cannot be chosen that way."""
+
+
+class ExpertRangeError(TracelensError, IndexError):
+    """There is no such expert, or experts cannot be chosen that way."""
 
 
 class UnknownParameterError(TracelensError, KeyError):

@@ -16,6 +16,7 @@ from tracelens.errors import (
     LayerMappingError,
     OptionError,
     RandomFunctionError,
+    ReplacementError,
     TracelensError,
     UnknownAttributeError,
     UnsupportedFunctionError,
@@ -192,6 +193,24 @@ def require_replacement(new: Mapping[str, object], layer: object) -> None:
             at=here(),
             instead=f"{layer!r}.replace(mlp_add=value); or {layer!r}.skip(), which does not run the layer",
         )
+
+
+def skip_takes_nothing(owner: str) -> ReplacementError:
+    """The error for ``skip(something)``."""
+    return ReplacementError(
+        "skip() takes nothing: the layer returns what it received",
+        at=here(),
+        instead=f"{owner}.skip(); {owner}.replace(resid_post=value) for another value",
+    )
+
+
+def replace_names_sites(owner: str) -> ReplacementError:
+    """The error for ``replace(value)``."""
+    return ReplacementError(
+        "replace() was given a value without the site that it stands for",
+        at=here(),
+        instead=f"{owner}.replace(resid_post=value) for the whole layer, {owner}.replace(mlp_add=value) for the MLP",
+    )
 
 
 def one_layer_only(thing: object) -> LayerMappingError:

@@ -59,7 +59,7 @@ def kernels(family: str) -> tuple[str, ...]:
 
 
 def writable(family: str) -> list[Site]:
-    return [site for site in clean(family) if site.kind.effect is not Effect.NONE]
+    return [site for site in clean(family) if site.kind.effect is not Effect.NONE and site.kind.dtype is None]
 
 
 def same(actual: object, expected: Tensor, site: Site) -> None:

@@ -35,7 +35,11 @@ FEW_SPELLINGS = ("SITE += v", "SITE *= 0.5", "SITE[:, -1] = x", "SITE.tok[1:3] +
 
 def writable(hf: PreTrainedModel) -> list[Site]:
     """The sites whose last axis has a width of the model; scores and pattern have a test of their own."""
-    return [site for site in hand_sites(hf) if site.kind.effect is not Effect.NONE and not looks(site)]
+    return [
+        site
+        for site in hand_sites(hf)
+        if site.kind.effect is not Effect.NONE and site.kind.dtype is None and not looks(site)
+    ]
 
 
 def forgotten(hf: PreTrainedModel, site: Site, code: str) -> bool:

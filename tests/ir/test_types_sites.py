@@ -137,7 +137,6 @@ def test_the_vocabulary_is_sound():
         "token_mask",
         "token_ids",
         "positions",
-        "expert_index",
         "next_tokens",
     }
     assert {kind.name for kind in LAYER_KINDS if kind.effect is Effect.STREAM} == {

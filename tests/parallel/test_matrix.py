@@ -109,7 +109,9 @@ def sites_of(models: Both) -> list[Site]:
 
 
 def writable(models: Both) -> list[Site]:
-    return [site for site in sites_of(models) if site.kind.effect is not Effect.NONE]
+    return [
+        site for site in sites_of(models) if site.kind.effect is not Effect.NONE and site.kind.dtype is None
+    ]
 
 
 @every_cell

@@ -58,7 +58,7 @@ def all_alike(models: Both) -> None:
     for model in (models.one, models.spread):
         with model.trace(ROWS) as t:
             for number, site in enumerate(sites):
-                if site.kind.effect is not Effect.NONE:
+                if site.kind.effect is not Effect.NONE and site.kind.dtype is None:
                     here = model if site.layer is None else model.layers[site.layer]
                     before = clean[str(site)]
                     new = getattr(here, site.name) * 0.9

@@ -54,7 +54,9 @@ def test_every_site_is_read(models: Both, lengths: list[int]) -> None:
 @pytest.mark.parametrize("plan", ["partial_sums", "sequence"], indirect=True, scope="module")
 def test_every_site_takes_every_edit(models: Both) -> None:
     sites = [
-        site for site in sites_of(models) if site.layer in (None, 1) and site.kind.effect is not Effect.NONE
+        site
+        for site in sites_of(models)
+        if site.layer in (None, 1) and site.kind.effect is not Effect.NONE and site.kind.dtype is None
     ]
     written_alike(models, [(site, edit) for site in sites for edit in EDITS.values()])
 
@@ -283,7 +285,11 @@ def test_a_layer_may_lie_otherwise_than_others(tmp_path: Path, ranks_of: PoolOf)
     sites = sites_of(models)
     for rows in (ROWS, random_rows(RAGGED)):
         read_alike(models, sites, rows)
-    chosen = [site for site in sites if site.layer is not None and site.kind.effect is not Effect.NONE]
+    chosen = [
+        site
+        for site in sites
+        if site.layer is not None and site.kind.effect is not Effect.NONE and site.kind.dtype is None
+    ]
     edits = list(EDITS.values())
     written_alike(models, [(site, edits[number % len(edits)]) for number, site in enumerate(chosen)])
     models.close()

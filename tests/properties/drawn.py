@@ -66,7 +66,11 @@ class _Writer:
         return f"{letter}{self.names}"
 
     def site(self, wanted: Callable[[Site], bool] = lambda _: True) -> Known:
-        site = self.one(site for site in self.sites if site.kind.effect is not Effect.NONE and wanted(site))
+        site = self.one(
+            site
+            for site in self.sites
+            if site.kind.effect is not Effect.NONE and site.kind.dtype is None and wanted(site)
+        )
         gpt2 = Site("pos_embed") in self.sites
         widths = {**WIDTHS, "K": HEADS} if gpt2 else WIDTHS
         shape = tuple(widths.get(str(dim), str(dim)) for dim in site.kind.shape)
@@ -208,4 +212,6 @@ def permutations(draw: Callable[[st.SearchStrategy], Any], program: Program) -> 
 
 def traceable_sites(hf: Any) -> list[Site]:
     """The sites of a model that a block can read and write."""
-    return [site for site in hand_sites(hf) if site.kind.effect is not Effect.NONE]
+    return [
+        site for site in hand_sites(hf) if site.kind.effect is not Effect.NONE and site.kind.dtype is None
+    ]

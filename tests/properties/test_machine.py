@@ -37,7 +37,7 @@ PROMPT = batch(ROWS)
 SITES = [
     site for site in traceable_sites(HF)
     if site.name in ("resid_pre", "resid_mid", "mlp_act", "mlp_out", "logits") and site.layer in (None, 0, 1)
-    and site.kind.effect is not Effect.NONE
+    and site.kind.effect is not Effect.NONE and site.kind.dtype is None
 ]  # fmt: skip
 PART = [key for key in KEYS if key.text in ("[..., :7]", "[:, -1]", ".tok[-2:]")]
 

@@ -174,7 +174,8 @@ def prepare(programs: Sequence[Program], plan: Plan, anatomy: ModelAnatomy) -> L
             calls, copies = anatomy.sides.calls_of(point), anatomy.sides.leaf(point).lent
             hooks.append(ModuleHook(code, seat, calls=calls, copies=copies))
         else:
-            hooks.append(kind_of_hook(tap)(code, seat))
+            kind = cast(Site, blocks[0].site).kind
+            hooks.append(kind_of_hook(tap, kind, anatomy.widths)(code, seat))
     inside = [hook for hook in hooks if isinstance(hook, InsideHook)]
     if inside:
         join(inside, seat, replaced_layers(graph), anatomy)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, Any, cast
 
@@ -12,6 +13,7 @@ from torch import nn
 
 from tracelens.backends.base import Side, Tap
 from tracelens.backends.body import Body
+from tracelens.backends.choices import masked_and_chosen, no_choice
 from tracelens.backends.enduring import endured
 from tracelens.backends.execute import State
 from tracelens.backends.expert_hooks import ExpertsHook
@@ -19,7 +21,7 @@ from tracelens.backends.hooks import Seat
 from tracelens.backends.inside_hooks import InsideHook
 from tracelens.backends.transfer import moved
 from tracelens.errors import SiteMismatchError, TracelensError
-from tracelens.ir.sites import Site
+from tracelens.ir.sites import Kind, Site
 
 if TYPE_CHECKING:
     from tracelens.backends.local import Run
@@ -71,6 +73,12 @@ class HookCode:
             raise error
         if self.stops:
             raise ForwardStopped
+        return tensor
+
+    def refused(self, state: State, tensor: Any, error: TracelensError) -> Any:
+        """What comes of an error in what the steps have given: it is raised, with the last step's number."""
+        if not endured(self.body.run, state, error, again=True):
+            raise Blamed(error, self.body.numbers[-1])
         return tensor
 
 
@@ -205,7 +213,26 @@ class DecidingHook(_After):
             self.code.failed(run.state, first, error)
             return None
         made = self.passed(run, first)
-        return (made, *decides(module, made))
+        decided = decides(module, made)
+        if problem := masked_and_chosen(made, decided):
+            self.code.refused(run.state, made, problem)
+        return (made, *decided)
+
+
+class ChoosingHook(_After):
+    """At numbers of things, each of which is there once: what is written is held to that."""
+
+    __slots__ = ("most",)
+
+    def __init__(self, code: HookCode, seat: Seat, most: int) -> None:
+        super().__init__(code, seat)
+        self.most = most
+
+    def passed(self, run: Run, tensor: Any) -> Any:
+        found = super().passed(run, tensor)
+        if self.writes and found is not tensor and (problem := no_choice(found, self.most, self.code.site)):
+            return self.code.refused(run.state, tensor, problem)
+        return found
 
 
 class CopyingHook(_After):
@@ -230,8 +257,12 @@ _HOOKS: dict[Side, Callable[[HookCode, Seat], SideHook | InsideHook | ExpertsHoo
 }
 
 
-def kind_of_hook(tap: Tap) -> Callable[[HookCode, Seat], SideHook | InsideHook | ExpertsHook]:
-    """What is put at a hook point."""
+def kind_of_hook(
+    tap: Tap, kind: Kind, widths: Mapping[str, int]
+) -> Callable[[HookCode, Seat], SideHook | InsideHook | ExpertsHook]:
+    """What is put at a hook point, where a site of this kind is."""
+    if kind.numbers is not None:
+        return partial(ChoosingHook, most=widths[kind.numbers])
     if tap.decides is not None:
         return DecidingHook
     return CopyingHook if tap.changes else _HOOKS[tap.side]

@@ -44,6 +44,7 @@ class Kind:
     and keys, mostly the same), ``E`` (experts), ``k`` (experts for each token), ``N`` (neurons of an expert). ``level``
     orders the rows; rows of one level cannot feed each other, and stand in the order in which modules make them.
     ``dtype``: where it is another than that of the model. ``instead``: what to write to, where the site is read-only.
+    ``numbers``: its last axis holds numbers of things of which there are as many as this width says, each once.
     """
 
     name: str
@@ -55,6 +56,7 @@ class Kind:
     aliases: tuple[str, ...] = ()
     dtype: DType | None = None
     instead: str | None = None
+    numbers: str | None = None
 
 
 _RESIDUAL: tuple[Sym | str, ...] = (B, P, "D")
@@ -167,10 +169,10 @@ KINDS: tuple[Kind, ...] = (
         Scope.LAYER,
         17,
         _CHOSEN,
-        Effect.NONE,
-        "which experts each token goes to, best first",
+        Effect.BRANCH,
+        "which experts each token goes to, best first; one that is written takes the weight of its place",
         dtype=DType.INT64,
-        instead="router_logits, from which experts are chosen; or expert_weights, where 0 takes one out",
+        numbers="E",
     ),
     Kind(
         "expert_weights",
