@@ -105,13 +105,13 @@ def _falcon(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> tuple[Tensor, A
 
 
 _FORWARDS: dict[str, Callable[..., Any]] = {
-    **dict.fromkeys(("mixtral", "phi3", "olmoe", "glm", "deepseek_v3"), _llama),
+    **dict.fromkeys(("mixtral", "phi3", "olmoe", "glm", "smollm3", "olmo", "gemma", "deepseek_v3"), _llama),
     "gpt_oss": _gpt_oss,
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _hybrid),
     "granite": _granite,
     "glm4": _glm4,
     **dict.fromkeys(("gemma2", "gemma3_text"), _gemma),
-    "olmo2": _olmo2,
+    **dict.fromkeys(("olmo2", "olmo3"), _olmo2),
     "gpt_neox": _neox,
     "opt": _opt,
     "bloom": _bloom,

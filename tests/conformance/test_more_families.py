@@ -507,7 +507,8 @@ def test_a_logit_is_the_sum_of_what_every_component_writes(family: str) -> None:
         centred, scale = own - own.mean(-1, keepdim=True), (stream.var(correction=0) + 1e-5).rsqrt()
     else:
         centred, scale = own, (stream.pow(2).mean() + 1e-6).rsqrt()
-    gain = 1 + final.weight if family.startswith(("qwen3_next", "qwen3_5")) else final.weight
+    gain = getattr(final, "weight", torch.ones(48))
+    gain = 1 + gain if family.startswith(("qwen3_next", "qwen3_5")) or family == "gemma" else gain
     wanted = (centred * scale * gain) @ head_rows
     torch.testing.assert_close(found.heads[last].float(), wanted.detach(), atol=1e-4, rtol=1e-3)
 
@@ -523,6 +524,10 @@ def test_a_logit_is_the_sum_of_what_every_component_writes(family: str) -> None:
         ("bloom", {"apply_residual_connection_post_layernorm": True}, "output of a norm"),
         ("bloom", {"slow_but_exact": True, "pretraining_tp": 2}, "computed in slices"),
         ("gemma2", {"use_bidirectional_attention": True}, "looks ahead"),
+        ("gemma", {"use_bidirectional_attention": True}, "looks ahead"),
+        ("phi", {"qk_layernorm": True}, "which no published Phi does"),
+        ("granite", {"residual_multiplier": 0.0}, "residual_multiplier is 0"),
+        ("granite", {"embedding_multiplier": 0.0}, "embedding_multiplier is 0"),
     ],
 )
 def test_configurations_that_would_mean_something_else_are_refused(
@@ -540,6 +545,9 @@ def test_configurations_that_would_mean_something_else_are_refused(
         ("falcon_one_norm", "post_ln", "the norm that attention reads; use attn_norm"),
         ("mixtral", "mlp_act", "is a mixture of experts"),
         ("opt", "q_rot", "nothing is rotated"),
+        ("cohere", "post_ln", "the norm that attention reads; use attn_norm"),
+        ("phi", "post_ln", "the norm that attention reads; use attn_norm"),
+        ("cohere2", "q_rot", "rotates nothing; use q"),
         ("bloom", "pos_embed", "ALiBi"),
         ("falcon_two_norms", "k_rot", "cannot be tapped; use k"),
     ],
@@ -587,3 +595,40 @@ def test_capped_scores_are_not_guessed_at() -> None:
     q = torch.randn(1, 4, 3, 12)
     with pytest.raises(AttentionImplementationError, match="softcap"):
         scores_of("sdpa", hf.model.layers[0].self_attn, q, q, None, {"softcap": 1.5})
+
+
+def test_a_path_is_no_name_of_a_product() -> None:
+    """By its path there is what the module returns; by the name what the model makes of it."""
+    hf, model = built("granite")
+    for name in ("embed", "attn_add", "mlp_add"):
+        tap = model.anatomy.family.taps[name]
+        path = tap.module if name == "embed" else f"model.layers.0.{tap.module}"
+        with pytest.raises(tl.TracelensError, match="is no named site"):
+            tl.sites.parse(f"{path}.output", model)
+    with untouched(hf), model.trace(ROWS):
+        product = model.layers[0].mlp_add.save()
+        returned = model.module("model.layers.0.mlp").output.save()
+        model.module("model.layers.0.mlp").output = returned * 2
+        logits = model.logits.save()
+    for one, other in zip(real_rows(product.value, PROMPT), real_rows(returned.value, PROMPT), strict=True):
+        assert torch.equal(one, other * hf.config.residual_multiplier)
+    with torch.no_grad():
+        doubled = hand_forward(
+            hf, *PROMPT, lambda site, tensor: tensor * 2 if site == Site("mlp_add", 0) else tensor
+        )
+    same(logits.value, doubled, Site("logits"))
+
+
+def test_what_a_model_clips_before_it_goes_on_has_no_name() -> None:
+    hf = MORE["olmo"].build(clip_qkv=0.5)
+    model = tl.wrap(hf)
+    for name in "qkv":
+        with pytest.raises(AbsentSiteError, match="clips what the projection returns"), model.trace(ROWS):
+            getattr(model.layers[0], name).save()
+    with model.trace(ROWS[:1]):
+        rotated = model.layers[0].q_rot.save()
+        unrotated = model.module("model.layers.0.self_attn.q_proj").output.save()
+    assert unrotated.value.abs().max() > 0.6  # as the projection returned it
+    clipped = unrotated.value.clamp(-0.5, 0.5).unflatten(-1, (4, 12))
+    torch.testing.assert_close(rotated.value.norm(dim=-1), clipped.norm(dim=-1), atol=1e-5, rtol=1e-5)
+    assert tl.wrap(hf, probe=False).check_sites().ok

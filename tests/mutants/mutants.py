@@ -3187,4 +3187,25 @@ MUTANTS = (
         "None,",
         (*MORE_FAMILIES, "lens_reads and cohere2"),
     ),
+    Mutant(
+        "a layer that rotates nothing has rotated queries",
+        "backends/architectures/cohere.py",
+        'if kind == "sliding_attention"',
+        "if kind",
+        (*MORE_FAMILIES, "site_is_read and cohere2"),
+    ),
+    Mutant(
+        "a number that is 0 is divided by",
+        "backends/base.py",
+        "if getattr(config, word, None) == 0:",
+        "if False:",
+        (*MORE_FAMILIES, "configurations and granite"),
+    ),
+    Mutant(
+        "Granite is cut into stages that each multiply",
+        "backends/architectures/granite.py",
+        'not_on_ranks={"pp":',
+        'not_on_ranks={"none":',
+        ("tests/parallel/test_more_families_spread.py", "-k", "wrongly"),
+    ),
 )

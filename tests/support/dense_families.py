@@ -4,7 +4,19 @@ from __future__ import annotations
 
 from typing import Any
 
-from transformers import Cohere2Config, CohereConfig, Glm4Config, GlmConfig, GraniteConfig
+from transformers import (
+    Cohere2Config,
+    CohereConfig,
+    GemmaConfig,
+    Glm4Config,
+    GlmConfig,
+    GraniteConfig,
+    Olmo3Config,
+    OlmoConfig,
+    Phi3Config,
+    PhiConfig,
+    SmolLM3Config,
+)
 
 from tests.support.families import FAMILIES, Family
 
@@ -37,12 +49,24 @@ DENSE: dict[str, Family] = {
         Family("cohere2", Cohere2Config, {**_WITHOUT_WIDTH, **_IN_A_WINDOW, "logit_scale": 0.6}),
         Family("glm", GlmConfig, {**_TWO, "rope_parameters": _PARTLY}),
         Family("glm4", Glm4Config, {**_TWO, "rope_parameters": _PARTLY}),
+        Family("phi", PhiConfig, {**_WITHOUT_WIDTH, "rope_parameters": _PARTLY}),
+        # As Phi-4-mini: a part of each head is rotated, and the unembedding is the embedding.
+        Family(
+            "phi4",
+            Phi3Config,
+            {**_TWO, "sliding_window": None, "rope_parameters": _PARTLY, "tie_word_embeddings": True},
+        ),
+        Family("smollm3", SmolLM3Config, {**_WITHOUT_WIDTH, "no_rope_layers": [1, 0]}),
+        Family("olmo", OlmoConfig, _WITHOUT_WIDTH),
+        Family("olmo3", Olmo3Config, {**_WITHOUT_WIDTH, **_IN_A_WINDOW}),
+        Family("gemma", GemmaConfig, {**_TWO, "bos_token_id": 2, "eos_token_id": 1}),
     )
 }
 """Merged into the table of ``more_families``."""
-DENSE_WITH_PLAN = ("granite", "cohere", "cohere2", "glm", "glm4")
+_LIKE_LLAMA = ("phi4", "smollm3", "olmo", "olmo3", "gemma")
+DENSE_WITH_PLAN = ("granite", "cohere", "cohere2", "glm", "glm4", "phi", *_LIKE_LLAMA)
 """Those that transformers can spread inside of their layers."""
-DENSE_CUT = ("cohere", "cohere2", "cohere_qk", "glm", "glm4")
+DENSE_CUT = ("cohere", "cohere2", "cohere_qk", "glm", "glm4", *_LIKE_LLAMA)
 """... and of which it can give layers to stages."""
 DENSE_SPREAD_WRONGLY = {
     ("granite", "pp"): "each stage multiplies the stream with embedding_multiplier once more",

@@ -27,6 +27,12 @@ def _rms(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> T
     return weight * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
 
 
+def _rms_about_one(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    """Gemma keeps a gain as its distance from 1."""
+    assert weight is not None
+    return _rms(x, 1.0 + weight, None, eps)
+
+
 def _centred(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
     """Over the last axis alone, also where the gain has one for each head."""
     x = x - x.mean(-1, keepdim=True)
@@ -49,6 +55,16 @@ def _neighbours(x: Tensor, angles: Tensor) -> Tensor:
     return torch.view_as_real(pairs * torch.polar(torch.ones_like(angles), angles)).flatten(-2)
 
 
+def _tanh_gelu(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+def _plain(layer: Layer, x: Tensor) -> Tensor:
+    return layer.linear(
+        "mlp.fc2", layer.at("mlp_act", _tanh_gelu(layer.at("mlp_pre", layer.linear("mlp.fc1", x))))
+    )
+
+
 def _gated(layer: Layer, x: Tensor, active: Callable[[Tensor], Tensor] = F.silu) -> Tensor:
     pre = layer.at("mlp_pre", layer.linear("mlp.gate_proj", x))
     up = layer.at("mlp_up", layer.linear("mlp.up_proj", x))
@@ -66,7 +82,8 @@ def _fused_gate(layer: Layer, x: Tensor) -> Tensor:
 class Block:
     """How the blocks of a family are put together. Paths are relative to a layer; ``None``: there is no such norm.
 
-    ``rotates``: does a layer, by its number? ``inner_norms``: the names of the norms of queries and keys.
+    ``rotates``: does a layer, by its number? ``inner_norms``: the names of the norms of queries and keys, which
+    are over all heads at once where they are ``flat``.
     """
 
     norm: Norm = _rms
@@ -79,6 +96,7 @@ class Block:
     rotates: Callable[[Any, int], bool] = lambda config, index: True
     out: str = "self_attn.o_proj"
     inner_norms: tuple[str, str] | None = None
+    flat: bool = False
     mlp: Callable[[Layer, Tensor], Tensor] = _gated
     layers: str = "model.layers"
     embed: str = "model.embed_tokens"
@@ -111,6 +129,18 @@ BLOCKS: dict[str, Block] = {
         after_attention="post_self_attn_layernorm",
         after_mlp="post_mlp_layernorm",
     ),
+    "phi": Block(**_SIDE_BY_SIDE, out="self_attn.dense", mlp=_plain, final="model.final_layernorm"),
+    "smollm3": Block(rotates=lambda config, index: bool(config.no_rope_layers[index])),
+    "olmo": Block(norm=_centred),
+    "olmo3": Block(
+        before_attention=None,
+        after_attention="post_attention_layernorm",
+        before_mlp=None,
+        after_mlp="post_feedforward_layernorm",
+        inner_norms=("self_attn.q_norm", "self_attn.k_norm"),
+        flat=True,
+    ),
+    "gemma": Block(norm=_rms_about_one, mlp=partial(_gated, active=_tanh_gelu)),
 }
 """By ``model_type``."""
 
@@ -129,6 +159,8 @@ def dense_forward(
     stream = F.embedding(input_ids, weights[f"{block.embed}.weight"])
     if config.model_type == "granite":
         stream = stream * config.embedding_multiplier
+    if config.model_type == "gemma":
+        stream = stream * config.hidden_size**0.5
     stream = intercept(Site("embed"), stream)
     place = partial(Layer, config, block, weights, mask=mask, position_ids=position_ids, intercept=intercept)
     for index in range(config.num_hidden_layers):
@@ -172,7 +204,9 @@ def _attention(layer: Layer, x: Tensor) -> Tensor:
         for name in "qkv"
     }
     for name, path in zip("qk", block.inner_norms or (), strict=False):
-        made[name] = layer.at(f"{name}_normed", layer.normed(layer.path(path), made[name]))
+        given = made[name].flatten(2) if block.flat else made[name]
+        normed = layer.normed(layer.path(path), given).reshape(made[name].shape)
+        made[name] = layer.at(f"{name}_normed", normed)
     if block.rotates(config, layer.index):
         for name in "qk":
             made[name] = layer.at(f"{name}_rot", layer.rotated(made[name]))
@@ -226,7 +260,7 @@ class Layer:
     def rotated(self, heads: Tensor) -> Tensor:
         """RoPE on the first part of each head of [B, P, H, d]."""
         rope = self.config.rope_parameters
-        rope = rope.get("full_attention", rope) if "rope_type" not in rope else rope
+        rope = rope if "rope_type" in rope else rope[self.config.layer_types[self.index]]
         assert rope["rope_type"] == "default"
         width = int(self.width * rope.get("partial_rotary_factor", 1.0))
         frequencies = rope["rope_theta"] ** (-torch.arange(0, width, 2).float() / width)

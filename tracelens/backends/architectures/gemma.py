@@ -1,4 +1,4 @@
-"""Gemma-2 and Gemma-3: norms on both ends of each sublayer, layers with a sliding window, perhaps soft-capped logits.
+"""Gemma; Gemma-2 and Gemma-3: norms on both ends of each sublayer, layers with a sliding window, capped logits.
 
 Gemma-3 models that see images, too: text alone is what they are given here.
 """
@@ -25,6 +25,8 @@ _REFUSALS = {
     "positions and generation steps do not allow for"
 }
 
+GEMMA = replace(LLAMA, name="Gemma", model_types=("gemma",), refusals=_REFUSALS)
+"""The first one, with the block of Llama."""
 GEMMA2 = Family(
     "Gemma-2",
     ("gemma2",),

@@ -1,4 +1,9 @@
-"""OLMo-2: no norm before a sublayer, one after it; queries and keys are normed over all heads at once."""
+"""OLMo-2 and OLMo-3: no norm before a sublayer, one after it; queries and keys are normed over all heads at once.
+
+Most layers of OLMo-3 look back by a window.
+"""
+
+from dataclasses import replace
 
 from tracelens.backends.architectures.absences import NO_EXPERTS, NO_POSITION_EMBEDDING
 from tracelens.backends.architectures.llama import LLAMA
@@ -30,3 +35,4 @@ OLMO2 = Family(
         "norm of what the MLP returns",
     },
 )
+OLMO3 = replace(OLMO2, name="OLMo-3", model_types=("olmo3",))
