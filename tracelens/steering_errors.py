@@ -11,6 +11,7 @@ __all__ = [
     "ExtractionError",
     "LabelError",
     "LeftOutWarning",
+    "RowOverlapWarning",
     "SteeringFileError",
     "SteeringMismatchError",
     "SteeringSelectionError",
@@ -48,6 +49,10 @@ class ZeroVectorError(TracelensError):
 
 class LeftOutWarning(UserWarning):
     """Some rows of the contrast data have no label, so a steering vector is made of the others."""
+
+
+class RowOverlapWarning(UserWarning):
+    """A steering vector is measured on rows that it was made of, and looks better there than it is."""
 
 
 class ZeroVectorWarning(UserWarning):

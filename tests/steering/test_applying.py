@@ -370,6 +370,9 @@ def test_activation_addition_as_published(model: tl.Model) -> None:
     assert list(texts.directions) == [("resid_pre", 2)]
     assert texts.tokens[1][-1] == model.tokenizer.encode(" ")[0]
     assert f"{len(texts)} tokens" in repr(texts)
+    assert texts.words is not None
+    assert "' Paris'" in repr(texts)
+    assert texts.words[1][-1] == "' '"
     with pytest.raises(errors.TokenMatchError, match="has to be one"):
         ActivationAddition.of(model, " capital of", " Paris", layer=1, padding="capital of France")
 
@@ -380,6 +383,8 @@ REFUSED: dict[str, tuple[type[errors.TracelensError], dict[str, Any]]] = {
     "generated": (errors.OptionError, {"positions": "generated"}),
     "steps of a trace": (errors.OptionError, {"steps": slice(1, 3)}),
     "no positions": (errors.OptionError, {"positions": None}),
+    "a word of extract": (errors.OptionError, {"positions": "last"}),
+    "a word of sweep": (errors.OptionError, {"positions": "decision"}),
     "true": (errors.OptionError, {"positions": True}),
     "no such text": (errors.TokenMatchError, {"positions": "promt"}),
     "no such token": (errors.TokenRangeError, {"positions": 9}),

@@ -78,6 +78,41 @@ def test_what_was_chosen_is_applied(model: tl.Model, data: Contrast, v: Steering
         assert torch.equal(t["logits"], plain["logits"])
 
 
+def test_what_speaks_against_a_choice_is_said(model: tl.Model, data: Contrast, v: SteeringVector) -> None:
+    place = v.at(sites="resid_post", layers=1)
+    best = choose(model, place, data.validation, [-1.0, 1.0])
+    down = place if best.strength < 0 else -1 * place
+    none = choose(model, down, data.validation, [0.0, 1.0])
+    assert none.strength == 0
+    assert "No multiplier of the grid did better than none" in none.doubts
+    assert "No multiplier" in repr(none)
+    with model.trace("Is 3 large?") as t:
+        with pytest.raises(errors.OptionError, match="the chosen strength is 0"):
+            none.apply(t, positions="last_prompt_token")
+        none.apply(t, 1.0, positions="last_prompt_token")
+        model.logits.save()
+    chance = dataclasses.replace(
+        best, curve=dataclasses.replace(best.curve, propensity=np.zeros_like(best.curve.propensity))
+    )
+    assert any("may be chance: its interval is [0, 0]" in doubt for doubt in chance.doubts)
+    short = dataclasses.replace(best.curve.facts, scale=1000 * best.curve.facts.norm)
+    assert any(
+        "0.1% of the activations" in doubt
+        for doubt in dataclasses.replace(best, curve=dataclasses.replace(best.curve, facts=short)).doubts
+    )
+
+
+def test_slopes_at_the_activations_length(model: tl.Model, data: Contrast) -> None:
+    made = tl.steering.extract(model, data.train, sites="resid_post", positions="label")
+    made = SteeringVector({place: (1 + 9 * (place[1] == 0)) * made[place] for place in made}, made.facts)
+    best = choose(model, made, data.validation, by="relative_slope")
+    relative = {place: curve.relative_slope or 0.0 for place, curve in best.curves.items()}
+    assert best.place == max(relative, key=lambda place: relative[place])
+    raw = SteeringVector(dict(made.directions))
+    with pytest.raises(errors.OptionError, match="does not say how large activations"):
+        choose(model, raw, data.validation, by="relative_slope")
+
+
 def test_damage_bounds_the_strength(model: tl.Model, data: Contrast, v: SteeringVector) -> None:
     grid = [-1.0, 0.25, 0.5, 1.0, 2.0]
     place = v.at(sites="resid_post", layers=1)

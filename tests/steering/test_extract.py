@@ -208,7 +208,7 @@ def test_texts_that_do_not_come_in_pairs(method: str, positions: str) -> None:
             with MODEL.trace(text):
                 h = MODEL.layers[:].resid_post.save()
             states = h.value[:, 0].double().numpy()
-            read.append(states[:, -1] if positions == "last" else states.mean(1))
+            read.append(states[:, -1] if positions == "last" else states[:, 1:].mean(1))
         means.append(np.stack(read).mean(0))
     vector = made(method, UNPAIRED, positions=positions, batch_size=3)
     mean = torch.from_numpy(means[0] - means[1])
@@ -222,6 +222,26 @@ def test_texts_that_do_not_come_in_pairs(method: str, positions: str) -> None:
     assert "agreement" not in vector.facts.diagnostics["resid_post", 0]
     assert "separation" in vector.facts.diagnostics["resid_post", 0]
     assert repr(UNPAIRED) == "4 texts of one class and 2 of the other"
+
+
+def test_a_mean_leaves_the_first_token_of_a_text_out() -> None:
+    """It is what heads look at that look at nothing, and in many models far larger than all others."""
+    one = extract(
+        MODEL,
+        Unpaired(["Rome is"], ["Paris is old"]),
+        sites="resid_post",
+        method="unpaired",
+        positions="mean",
+    )
+    with MODEL.trace("Rome is"):
+        first = MODEL.layers[1].resid_post.save()
+    with MODEL.trace("Paris is old"):
+        other = MODEL.layers[1].resid_post.save()
+    expected = first.value[0, 1:].mean(0) - other.value[0, 1:].mean(0)
+    assert_close(one["resid_post", 1], expected, atol=1e-5, rtol=1e-5)
+    assert (first.value[0].mean(0) - other.value[0].mean(0) - expected).abs().max() > 1e-2
+    with pytest.raises(ExtractionError, match="a text of one token"):
+        extract(MODEL, Unpaired([" capital"], ["Paris is"]), method="unpaired", positions="mean")
 
 
 def test_what_needs_pairs() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -243,6 +244,9 @@ def test_the_vector_is_made_anew_of_other_draws_of_its_rows(llama: tl.Model) -> 
         other = llama.layers[1].resid_post[:, -1].save()
     differences = (one_.value - other.value).double()
     v = SteeringVector({("resid_post", 1): 3 * differences.mean(0)})
+    assert (
+        len({(row.positive_token, row.negative_token) for row in ROWS}) > 2
+    )  # no label stands the other way round
     times = np.random.default_rng(4).multinomial(10, np.full(10, 0.1), size=20)
     for number, drawn in enumerate(redrawn_vectors(llama, v, ROWS, 20, seed=4, batch_size=4)):
         expected = 3 * torch.from_numpy(times[number] / 10) @ differences
@@ -263,6 +267,56 @@ def test_the_vector_is_made_anew_of_other_draws_of_its_rows(llama: tl.Model) -> 
     assert "over training draws" in repr(curve)
     with pytest.raises(errors.SteeringSweepError, match="not the mean difference"):
         sweep(llama, made[0], test, train=ROWS)
+
+
+def test_balanced_letters_stay_balanced_in_other_draws(llama: tl.Model) -> None:
+    """A vector whose rows differ in nothing but the letters is the same for every draw: none."""
+    letters = [(21, 22) if number % 2 else (22, 21) for number in range(8)]
+    prompt = ROWS[0].prompt
+    rows = [
+        replace(
+            ROWS[0], positive=(*prompt, yes), negative=(*prompt, no), positive_token=yes, negative_token=no
+        )
+        for yes, no in letters
+    ]
+    with llama.trace([list(rows[1].positive), list(rows[1].negative)]):
+        h = llama.layers[1].resid_post[:, -1].save()
+    difference = (h.value[0] - h.value[1]).double()
+    rows = rows[:-1]  # four of one kind, and three of the other
+    v = SteeringVector({("resid_post", 1): -difference / 7})
+    for drawn in redrawn_vectors(llama, v, rows, 5, seed=0):
+        assert_close(drawn["resid_post", 1].double(), -difference / 7, atol=1e-5, rtol=1e-4)
+
+
+def test_controls_on_either_side_are_told_from_those_around(llama: tl.Model) -> None:
+    curve = one(sweep(llama, vector(("resid_post", 1)), ROWS, [-1.0, 1.0], controls=3))
+    for mean, words in ((1.0, "all below the slope"), (-1.0, "all above the slope")):
+        flat = np.array([[-1e-9, 1e-9], [1e-9, -1e-9]])
+        steep = replace(curve, propensity=np.tile([-mean, mean], (len(ROWS), 1)), controls={"random": flat})
+        assert words in repr(steep)
+    around = replace(curve, propensity=np.zeros((len(ROWS), 2)), controls={"random": flat})
+    assert "the slope is among them" in repr(around)
+
+
+def test_rows_that_the_vector_was_made_of_are_told() -> None:
+    """Also by another seed, or with other letters and template: the questions are the same."""
+    tokenizer = byte_level_bpe(answers=True)
+    model = tl.wrap(FAMILIES["llama"].build(vocab_size=len(tokenizer)), tokenizer)
+    pairs = [(f"Is {number} large?\nAnswer:", " Yes", " No") for number in range(20)]
+    data = Contrast.pairs(pairs)
+    v = tl.steering.extract(model, data.train, sites="resid_post", layers=1)
+    assert len(v.facts.row_digests) == 8
+    sweep(model, v, data.test, [-1.0, 1.0], controls=False)
+    other = Contrast.pairs(pairs, seed=1, template="plain").test
+    shared = len({data.train[n].prompt for n in range(8)} & {row.prompt for row in other})
+    assert shared > 0
+    with pytest.warns(
+        errors.RowOverlapWarning, match=f"^{shared} of the 10 rows that are measured"
+    ) as caught:
+        sweep(model, v, other, [-1.0, 1.0], controls=False)
+    assert caught[0].filename == __file__
+    with pytest.warns(errors.RowOverlapWarning, match="^8 of the 8 rows"):
+        sweep(model, 2 * v, data.train.tokens(model), [-1.0, 1.0], controls=False)
 
 
 # --- damage ----------------------------------------------------------------------------------------------------------

@@ -105,7 +105,7 @@ def test_an_activation_addition_comes_back_as_one(model: tl.Model, tmp_path: Pat
     path = added.save(tmp_path / "love.safetensors")
     found = S.ActivationAddition.load(path, model)
     assert torch.equal(found.directions["resid_pre", 1], added.directions["resid_pre", 1])
-    assert (found.tokens, found.facts) == (((5, 6, 7), (5, 9, 11)), added.facts)
+    assert (found.tokens, found.facts, found.words) == (((5, 6, 7), (5, 9, 11)), added.facts, None)
     with pytest.raises(errors.SteeringFileError, match="with a direction for each of 3 tokens") as failure:
         S.load(path, model)
     assert failure.value.instead == "tl.steering.ActivationAddition.load(path, model)"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -32,22 +32,26 @@ class ActivationAddition(Shown):
     ...     love.apply(t, 5.0)
     """
 
-    __slots__ = ("directions", "facts", "tokens")
+    __slots__ = ("directions", "facts", "tokens", "words")
 
     directions: Mapping[Place, Tensor]
     facts: Facts
     tokens: tuple[tuple[int, ...], tuple[int, ...]]
     """The ids of both prompts, which are equally many."""
+    words: tuple[tuple[str, ...], tuple[str, ...]] | None
+    """What they spell, where that is known."""
 
     def __init__(
         self,
         directions: Mapping[Place, Tensor],
         facts: Facts,
         tokens: tuple[tuple[int, ...], tuple[int, ...]],
+        words: tuple[tuple[str, ...], tuple[str, ...]] | None = None,
     ) -> None:
         self.directions = MappingProxyType(dict(directions))
         self.facts = facts
         self.tokens = tokens
+        self.words = words
 
     @classmethod
     def of(
@@ -82,7 +86,9 @@ class ActivationAddition(Shown):
             with model.trace([one, other]):
                 found = getattr(model.layers[place[1]], place[0]).save(dtype=torch.float32)
             facts = Facts.of(model, method="actadd", positions=f"the first {length} tokens", rows=1)
-            return cls({place: found.value[0] - found.value[1]}, facts, (tuple(one), tuple(other)))
+            words = None if model.tokenizer is None else (_spelt(model, one), _spelt(model, other))
+            difference = found.value[0] - found.value[1]
+            return cls({place: difference}, facts, (tuple(one), tuple(other)), words)
 
     def save(self, path: str | Path) -> Path:
         """Writes the directions, the tokens and the facts to a safetensors file; gives its path.
@@ -132,12 +138,17 @@ class ActivationAddition(Shown):
 
     def _view(self) -> View:
         words = f"activation addition for {self.facts.model or 'an unknown model'}: {len(self)} tokens"
+        one, other = self.words or tuple(tuple(map(str, ids)) for ids in self.tokens)
         rows = tuple(
-            (written(place), str(token), f"{direction.double().norm().item():.4g}")
+            (written(place), str(token), one[token], other[token], f"{direction.double().norm().item():.4g}")
             for place, directions in self.directions.items()
             for token, direction in enumerate(directions)
         )
-        return Stack((Line(words), Table(("place", "token", "norm"), rows)))
+        return Stack((Line(words), Table(("place", "token", "of", "less", "norm"), rows)))
+
+
+def _spelt(model: Model, ids: Sequence[int]) -> tuple[str, ...]:
+    return tuple(repr(str(model.tokenizer.decode([one]))) for one in ids)  # pyright: ignore[reportOptionalMemberAccess]  # asked before
 
 
 def _one_token(model: Model, padding: int | str) -> int:

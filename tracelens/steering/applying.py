@@ -8,7 +8,13 @@ from typing import TYPE_CHECKING, Any, cast
 import numpy as np
 import torch
 
-from tracelens.errors import NotALanguageModelError, NoTraceError, OptionError, SteeringSelectionError
+from tracelens.errors import (
+    NotALanguageModelError,
+    NoTraceError,
+    OptionError,
+    SteeringSelectionError,
+    TokenMatchError,
+)
 from tracelens.model import Model
 from tracelens.open_recordings import open_recorder
 from tracelens.operand import Operand
@@ -25,6 +31,13 @@ if TYPE_CHECKING:
 _WHOLE = object()
 """All positions that the scope has."""
 POSITIONS = ("all", "prompt", "last_prompt_token", "generated", "newest")
+ELSEWHERE = {
+    "last": '"last_prompt_token" is the last one of the prompt, "newest" that of each step',
+    "decision": '"last_prompt_token", where the next token is decided upon',
+    "label": "a number of the token, as in positions=-3",
+    "mean": '"all" for each token',
+}
+"""Words of :func:`extract` and :func:`sweep`, which are no text that is looked for in the prompt."""
 
 
 def apply(
@@ -50,6 +63,19 @@ def apply(
     prompt = recorder.prompt
     rows = 1 if isinstance(scope, PromptPart) else None if prompt is None else prompt.sizes["B"]
     factor = _strength(strength, rows)
+    try:
+        _write(vector, site, change, scope, key, factor)
+    except TokenMatchError as error:
+        if not isinstance(positions, str):
+            raise
+        words = f"a text that stands in the prompt, or one of {', '.join(map(repr, POSITIONS))}"
+        raise TokenMatchError(error.problem, at=error.at, instead=words) from None
+
+
+def _write(
+    vector: SteeringVector, site: str, change: Callable[..., Any], scope: Any, key: Any, factor: Any
+) -> None:
+    """The writes to all layers, in order."""
     for place in vector:
         layer = scope.layers[place[1]]
         whole = getattr(layer, site)
@@ -144,6 +170,11 @@ def _selected(
         if generating:
             scope = _block(t, "positions=").prefill
         return scope, _WHOLE if positions == "prompt" else -1
+    if isinstance(positions, str) and positions in ELSEWHERE:
+        raise OptionError(
+            f"positions={positions!r} says where a vector is read or measured, and not where it is applied",
+            instead=f"one of {', '.join(map(repr, POSITIONS))}; {ELSEWHERE[positions]}",
+        )
     if positions is None or isinstance(positions, bool):
         raise OptionError(
             f"positions={positions!r} are none",

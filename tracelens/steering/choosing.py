@@ -26,8 +26,22 @@ if TYPE_CHECKING:
 CRITERIA: dict[str, Callable[[SteeringCurve], float]] = {
     "slope": lambda curve: curve.slope,
     "interval": lambda curve: curve.interval.low,
-    "relative_slope": lambda curve: curve.slope / curve.facts.norm,
+    "relative_slope": lambda curve: _relative(curve),
 }
+
+
+def _relative(curve: SteeringCurve) -> float:
+    if curve.relative_slope is None:
+        raise OptionError(
+            f"the vector does not say how large activations at {written(curve.place)} are, so slopes of its places "
+            "cannot be compared at their length",
+            instead='by="slope"; or a vector of tl.steering.extract, which knows',
+        )
+    return curve.relative_slope
+
+
+SHORT = 0.05
+"""A vector of less than this share of the activations is told to be short."""
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -56,12 +70,34 @@ class Choice(Shown):
         """How many places were tried: what a reported interval is to be corrected for."""
         return len(self.curves)
 
+    @property
+    def doubts(self) -> tuple[str, ...]:
+        """What speaks against it, in words; none if nothing does."""
+        found: list[str] = []
+        interval = self.curve.interval_at(1 - 0.05 / self.tried)
+        if interval.low <= 0:
+            places = f", corrected for {self.tried} places," if self.tried > 1 else ""
+            found.append(f"The slope may be chance: its interval{places} is {interval}")
+        if self.strength == 0:
+            found.append("No multiplier of the grid did better than none")
+        scale = self.curve.facts.scale
+        if scale and self.curve.facts.norm < SHORT * scale:
+            share = self.curve.facts.norm / scale
+            found.append(f"|v| is {share:.1%} of the activations there: larger multipliers may do more")
+        return tuple(found)
+
     def apply(self, t: Any, strength: Any = None, **options: Any) -> None:
         """Applies the vector in an open block, at the chosen strength unless another is given.
 
-        The other arguments are those of :meth:`SteeringVector.apply`.
+        The other arguments are those of :meth:`SteeringVector.apply`. Raises :class:`~tracelens.errors.OptionError`
+        where the chosen strength is 0, which changes nothing.
         """
         with Blaming(here()):
+            if strength is None and self.strength == 0:
+                raise OptionError(
+                    "the chosen strength is 0: on the validation rows no multiplier did better than none",
+                    instead="best.apply(t, 1.0), if it is to be applied all the same; or larger multipliers",
+                )
             self.vector.apply(t, self.strength if strength is None else strength, **options)
 
     def _view(self) -> View:
@@ -69,8 +105,9 @@ class Choice(Shown):
             f"{written(self.place)} at {self.strength:g}, chosen by {self.by} on {len(self.curve.rows)} validation "
             f"rows out of {self.tried} place{'s' * (self.tried > 1)}. What to report is a sweep over test rows"
         )
+        lines = [Line(words), *(Line(doubt) for doubt in self.doubts)]
         tables = (SteeringCurves(self.curves)._view(),) if self.tried > 1 else (self.curve._view(),)
-        return Stack((Line(words), *tables))
+        return Stack((*lines, *tables))
 
 
 def choose(
@@ -92,10 +129,11 @@ def choose(
     """The best of a vector's places, and the strength to use there, on validation rows.
 
     ``by``: what is to be largest: ``"slope"``; ``"interval"``, the lower end of its 95% interval; ``"relative_slope"``,
-    the slope for a vector of length 1; or a function of a curve that gives a number. The strength is the multiplier
-    with the largest mean propensity: further on a grid is not always more. With ``damage=texts`` and ``most_kl=0.5``,
-    only multipliers count at which KL from the unsteered model on these texts is at most that. The other arguments are
-    those of :func:`sweep`.
+    ``curve.relative_slope``, for a vector as long as the activations there; or a function of a curve that gives a
+    number. The strength is the multiplier with the largest mean propensity: further on a grid is not always more, and
+    0 says that none did better; ``best.doubts`` has what speaks against the choice. With ``damage=texts`` and
+    ``most_kl=0.5``, only multipliers count at which KL from the unsteered model on these texts is at most that. The
+    other arguments are those of :func:`sweep`.
 
     Raises :class:`~tracelens.errors.ChoosingRowsError` for rows that are not ``data.validation``.
 

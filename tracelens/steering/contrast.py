@@ -226,6 +226,12 @@ class Contrast(Sequence[ContrastRow], Shown):
             found.update(json.dumps(told).encode())
         return found.hexdigest()
 
+    @property
+    def row_digests(self) -> tuple[str, ...]:
+        """A short digest of each row that says which question it asks, however letters and template are chosen."""
+        told = ([sorted(row.prompt.split()), sorted(row.options)] for row in self.rows)
+        return tuple(hashlib.sha256(json.dumps(one).encode()).hexdigest()[:12] for one in told)
+
     def rendered(self, row: ContrastRow) -> str | list[dict[str, str]]:
         """What the template makes of a row, without its answer: a text, or messages."""
         if callable(self.template):

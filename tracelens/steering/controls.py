@@ -71,11 +71,16 @@ def redrawn_vectors(
 ) -> list[SteeringVector]:
     """The vector as other draws of its training rows would have made it: so many times, drawn with replacement.
 
+    Where rows have the same two labels the other way round (balanced letters), each way round is drawn by itself, so
+    that every draw is as balanced as the rows are.
+
     The vector has to be the mean difference of these rows, or a multiple of it, and they are the same multiple. Raises
     :class:`~tracelens.errors.SteeringSweepError` where it is not.
     """
     generator = np.random.default_rng(seed)
-    times = generator.multinomial(len(rows), np.full(len(rows), 1 / len(rows)), size=count)
+    times = np.zeros((count, len(rows)))
+    for own in _strata(rows):
+        times[:, own] = generator.multinomial(len(own), np.full(len(own), 1 / len(own)), size=count)
     weights = torch.from_numpy(np.concatenate([np.ones((1, len(rows))), times]).T / len(rows))
     sums = _weighted(model, vector, rows, weights, batch_size, progress)
     found: list[dict[Place, Tensor]] = [{} for _ in range(count)]
@@ -94,6 +99,16 @@ def redrawn_vectors(
         SteeringVector(directions, _facts(vector, f"redrawn {number}"))
         for number, directions in enumerate(found)
     ]
+
+
+def _strata(rows: Sequence[LabelledRow]) -> list[list[int]]:
+    """The numbers of rows that are drawn among themselves: by their labels, where both ways round are there."""
+    ways = {(row.positive_token, row.negative_token) for row in rows}
+    found: dict[tuple[int, int] | None, list[int]] = {}
+    for number, row in enumerate(rows):
+        way = row.positive_token, row.negative_token
+        found.setdefault(way if way[::-1] in ways else None, []).append(number)
+    return list(found.values())
 
 
 _SAME = 0.99

@@ -245,7 +245,11 @@ class SteeringCurve(Shown):
         rows.append(("R² of the mean", f"{self.r_squared:.3f}", ""))
         for name in self.controls:
             found = self.control_slopes(name)
-            verdict = "all below the slope" if self.beyond(name) else "the slope is among them"
+            verdict = "the slope is among them"
+            if self.beyond(name):
+                verdict = "all below the slope"
+            elif self.slope < found.min():
+                verdict = "all above the slope"
             span = str(Interval(float(found.min()), float(found.max())))
             rows.append((f"{len(found)} {name} vectors", span, verdict))
         share = wilson(int(self.correct.sum()), len(self.correct))

@@ -141,6 +141,7 @@ def extract(
                 positions=positions,
                 rows=len(sides.positive) if sides.paired else len(sides.positive) + len(sides.negative),
                 data=sides.digest,
+                row_digests=sides.row_digests,
                 template=sides.template,
                 seed=seed,
                 scale=scale,

@@ -33,8 +33,9 @@ class Facts:
     ``weights``: digests of a sample of the model's unembedding, by which another model is told. ``method``: how it was
     made, with what was done to it since: ``"mean_difference"``, ``"2 * pca"``. ``positions``: where activations were
     read, ``"label"``. ``rows``: of how many pairs. ``data``, ``template``: the digest of the data and its template.
-    ``seed``: of what was drawn. ``scale``: by place the mean norm of the activations. ``diagnostics``: by place numbers
-    by name, such as ``agreement`` (mean cosine of the pairs' differences with the vector) and ``separation`` (d').
+    ``seed``: of what was drawn. ``row_digests``: of each row that it was made of. ``scale``: by place the mean norm of
+    the activations. ``diagnostics``: by place numbers by name, such as ``agreement`` (mean cosine of the pairs'
+    differences with the vector) and ``separation`` (d').
     ``tracelens``: the version that made it.
     """
 
@@ -51,6 +52,7 @@ class Facts:
     data: str | None = None
     template: str | None = None
     seed: int | None = None
+    row_digests: tuple[str, ...] = field(default=(), repr=False)
     scale: Mapping[Place, float] = field(default_factory=dict[Place, float])
     diagnostics: Mapping[Place, Mapping[str, float]] = field(default_factory=dict[Place, Mapping[str, float]])
     tracelens: str | None = None
@@ -135,6 +137,7 @@ class Facts:
             name: getattr(self, name) if getattr(self, name) == getattr(other, name) else None
             for name in ("positions", "rows", "data", "template", "seed")
         }
+        same["row_digests"] = tuple(dict.fromkeys((*self.row_digests, *other.row_digests)))
         scales = [facts.scale for facts in (self, other) if facts.scale]
         scale = {
             place: sum(known[place] for known in scales) / len(scales)
@@ -155,13 +158,15 @@ class Facts:
         found["weights"] = dict(self.weights)
         found["scale"] = {key_of(place): number for place, number in self.scale.items()}
         found["diagnostics"] = {key_of(place): dict(numbers) for place, numbers in self.diagnostics.items()}
-        return {name: value for name, value in found.items() if value not in (None, {})}
+        return {name: value for name, value in found.items() if value not in (None, {}, ())}
 
     @classmethod
     def from_dict(cls, found: Mapping[str, Any]) -> Facts:
         """The facts that :meth:`to_dict` gave; what a newer version says beyond ours is left out."""
         known = {entry.name for entry in fields(cls)}
         given = {name: value for name, value in found.items() if name in known}
+        if "row_digests" in given:
+            given["row_digests"] = tuple(given["row_digests"])
         for name in ("scale", "diagnostics"):
             if name in given:
                 given[name] = {place_of(key): value for key, value in given[name].items()}

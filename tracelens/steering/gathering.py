@@ -38,6 +38,7 @@ class Sides:
     """The texts of both classes, and what they are called.
 
     ``paired``: the two of one number are a pair. ``left_out``: how many rows have no place among them, by reason.
+    ``row_digests``: of the rows that they were made of, where these are contrast data.
     """
 
     positive: tuple[Text, ...]
@@ -46,6 +47,7 @@ class Sides:
     digest: str
     template: str | None
     left_out: Mapping[str, int]
+    row_digests: tuple[str, ...] = ()
 
 
 def sides_of(data: Any, model: Model, positions: Positions) -> Sides:
@@ -54,7 +56,7 @@ def sides_of(data: Any, model: Model, positions: Positions) -> Sides:
         if positions not in ("last", "mean"):
             raise ExtractionError(
                 f"texts that do not come in pairs have no {positions}",
-                instead='positions="last", or "mean" over all tokens',
+                instead='positions="last", or "mean" over all tokens but the first',
             )
         classes = [
             tuple(_text(ids, positions) for prompt in prompts for ids in _ids(model, prompt))
@@ -71,7 +73,7 @@ def sides_of(data: Any, model: Model, positions: Positions) -> Sides:
     template = name_of(found.data.template)
     if found.joined:
         template += f", with ids put together in {found.joined} of {len(found)} rows"
-    return Sides(positive, negative, True, found.digest, template, found.reasons)
+    return Sides(positive, negative, True, found.digest, template, found.reasons, found.row_digests)
 
 
 def _ids(model: Model, prompt: Any) -> list[tuple[int, ...]]:
@@ -80,7 +82,17 @@ def _ids(model: Model, prompt: Any) -> list[tuple[int, ...]]:
 
 
 def _text(ids: tuple[int, ...], positions: Positions) -> Text:
-    return Text(ids, len(ids) if positions == "mean" else 1)
+    """A text by itself: its last token, or all but the first.
+
+    The first token is what heads look at that look at nothing. In many models it is a hundred times as large as the
+    others, and would be all that a mean shows.
+    """
+    if positions == "mean" and len(ids) < 2:
+        raise ExtractionError(
+            f"a text of one token, {list(ids)}, has no mean: the first token of a text is left out of it",
+            instead='positions="last", or longer texts',
+        )
+    return Text(ids, len(ids) - 1 if positions == "mean" else 1)
 
 
 def pair_of(row: LabelledRow, positions: Positions) -> tuple[Text, Text]:

@@ -66,6 +66,12 @@ class Labelled(Sequence[LabelledRow], Shown):
         return self.data.digest
 
     @property
+    def row_digests(self) -> tuple[str, ...]:
+        """:attr:`Contrast.row_digests` of the rows that qualify."""
+        every = self.data.row_digests
+        return tuple(every[row.row] for row in self.rows)
+
+    @property
     def reasons(self) -> dict[str, int]:
         """How many rows are left out, by reason."""
         return dict(Counter(entry.reason for entry in self.refused).most_common())

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from tracelens.errors import Blaming, SteeringSweepError
-from tracelens.location import here
+from tracelens.errors import Blaming, RowOverlapWarning, SteeringSweepError
+from tracelens.location import Location, here
 from tracelens.steering.contrast import Contrast
 from tracelens.steering.controls import random_vectors, redrawn_vectors, shuffled_vectors
 from tracelens.steering.curve import SteeringCurve, SweepFacts
@@ -118,7 +119,8 @@ def sweep(
     With ``positions="decision"`` everything before that position is computed once for all multipliers, places and
     controls, and the numbers are those of a pass for each, up to rounding; ``quick=False`` runs them one by one.
 
-    Raises :class:`~tracelens.errors.SteeringSweepError` for multipliers that make no line and for data without rows.
+    Warns (:class:`~tracelens.errors.RowOverlapWarning`) where rows are measured that the vector was made of. Raises
+    :class:`~tracelens.errors.SteeringSweepError` for multipliers that make no line and for data without rows.
 
     >>> curve = tl.steering.sweep(model, v, data.test)                                # doctest: +SKIP
     >>> curve.slope, curve.interval, curve.anti_steerable                             # doctest: +SKIP
@@ -133,6 +135,7 @@ def sweep(
             )
         vector.check(model)
         rows = _rows(data, model)
+        _tell_overlap(vector, data, here())
         ends = [End(None, labels=True)]
         kinds: dict[str, list[SteeringVector]] = {}
         if count:
@@ -212,6 +215,20 @@ def _rows(data: Any, model: Model) -> Sequence[LabelledRow]:
             instead="data.test, of tl.steering.load_contrast(...) or Contrast.pairs([...])",
         )
     return rows
+
+
+def _tell_overlap(vector: SteeringVector, data: Any, at: Location) -> None:
+    """Warns where rows are measured that the vector was made of, as another seed's split has them."""
+    if not isinstance(data, Contrast | Labelled):
+        return
+    measured = data.row_digests
+    shared = len(set(vector.facts.row_digests).intersection(measured))
+    if shared:
+        warning = RowOverlapWarning(
+            f"{shared} of the {len(measured)} rows that are measured are rows that the vector was made of, and it does "
+            "better there than elsewhere; data.train and data.test of one split and seed share none"
+        )
+        warnings.warn_explicit(warning, None, at.filename, at.line)
 
 
 class _Curves:

@@ -50,6 +50,7 @@ def save(vector: SteeringVector | ActivationAddition, path: Path) -> None:
     tokens = getattr(vector, "tokens", None)
     if tokens is not None:
         said["tokens"] = tokens
+        said["words"] = getattr(vector, "words", None)
     save_file(tensors, path, metadata={FORMAT: json.dumps(said, sort_keys=True)})
 
 
@@ -128,7 +129,9 @@ def load_addition(path: Path, model: Model | None) -> ActivationAddition:
             )
         one, other = (tuple(ids) for ids in said["tokens"])
         directions = {place_of(name): tensor for name, tensor in tensors.items()}
-        found = ActivationAddition(directions, Facts.from_dict(said["facts"]), (one, other))
+        words = said.get("words")
+        spelt = None if words is None else (tuple(words[0]), tuple(words[1]))
+        found = ActivationAddition(directions, Facts.from_dict(said["facts"]), (one, other), spelt)
     if model is not None:
         found.check(model)
     return found
