@@ -374,6 +374,27 @@ MUTANTS = (
         (*ATTENTION, "-k", "bit_identical and llama and sdpa"),
     ),
     Mutant(
+        "other draws of training rows have one letter more often than the other",
+        "steering/controls.py",
+        "way if way[::-1] in ways else None",
+        "None",
+        ("tests/steering/test_sweep.py", "-k", "stay_balanced"),
+    ),
+    Mutant(
+        "controls that are all above the slope are said to be around it",
+        "steering/curve.py",
+        "elif self.slope < found.min():",
+        "elif False:",
+        ("tests/steering/test_sweep.py", "-k", "either_side"),
+    ),
+    Mutant(
+        "the mean over a text has its first token in it",
+        "steering/gathering.py",
+        'return Text(ids, len(ids) - 1 if positions == "mean" else 1)',
+        'return Text(ids, len(ids) if positions == "mean" else 1)',
+        ("tests/steering/test_extract.py", "-k", "leaves_the_first"),
+    ),
+    Mutant(
         "a softmax in a hook inside is taken for that of attention",
         "backends/self_attending.py",
         "func in _SOFTMAX and self._asks()",
