@@ -74,6 +74,8 @@ UNSPOKEN = {
     ),
     # The same; and its activation function is in no configuration.
     "bloom": ("q", "k", "mlp_pre", "mlp_act"),
+    # Their lengths change with the rotation; and what its router makes of them is no site.
+    "llama4": ("q", "k", "router_logits"),
     # Of neurons of experts nothing is known but what they are multiplied by.
     **dict.fromkeys(("qwen3_moe", "mixtral", "gpt_oss", "olmoe"), ("expert_act",)),
     # What is added to the sum of the experts is that of another one.

@@ -42,8 +42,8 @@ class Facts:
     bends them. ``score_cap``: what bends attention's scores. ``sinks``: has attention something else to look at than
     tokens? ``gated``: is what heads mix multiplied by gates between 0 and 1? ``shared``: is there an expert that all
     tokens go to? ``biased``: may scores be more than products of queries and keys, such as a bias (ALiBi), or of
-    rotated ones? ``sigmoid``: does each expert count what a sigmoid makes of its own logit? ``epsilon``: what norms add
-    to the mean square of a row.
+    rotated ones? ``sigmoid``: does each expert count what a sigmoid makes of its own logit? ``resized``: do queries and
+    keys change their length with the rotation? ``epsilon``: what norms add to the mean square of a row.
     """
 
     activation: Callable[[Tensor], Tensor] | None = None
@@ -55,6 +55,7 @@ class Facts:
     gated: bool = False
     shared: bool = False
     sigmoid: bool = False
+    resized: bool = False
     epsilon: float = 0.0
 
 
@@ -125,10 +126,12 @@ def _scored(queries: str, keys: str) -> Callable[[Read, Facts], tuple[Tensor, Te
     return both
 
 
-def _turned(before: str, after: str) -> Callable[[Read, Facts], tuple[Tensor, Tensor]]:
+def _turned(before: str, after: str) -> Callable[[Read, Facts], tuple[Tensor, Tensor] | None]:
     """A rotation keeps lengths, but for one number that all are multiplied by."""
 
-    def both(read: Read, facts: Facts) -> tuple[Tensor, Tensor]:
+    def both(read: Read, facts: Facts) -> tuple[Tensor, Tensor] | None:
+        if facts.resized:
+            return None
         one, other = read[before].norm(dim=-1), read[after].norm(dim=-1)
         return one * _per(other.norm(), one.norm()), other
 

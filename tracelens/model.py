@@ -13,6 +13,7 @@ from torch import nn
 from tracelens.backends.anatomy import ModelAnatomy
 from tracelens.backends.branching import Branches, with_branches
 from tracelens.backends.generation_options import require_count, require_own
+from tracelens.backends.windows import require_rows_as_alone
 from tracelens.batch import prepare
 from tracelens.compiling import Compiler, owning
 from tracelens.errors import Blaming, OptionError, PromptError, TracelensError
@@ -261,6 +262,7 @@ class Model(Methods, Shown):
         except TracelensError as error:
             error.at = error.at or here()
             raise
+        require_rows_as_alone(self.anatomy, batch.lengths, room)
         prepared = Prompt(batch, self._tokenizer, self.anatomy)
         if isinstance(prompt, torch.Tensor) and not room:
             object.__setattr__(self, "_latest", prepared)

@@ -20,6 +20,7 @@ def edited_middle(model: PreTrainedModel, index: int, edit: Edit) -> Iterator[No
     """Runs the model with one block that edits the stream between its sublayers."""
     kind = model.config.get_text_config().model_type
     block: Any = model.get_decoder()
+    block = getattr(block, "model", block)  # Llama-4 says that it is its own
     block = (block.h if hasattr(block, "h") else block.layers)[index]
 
     def forward(hidden_states: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -36,6 +37,13 @@ def _llama(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> Tensor:
     attention, _ = block.self_attn(hidden_states=block.input_layernorm(x), **kwargs)
     middle = edit(x + attention)
     return middle + block.mlp(block.post_attention_layernorm(middle))
+
+
+def _llama4(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> Tensor:
+    attention, _ = block.self_attn(hidden_states=block.input_layernorm(x), **kwargs)
+    middle = edit(x + attention)
+    made = block.feed_forward(block.post_attention_layernorm(middle))
+    return middle + (made[0] if isinstance(made, tuple) else made).view(x.shape)
 
 
 def _hybrid(block: Any, edit: Edit, x: Tensor, position_embeddings: Any, **kwargs: Any) -> Tensor:
@@ -107,6 +115,7 @@ def _falcon(block: Any, edit: Edit, x: Tensor, **kwargs: Any) -> tuple[Tensor, A
 _FORWARDS: dict[str, Callable[..., Any]] = {
     **dict.fromkeys(("mixtral", "phi3", "olmoe", "glm", "smollm3", "olmo", "gemma", "deepseek_v3"), _llama),
     "gpt_oss": _gpt_oss,
+    "llama4_text": _llama4,
     **dict.fromkeys(("qwen3_next", "qwen3_5_text", "qwen3_5_moe_text"), _hybrid),
     "granite": _granite,
     "glm4": _glm4,

@@ -6,10 +6,13 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 
 import tracelens as tl
 from tests.conformance.test_more_families import ROWS, built
+from tests.support.batches import batch
+from tests.support.more_forwards import hand_forward
 from tests.support.sparse_families import SPARSE
 from tracelens import proving
 from tracelens.backends.attention import scores_of
@@ -20,6 +23,7 @@ from tracelens.errors import (
     UnknownArchitectureError,
     WriteTargetError,
 )
+from tracelens.ir.sites import Site
 from tracelens.model import Model
 
 
@@ -155,6 +159,41 @@ def test_experts_are_chosen_by_group_and_by_bias() -> None:
         torch.testing.assert_close(t["weights"][0, token], 2.5 * own / own.sum(), atol=1e-5, rtol=1e-5)
     ignored = (ranked.topk(2, dim=-1).indices.sort(-1).values != t["index"].sort(-1).values).any()
     assert ignored  # the groups matter
+
+
+def test_queries_of_llama4_grow_with_their_place_in_the_row() -> None:
+    """In layers without rotation; padding counts there, so rows of several lengths are refused where it would."""
+    hf = SPARSE["llama4"].build(floor_scale=3)
+    model = tl.wrap(hf)
+    row = ROWS[0]
+    expected: dict[Site, Tensor] = {}
+    with torch.no_grad():
+        hand_forward(hf, *batch([row]), lambda site, tensor: expected.setdefault(site, tensor))
+    with model.trace([row]) as t:
+        for name in ("q", "q_rot", "z"):
+            getattr(model.layers[1], name).save(name)
+    for name in ("q", "q_rot", "z"):
+        torch.testing.assert_close(t[name], expected[Site(name, 1)], atol=1e-5, rtol=1e-5)
+    assert (t["q_rot"] - t["q"]).abs().max() > 0.1
+    with pytest.raises(PromptError, match="from 3 positions on"):
+        model.prepare(ROWS)
+    with pytest.raises(PromptError, match="padding counted"), model.generate([[1], [2, 3]], max_new_tokens=2):
+        model.logits.save()
+    model.prepare([row, row])
+    tl.wrap(SPARSE["llama4"].build(floor_scale=3, attn_temperature_tuning=False)).prepare(ROWS)
+
+
+def test_experts_of_llama4_are_fed_less() -> None:
+    """Nothing multiplies what they return: a written logit weighs their inputs."""
+    _, model = built("llama4")
+    for name in ("expert_weights", "expert_index", "expert_out", "q_normed"):
+        with pytest.raises(AbsentSiteError, match=r"router_logits|mlp_out|q_rot"), model.trace(ROWS):
+            getattr(model.layers[0], name).save()
+    with model.trace(ROWS[:1]) as t:
+        model.layers[0].router_logits = model.layers[0].router_logits - 100.0
+        model.layers[0].mlp_out.save("alone")
+        model.module("model.layers.0.feed_forward.shared_expert").output.save("shared")
+    torch.testing.assert_close(t["alone"].flatten(0, 1), t["shared"])
 
 
 def test_clipped_projections_are_refused() -> None:

@@ -528,6 +528,13 @@ MUTANTS = (
         ("tests/conformance/test_sparse_families.py", "-k", "by_group"),
     ),
     Mutant(
+        "rows are padded where padding counts",
+        "backends/windows.py",
+        "max(lengths) + room >= limit:",
+        "max(lengths) + room < limit:",
+        ("tests/conformance/test_sparse_families.py", "-k", "grow"),
+    ),
+    Mutant(
         "a gate shows nothing",
         "identities.py",
         "clamp(mixed.clamp(max=0), mixed.clamp(min=0))",

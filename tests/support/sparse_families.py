@@ -7,13 +7,14 @@ from typing import Any
 from transformers import (
     DeepseekV3Config,
     GptOssConfig,
+    Llama4TextConfig,
     OlmoeConfig,
     Qwen3_5MoeTextConfig,
     Qwen3_5TextConfig,
     Qwen3NextConfig,
 )
 
-from tests.support.families import CHOSEN, EXPERTS, FAMILIES, HEAD_DIM, HEADS, Family
+from tests.support.families import CHOSEN, EXPERTS, FAMILIES, HEAD_DIM, HEADS, NEURONS, Family
 
 _TWO: dict[str, Any] = {**FAMILIES["llama"].settings, "num_hidden_layers": 2}
 _ROUTED = {"num_experts_per_tok": CHOSEN}
@@ -78,15 +79,34 @@ SPARSE: dict[str, Family] = {
                 "topk_group": 2,
             },
         ),
+        Family(
+            "llama4",
+            Llama4TextConfig,
+            {
+                **_TWO,
+                **_ROUTED,
+                "num_local_experts": EXPERTS,
+                "intermediate_size": 40,
+                "intermediate_size_mlp": NEURONS,
+                "moe_layers": [0],
+                # The second one without rotation, over all tokens; the first one over stretches of four.
+                "no_rope_layers": [1, 0],
+                "attention_chunk_size": 4,
+                # Beyond the prompts: there, padding would count.
+                "floor_scale": 60,
+            },
+        ),
         Family("qwen3_5_moe", Qwen3_5MoeTextConfig, {**_HYBRID, **_SHARED}),
     )
 }
 SPARSE_EAGER_ALONE = ("gpt_oss",)
 """Families of which transformers has no other implementation on a CPU."""
 _HYBRIDS = ("qwen3_next", "qwen3_5", "qwen3_5_moe")
-SPARSE_WITH_PLAN = ("olmoe", "deepseek_v3", *_HYBRIDS)
+SPARSE_WITH_PLAN = ("olmoe", "deepseek_v3", "llama4", *_HYBRIDS)
 """Families that transformers spreads inside layers,"""
 SPARSE_CUT = ("gpt_oss", "deepseek_v3", *_HYBRIDS)
 """... and that it cuts into stages."""
-SPARSE_EXPERTS = tuple(name for name, family in SPARSE.items() if "num_experts_per_tok" in family.settings)
-"""Families of which ranks can share whole experts."""
+SPARSE_EXPERTS = tuple(
+    name for name, family in SPARSE.items() if "num_experts_per_tok" in family.settings and name != "llama4"
+)
+"""Families of which ranks can share whole experts: transformers has no plan for those of Llama-4."""

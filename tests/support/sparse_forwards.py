@@ -94,6 +94,11 @@ class Layer:
         kinds = getattr(self.config, "layer_types", None)
         if kinds is not None and kinds[self.index] == "sliding_attention":
             allowed = allowed & (places[None, :] > places[:, None] - self.config.sliding_window)
+        if kinds is not None and kinds[self.index] == "chunked_attention":
+            chunks = self.position_ids // self.config.attention_chunk_size
+            return (
+                (chunks[:, None, :, None] == chunks[:, None, None, :]) & allowed & self.mask[:, None, None, :]
+            )
         return allowed[None, None] & self.mask[:, None, None, :]
 
     def mixed(self, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None = None) -> Tensor:
@@ -140,6 +145,17 @@ def _normed_flat(layer: Layer, x: Tensor) -> Tensor:
         made[name] = layer.rotated(layer.at(f"{name}_normed", normed))
     v = layer.at("v", layer.heads("self_attn.v_proj", x, width))
     return layer.linear("self_attn.o_proj", layer.at("z", layer.mixed(made["q"], made["k"], v)).flatten(2))
+
+
+def _without_rotation_in_some(layer: Layer, x: Tensor) -> Tensor:
+    config, width = layer.config, layer.config.head_dim
+    q, k, v = (layer.at(name, layer.heads(f"self_attn.{name}_proj", x, width)) for name in "qkv")
+    if config.no_rope_layers[layer.index]:
+        q, k = (rms(layer.rotated(each, neighbours=True), config.rms_norm_eps) for each in (q, k))
+    else:
+        steps = torch.floor((torch.arange(x.shape[1]) + 1.0) / config.floor_scale)
+        q = q * (steps.log1p() * config.attn_scale + 1.0)[:, None, None]
+    return layer.linear("self_attn.o_proj", layer.at("z", layer.mixed(q, k, v)).flatten(2))
 
 
 def _latent(layer: Layer, x: Tensor) -> Tensor:
@@ -271,18 +287,16 @@ def _of_all(layer: Layer, x: Tensor) -> Tensor:
     return _experts(layer, x, layer.at("expert_weights", share), chosen)
 
 
-def _gated(layer: Layer, x: Tensor) -> Tensor:
-    pre, up = (
-        layer.at("mlp_pre", layer.linear("mlp.gate_proj", x)),
-        layer.at("mlp_up", layer.linear("mlp.up_proj", x)),
-    )
-    return layer.linear("mlp.down_proj", layer.at("mlp_act", _silu(pre, up)))
+def _gated(layer: Layer, x: Tensor, path: str = "mlp") -> Tensor:
+    pre = layer.at("mlp_pre", layer.linear(f"{path}.gate_proj", x))
+    up = layer.at("mlp_up", layer.linear(f"{path}.up_proj", x))
+    return layer.linear(f"{path}.down_proj", layer.at("mlp_act", _silu(pre, up)))
 
 
-def _shared(layer: Layer, name: str, x: Tensor) -> Tensor:
+def _shared(layer: Layer, name: str, x: Tensor, path: str = "mlp") -> Tensor:
     """What an expert makes of every token."""
-    inner = _silu(layer.linear(f"mlp.{name}.gate_proj", x), layer.linear(f"mlp.{name}.up_proj", x))
-    return layer.linear(f"mlp.{name}.down_proj", inner)
+    gate, up = (layer.linear(f"{path}.{name}.{part}_proj", x) for part in ("gate", "up"))
+    return layer.linear(f"{path}.{name}.down_proj", _silu(gate, up))
 
 
 def _of_all_and_one(layer: Layer, x: Tensor) -> Tensor:
@@ -290,6 +304,22 @@ def _of_all_and_one(layer: Layer, x: Tensor) -> Tensor:
         return _gated(layer, x)
     counts = layer.linear("mlp.shared_expert_gate", x).sigmoid()
     return _of_all(layer, x) + counts * _shared(layer, "shared_expert", x)
+
+
+def _fed_less(layer: Layer, x: Tensor) -> Tensor:
+    """Llama-4: what an expert is fed is weighed."""
+    config = layer.config
+    if layer.index not in config.moe_layers:
+        return _gated(layer, x, "feed_forward")
+    logits = layer.at("router_logits", layer.linear("feed_forward.router", x))
+    chosen = logits.topk(config.num_experts_per_tok, dim=-1).indices
+    into, out = (layer.weight(f"feed_forward.experts.{name}_proj") for name in ("gate_up", "down"))
+    made = _shared(layer, "shared_expert", x, "feed_forward")
+    for expert in range(config.num_local_experts):
+        counts = ((chosen == expert).any(-1) * logits[..., expert].sigmoid())[..., None]
+        gate, up = ((counts * x) @ into[expert]).chunk(2, dim=-1)
+        made = made + _silu(gate, up) @ out[expert]
+    return made
 
 
 def _in_groups(layer: Layer, x: Tensor) -> Tensor:
@@ -319,6 +349,7 @@ FORWARDS: dict[str, tuple[Part, Part]] = {
     "gpt_oss": (_with_sinks, _gpt_oss),
     "olmoe": (_normed_flat, _of_all),
     "deepseek_v3": (_latent, _in_groups),
+    "llama4_text": (_without_rotation_in_some, _fed_less),
     "qwen3_next": (_hybrid, _of_all_and_one),
     "qwen3_5_text": (_hybrid, _gated),
     "qwen3_5_moe_text": (_hybrid, _of_all_and_one),

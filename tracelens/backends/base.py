@@ -52,7 +52,12 @@ class NeuronsView:
 
 @dataclass(frozen=True, slots=True)
 class RowsView:
-    """A site [B, P, ...] in a tensor with the tokens of all rows one after the other: [B * P, ...]."""
+    """A site [B, P, ...] in a tensor with the tokens of all rows one after the other: [B * P, ...].
+
+    ``flat``: the number of that tensor's axes, where other layers have it with an axis more, as the site.
+    """
+
+    flat: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,7 +151,8 @@ class Family:
     mix of values multiplied by gates between 0 and 1 before ``z``? ``shared``: is there an expert that all tokens go
     to, beside those that are chosen? ``not_on_ranks``: why transformers cannot share such a model out, where its own
     plan says that it can: by ``"tp"`` or ``"pp"``. ``sigmoid``: does each expert count what a
-    sigmoid makes of its own logit?
+    sigmoid makes of its own logit? ``resized``: are queries and keys made longer or shorter when they are rotated, or
+    instead? ``counts_padding``: from how many positions on does padding change what a row is, if it ever does?
     """
 
     name: str
@@ -170,6 +176,8 @@ class Family:
     gated: bool = False
     shared: bool = False
     sigmoid: bool = False
+    resized: bool = False
+    counts_padding: Callable[[Any], int | None] | None = None
     reached: tuple[str, ...] = ()
     widths: Mapping[str, str | Callable[[Any], int]] = field(
         default_factory=dict[str, "str | Callable[[Any], int]"]

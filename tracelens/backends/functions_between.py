@@ -23,6 +23,7 @@ def facts_of(config: Any, family: Family, *, scale: float | None, softcap: float
         gated=family.gated,
         shared=family.shared,
         sigmoid=family.sigmoid,
+        resized=family.resized,
         epsilon=next((found for word in _EPSILON if (found := getattr(config, word, None))), 0.0),
         score_cap=getattr(config, "attn_logit_softcapping", None),
     )

@@ -229,7 +229,7 @@ def _view(anatomy: ModelAnatomy, tap: Tap, site: Site) -> tuple[Take | TakeSized
         return taking_and_putting(tap.view, anatomy.local_widths(site))
     if isinstance(tap.view, ScaledView):
         return scaled(anatomy.factor(tap))
-    return None if tap.view is None else rows_apart()
+    return None if tap.view is None else rows_apart(tap.view)
 
 
 def _view_of_what_stands_in(anatomy: ModelAnatomy, block: Block) -> tuple[Take | TakeSized, Put] | None:

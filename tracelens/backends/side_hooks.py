@@ -203,7 +203,9 @@ class DecidingHook(_After):
         if not self.writes or run is None or get_ident() != run.thread:
             return super().__call__(module, args, output)
         assert decides is not None
-        first, *rest = map(self.brought, output)
+        rest, key = list(map(self.brought, output)), self.code.tap.key or 0
+        assert isinstance(key, int)
+        first = rest.pop(key)
         if not all(map(torch.equal, decides(module, first), rest)):
             error = SiteMismatchError(
                 f"module {self.code.path!r} makes something else of {self.code.site} than its kind does, so that what "
@@ -216,7 +218,7 @@ class DecidingHook(_After):
         decided = decides(module, made)
         if problem := masked_and_chosen(made, decided):
             self.code.refused(run.state, made, problem)
-        return (made, *decided)
+        return (*decided[:key], made, *decided[key:])
 
 
 class ChoosingHook(_After):

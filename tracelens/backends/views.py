@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 
 import torch
 
-from tracelens.backends.base import HeadsView, NeuronsView, View
+from tracelens.backends.base import HeadsView, NeuronsView, RowsView, View
 from tracelens.ir.layout import Layout, Shard
 
 Take = Callable[[torch.Tensor], torch.Tensor]
@@ -101,13 +101,16 @@ def scaled(factor: float) -> tuple[Take, Put] | None:
     return lambda whole: whole * factor, lambda whole, new: new / factor
 
 
-def rows_apart() -> tuple[TakeSized, Put]:
+def rows_apart(view: RowsView) -> tuple[TakeSized, Put]:
     """The same for sites of rows that lie one after the other; what takes them is given the sizes of the pass, too."""
-    return _rows_apart, lambda whole, new: new.flatten(0, 1)
 
+    def apart(tensor: torch.Tensor) -> bool:
+        return view.flat is not None and tensor.ndim != view.flat
 
-def _rows_apart(tensor: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
-    """[B * P, ...] as [B, P, ...]."""
-    if not tensor.ndim or tensor.shape[0] != sizes["B"] * sizes["P"]:
-        return tensor  # the read that follows says what is wrong
-    return tensor.unflatten(0, (sizes["B"], sizes["P"]))
+    def take(tensor: torch.Tensor, sizes: Mapping[str, int]) -> torch.Tensor:
+        """[B * P, ...] as [B, P, ...]."""
+        if apart(tensor) or not tensor.ndim or tensor.shape[0] != sizes["B"] * sizes["P"]:
+            return tensor  # the read that follows says what is wrong
+        return tensor.unflatten(0, (sizes["B"], sizes["P"]))
+
+    return take, lambda whole, new: new if apart(whole) else new.flatten(0, 1)

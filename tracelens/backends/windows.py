@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tracelens.backends.anatomy import ModelAnatomy
-from tracelens.errors import SiteMismatchError
+from tracelens.errors import PromptError, SiteMismatchError
 from tracelens.ir.dims import KEY
 from tracelens.ir.graph import Graph
 from tracelens.ir.ops import Read
+from tracelens.location import here
 from tracelens.subject import spelling
 
 
@@ -19,6 +20,20 @@ def window_of(config: Any, layer: int) -> int | None:
     if kinds is not None and kinds[layer] != "sliding_attention":
         return None
     return getattr(config, "sliding_window", None)
+
+
+def require_rows_as_alone(anatomy: ModelAnatomy, lengths: Sequence[int], room: int) -> None:
+    """Raises :class:`PromptError` where padding would change what the model makes of a shorter row."""
+    counts = anatomy.family.counts_padding
+    limit = None if counts is None else counts(anatomy.config)
+    if limit is not None and len(set(lengths)) > 1 and max(lengths) + room >= limit:
+        raise PromptError(
+            f"from {limit} positions on, {anatomy.family.name} models make queries larger by where they stand in the "
+            f"row, padding counted, so that a row of {min(lengths)} tokens beside one of {max(lengths)} is not what it "
+            "is alone",
+            at=here(),
+            instead="prompts of one length, or one at a time",
+        )
 
 
 def refuse_forgotten(anatomy: ModelAnatomy, graph: Graph, positions: int, options: Mapping[str, Any]) -> None:

@@ -69,6 +69,7 @@ def device_map(
     norm = norm or layers[-1]
     head = head or (embedding if model.config.tie_word_embeddings else norm)
     base = model.get_decoder()
+    base = getattr(base, "model", base)  # Llama-4 says that it is its own
     prefix = next(path for path, module in model.named_modules() if module is base)
     found: dict[str, str] = {}
     for name, module in base.named_children():

@@ -13,6 +13,7 @@ from tracelens.backends.architectures.gpt_neox import GPT_NEOX_PARALLEL, GPT_NEO
 from tracelens.backends.architectures.gpt_oss import GPT_OSS
 from tracelens.backends.architectures.granite import GRANITE
 from tracelens.backends.architectures.llama import LLAMA, MISTRAL, QWEN2, QWEN3
+from tracelens.backends.architectures.llama4 import LLAMA4
 from tracelens.backends.architectures.mixtral import MIXTRAL
 from tracelens.backends.architectures.olmo import OLMO
 from tracelens.backends.architectures.olmo2 import OLMO2, OLMO3
@@ -30,7 +31,7 @@ FAMILIES = (
     *(GRANITE, COHERE_QK_NORM, COHERE, COHERE2, GLM, GLM4, PHI, SMOLLM3, OLMO, OLMO3, GEMMA),
     *(GPT2, GPT_NEOX_SEQUENTIAL, GPT_NEOX_PARALLEL, OPT, BLOOM),
     *(FALCON_SEQUENTIAL, FALCON_TWO_NORMS, FALCON_PARALLEL),
-    *(GPT_OSS, OLMOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, DEEPSEEK_V3),
+    *(GPT_OSS, OLMOE, QWEN3_NEXT, QWEN3_5, QWEN3_5_MOE, DEEPSEEK_V3, LLAMA4),
 )
 FAMILIES_OF: Mapping[str, tuple[Family, ...]] = {
     model_type: tuple(family for family in FAMILIES if model_type in family.model_types)
