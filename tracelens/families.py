@@ -30,7 +30,17 @@ from tracelens.backends.architectures.absences import (
     NO_ROTATION,
     PARALLEL,
 )
-from tracelens.backends.base import Family, HeadsView, InSome, NeuronsView, RowsView, ScaledView, Side, Tap
+from tracelens.backends.base import (
+    Family,
+    HeadsView,
+    InSome,
+    NeuronsView,
+    RowsView,
+    ScaledView,
+    Side,
+    Tap,
+    Word,
+)
 from tracelens.errors import Blaming, UnknownArchitectureError
 from tracelens.location import here
 from tracelens.plan import Carry
@@ -52,6 +62,7 @@ __all__ = [
     "ScaledView",
     "Side",
     "Tap",
+    "Word",
     "forget",
     "known",
     "register",

@@ -1832,8 +1832,8 @@ MUTANTS = (
     Mutant(
         "written logits of a router choose nothing",
         "backends/side_hooks.py",
-        "return (made, *decides(module, made))",
-        "return (made, *rest)",
+        "decided = decides(module, made)",
+        "decided = tuple(rest)",
         EXPERTS,
     ),
     Mutant(

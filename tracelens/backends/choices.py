@@ -34,7 +34,9 @@ def masked_and_chosen(logits: Tensor, decided: Sequence[Tensor]) -> ExpertChoice
 
     ``decided``: what the router makes of them, weights and numbers of experts [..., k] in any order.
     """
-    index = next(part for part in decided if not part.is_floating_point())
+    index = next((part for part in decided if not part.is_floating_point()), None)
+    if index is None:
+        return None  # what is not chosen counts nothing
     chosen = logits.gather(-1, index)
     if not (chosen == float("-inf")).any():
         return None

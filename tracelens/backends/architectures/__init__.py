@@ -21,9 +21,10 @@ from tracelens.backends.architectures.olmoe import OLMOE
 from tracelens.backends.architectures.opt import OPT
 from tracelens.backends.architectures.phi import PHI
 from tracelens.backends.architectures.phi3 import PHI3
+from tracelens.backends.architectures.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from tracelens.backends.architectures.qwen3_moe import QWEN3_MOE
-from tracelens.backends.architectures.qwen3_next import QWEN3_5, QWEN3_5_MOE, QWEN3_NEXT
 from tracelens.backends.architectures.smollm3 import SMOLLM3
+from tracelens.backends.architectures.qwen3_next import QWEN3_NEXT
 from tracelens.backends.base import Family
 
 FAMILIES = (
