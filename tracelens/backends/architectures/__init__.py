@@ -23,8 +23,8 @@ from tracelens.backends.architectures.phi import PHI
 from tracelens.backends.architectures.phi3 import PHI3
 from tracelens.backends.architectures.qwen3_5 import QWEN3_5, QWEN3_5_MOE
 from tracelens.backends.architectures.qwen3_moe import QWEN3_MOE
-from tracelens.backends.architectures.smollm3 import SMOLLM3
 from tracelens.backends.architectures.qwen3_next import QWEN3_NEXT
+from tracelens.backends.architectures.smollm3 import SMOLLM3
 from tracelens.backends.base import Family
 
 FAMILIES = (
