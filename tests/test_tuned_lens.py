@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 import tracelens as tl
+from tests.support.dense_families import DENSE
 from tests.support.families import D_MODEL, FAMILIES, LAYERS, VOCABULARY
 from tests.support.pretend import Pretend, pretend
 from tests.support.ranks import PoolOf
@@ -74,6 +75,11 @@ def flat(lens: tl.TunedLens) -> Tensor:
     return torch.stack(found)
 
 
+def built(family: str) -> PreTrainedModel:
+    """Granite divides its logits by a number."""
+    return DENSE[family].build(num_hidden_layers=LAYERS) if family == "granite" else FAMILIES[family].build()
+
+
 def by_hand(hf: PreTrainedModel, ids: Tensor, maps: list[nn.Linear] | None = None) -> tuple[Tensor, Tensor]:
     """KL(final || lens) [L, B, P] by transformers' own hidden states and modules, and the final log-probabilities."""
     base = hf.base_model
@@ -85,6 +91,7 @@ def by_hand(hf: PreTrainedModel, ids: Tensor, maps: list[nn.Linear] | None = Non
     found: list[Tensor] = []
     for number, state in enumerate(out.hidden_states[:-1]):
         logits = hf.lm_head(norm(state if maps is None else state + maps[number](state)))
+        logits = logits / getattr(hf.config, "logits_scaling", 1.0)
         logits = logits if cap is None else cap * torch.tanh(logits / cap)
         found.append((final.exp() * (final - logits.log_softmax(-1))).sum(-1))
     return torch.stack(found), final
@@ -106,9 +113,9 @@ def test_a_trained_lens_is_nearer_to_the_model_in_every_layer_but_the_last(
     assert (found.identity_kl - found.kl > 4 * (found.kl_error + found.identity_kl_error))[:-1].all()
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", [*sorted(FAMILIES), "granite"])
 def test_evaluation_is_what_transformers_says(family: str) -> None:
-    hf = FAMILIES[family].build()
+    hf = built(family)
     model = tl.wrap(hf)
     lens = tl.TunedLens.train(model, TEXTS, **{**QUICK, "steps": 3})
     ids = windows_of(model, HELD_OUT, CONTEXT).ids
@@ -236,9 +243,9 @@ def test_it_shows_itself(model: tl.Model, lens: tl.TunedLens) -> None:
 # --- training ---------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("family", sorted(FAMILIES))
+@pytest.mark.parametrize("family", [*sorted(FAMILIES), "granite"])
 def test_the_gradients_are_those_of_autograd(family: str) -> None:
-    hf = FAMILIES[family].build()
+    hf = built(family)
     head = Head(tl.wrap(hf))
     ids = torch.tensor(TEXTS[:2])
     generator = torch.Generator().manual_seed(0)

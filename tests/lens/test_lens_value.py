@@ -9,6 +9,7 @@ import torch
 from torch.testing import assert_close
 
 import tracelens as tl
+from tests.support.dense_families import DENSE
 from tests.support.families import FAMILIES
 from tracelens.errors import LensError, NoTokenizerError, ShapeError, TokenMatchError
 from tracelens.ir.passes.pipeline import improve
@@ -17,10 +18,13 @@ IDS = [[5, 17, 33, 2, 60, 41], [9, 8, 77, 31, 4, 12]]
 RAGGED = [[5, 17, 33, 2, 60, 41], [9, 8, 77]]
 
 
-@pytest.fixture(scope="module", params=[*FAMILIES, "softcap"])
+@pytest.fixture(scope="module", params=[*FAMILIES, "softcap", "granite", "cohere2"])
 def pair(request: pytest.FixtureRequest) -> tuple[tl.Model, torch.nn.Module]:
     if request.param == "softcap":
         hf = FAMILIES["gemma3"].build(final_logit_softcapping=3.0)
+    elif request.param in DENSE:
+        # Both multiply their logits with a number; here more than 1 in Granite, so that they are far apart.
+        hf = DENSE[request.param].build(**({"logits_scaling": 0.6} if request.param == "granite" else {}))
     else:
         hf = FAMILIES[request.param].build()
     return tl.wrap(hf), hf
@@ -38,6 +42,7 @@ def dense(model: tl.Model, states: torch.Tensor) -> torch.Tensor:
     hf = copy.deepcopy(model.hf).double()
     norm = hf.transformer.ln_f if hasattr(hf, "transformer") else hf.model.norm
     logits = hf.get_output_embeddings()(norm(states.double()))
+    logits = logits * getattr(hf.config, "logit_scale", 1.0) / getattr(hf.config, "logits_scaling", 1.0)
     cap = getattr(hf.config, "final_logit_softcapping", None)
     return torch.tanh(logits / cap) * cap if cap else logits
 

@@ -3236,4 +3236,11 @@ MUTANTS = (
         'not_on_ranks={"none":',
         ("tests/parallel/test_more_families_spread.py", "-k", "wrongly"),
     ),
+    Mutant(
+        "training a lens forgets that logits are multiplied with a number",
+        "lens/head.py",
+        "            gradient *= self.scale",
+        "            pass",
+        (*TUNED, "gradients"),
+    ),
 )
