@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import tracelens as tl
 from tests.support.families import FAMILIES
+from tests.support.ranks import PoolOf
 from tests.support.tokenizers import byte_level_bpe
 from tracelens import cli
+from tracelens.loading import load
 from tracelens.steering import SteeringCurve, load_contrast
 
 pytestmark = pytest.mark.usefixtures("one_model")
@@ -99,6 +103,40 @@ def test_a_text_for_each_strength(
 
     assert cli.main(asked) == 1  # of two sites it has to be said which
     assert "directions at 2 sites" in capsys.readouterr().err
+
+
+def test_a_model_that_two_processes_share(
+    model: tl.Model,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    ranks_of: PoolOf,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder, file, numbers = tmp_path / "model", tmp_path / "v.safetensors", tmp_path / "out.json"
+    model.hf.save_pretrained(folder)
+    assert model.tokenizer is not None
+    model.tokenizer.save_pretrained(folder)
+    # Ranks that are there already, in place of those that the command would start.
+    monkeypatch.setattr("tracelens.loading.load", partial(load, ranks=ranks_of(2)))
+    spread = ["--model", str(folder), "--tp", "2", "--rows", "4"]
+    assert cli.main([*EXTRACT, *spread, "--save", str(file)]) == 0
+    data = load_contrast(DATA, template="plain", letters="balanced", seed=0)
+    v = tl.steering.extract(model, data.train[:4], sites=["resid_post", "attn_out"], layers=[1, 2], seed=0)
+    made = tl.steering.load(file, model)
+    assert made.places == v.places
+    for place in v:
+        torch.testing.assert_close(made[place], v[place], atol=1e-5 * v.facts.scale[place], rtol=0)
+
+    measure = ["steer", "sweep", str(file), str(DATA), *spread, "--multipliers", "-1", "1", "--controls", "1"]
+    assert cli.main([*measure, "--save", str(numbers)]) == 0
+    assert f"wrote {numbers}" in capsys.readouterr().out
+    found = SteeringCurve.load(numbers)
+    best = tl.steering.choose(model, v, data.validation[:4], [-1, 1], seed=0)
+    right = tl.steering.sweep(model, best.vector, data.test[:4], [-1, 1], controls=1, seed=0)
+    assert isinstance(right, SteeringCurve)
+    assert found.place == right.place
+    np.testing.assert_allclose(found.propensity, right.propensity, atol=2e-5)
+    assert np.ptp(right.propensity, axis=1).max() > 1e-3, "the vector matters"
 
 
 def test_mistakes_are_one_line_and_come_before_the_model(

@@ -1,4 +1,4 @@
-"""Sweeps of models over several devices and ranks: the numbers of one device, and little that travels."""
+"""Sweeps and readings of models over several devices and ranks: one device's numbers, and little that travels."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from tests.steering.toy_models import drawn_rows
 from tests.support.families import D_MODEL
 from tests.support.pretend import Pretend, pretend, watched
 from tests.support.spread_models import Both, fixture_of, over_devices
-from tracelens.steering import SteeringCurves, SteeringVector, sweep
+from tracelens.steering import SteeringCurve, SteeringCurves, SteeringVector, read, sweep
 from tracelens.steering.propensity import End, readings
 
 __all__ = ["pretend"]
@@ -63,6 +63,35 @@ def test_ranks_measure_what_one_process_does(models: Both) -> None:
 
 def test_ranks_run_plainly_too(models: Both) -> None:
     same(models.one, models.spread, quick=False, controls=0)
+
+
+def test_ranks_make_the_vector_anew_of_other_draws_of_its_rows(models: Both) -> None:
+    site = ("resid_post", 1)
+    states: list[torch.Tensor] = []
+    for answers in ([row.positive for row in ROWS], [row.negative for row in ROWS]):
+        with models.one.trace([list(tokens) for tokens in answers]):
+            states.append(models.one.layers[1].resid_post[:, -1].save())
+    v = SteeringVector({site: 3 * (states[0].value - states[1].value).mean(0)})
+    mine, theirs = (
+        sweep(model, v, drawn_rows(4, seed=9), GRID, controls=1, train=ROWS, batch_size=3, seed=4)
+        for model in (models.one, models.spread)
+    )
+    assert isinstance(mine, SteeringCurve)
+    assert isinstance(theirs, SteeringCurve)
+    assert mine.redrawn is not None
+    assert theirs.redrawn is not None
+    np.testing.assert_allclose(theirs.redrawn, mine.redrawn, atol=2e-5, rtol=1e-5)
+    assert np.ptp(mine.redrawn[:, 2]) > 1e-2, "draws matter"
+    assert theirs.training_interval == pytest.approx(mine.training_interval, rel=1e-4, abs=1e-5)
+
+
+def test_ranks_read_what_one_process_does(models: Both) -> None:
+    mine, theirs = (read(model, vector(), TEXTS[1]) for model in (models.one, models.spread))
+    assert theirs.tokens == mine.tokens == tuple(map(str, TEXTS[1]))
+    assert theirs.places == mine.places
+    np.testing.assert_allclose(theirs.projections, mine.projections, atol=2e-5, rtol=1e-5)
+    np.testing.assert_allclose(theirs.cosines, mine.cosines, atol=1e-5)
+    assert np.ptp(mine.cosines, axis=1).min() > 1e-2, "tokens differ"
 
 
 def test_devices_measure_what_one_does_and_send_two_numbers_an_end(
