@@ -8,30 +8,23 @@ import pytest
 
 import tracelens as tl
 from tests.conformance.test_reads import looks, read
-from tests.parallel.cells import KNOWS_EP
 from tests.parallel.compared import ROWS, read_alike
+from tests.parallel.coverage import BACKENDS, ON_RANKS, OUTCOMES, Outcome
 from tests.parallel.writes import numbers
 from tests.support.batches import RAGGED, random_rows
-from tests.support.dense_families import DENSE_CUT, DENSE_SPREAD_WRONGLY, DENSE_WITH_PLAN
+from tests.support.dense_families import DENSE_SPREAD_WRONGLY
 from tests.support.more_families import LAYERS, MORE
 from tests.support.pretend import pretend_throughout
 from tests.support.ranks import PoolOf
-from tests.support.sparse_families import SPARSE_CUT, SPARSE_EXPERTS, SPARSE_WITH_PLAN
 from tests.support.spread_models import Both, both, over_devices, relative_error, stored
 from tracelens.errors import LayoutError
 from tracelens.ir.sites import KINDS, TEXT, Effect, Scope, Site
 
 __all__ = ["pretend_throughout"]
 
-WITH_PLAN = ("mixtral", "gemma2", "phi3", "olmo2", "gpt_neox", "pythia", *SPARSE_WITH_PLAN, *DENSE_WITH_PLAN)
-CUT = ("mixtral", "gemma2", "phi3", "olmo2", *SPARSE_CUT, *DENSE_CUT)
-SPREADS = [
-    *((family, {"tp": 2}) for family in WITH_PLAN),
-    *((family, {"pp": 2}) for family in CUT),
-    *((family, {"tp": 2, "ep": 2}) for family in SPARSE_EXPERTS if KNOWS_EP),
-]
-# accelerate gives the tokens to any of the devices, and Falcon with ALiBi wants them where its embedding is.
-OVER_DEVICES = [family for family in MORE if family != "falcon_sequential"]
+RUN = [each for each in OUTCOMES.values() if each.family in MORE and each.refused is None]
+"""Worked out, so that a new family is here without being listed."""
+OVER_DEVICES = [each.family for each in RUN if each.backend == "device_map"]
 
 
 def sites_of(model: tl.Model) -> list[Site]:
@@ -83,30 +76,11 @@ def test_over_three_devices(family: str, tmp_path: Path) -> None:
     models.close()
 
 
-@pytest.mark.parametrize(
-    ("family", "spread"), SPREADS, ids=[f"{family}-{next(reversed(spread))}2" for family, spread in SPREADS]
-)
-def test_on_two_ranks(family: str, spread: dict[str, int], tmp_path: Path, ranks_of: PoolOf) -> None:
-    models = both(family, tmp_path, ranks_of, **spread)
+@pytest.mark.parametrize("each", [each for each in RUN if each.backend in ON_RANKS], ids=str)
+def test_on_two_ranks(each: Outcome, tmp_path: Path, ranks_of: PoolOf) -> None:
+    models = both(each.family, tmp_path, ranks_of, **BACKENDS[each.backend])
     all_alike(models)
     models.close()
-
-
-# transformers has a plan of stages for GPT-NeoX, of which the last test is.
-@pytest.mark.parametrize(
-    "family",
-    [
-        family
-        for family in MORE
-        if family not in (*WITH_PLAN, *CUT) or family in (*SPARSE_WITH_PLAN, *SPARSE_CUT)
-    ],
-)
-def test_what_transformers_cannot_spread_is_refused(family: str, tmp_path: Path) -> None:
-    stored(family, tmp_path)
-    for spread, served in (({"tp": 2}, WITH_PLAN), ({"pp": 2}, CUT)):
-        if family not in served:
-            with pytest.raises(LayoutError, match="no plan"):
-                tl.load(tmp_path, **spread).close()
 
 
 @pytest.mark.parametrize(("family", "way"), DENSE_SPREAD_WRONGLY)
