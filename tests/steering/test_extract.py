@@ -28,6 +28,7 @@ from tracelens.errors import (
     ZeroVectorWarning,
 )
 from tracelens.steering import Contrast, Labelled, SteeringVector, Unpaired, extract, load_contrast, moments
+from tracelens.steering.directions import require_site
 
 DATA = Path(__file__).parents[1] / "data" / "contrast_choices.jsonl"
 TOKENIZER = byte_level_bpe(answers=True)
@@ -487,3 +488,21 @@ def test_not_inside_a_block() -> None:
 def test_the_first_token_has_none_before_it() -> None:
     with pytest.raises(LabelError, match="the prompt is empty"):
         extract(MODEL, Contrast.pairs([("x", "A", "B")], template=lambda row: ""), positions="decision")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("resid_pots", "did you mean 'resid_post'"),
+        ("hook_resid_post", "sites='resid_post', as that is called here"),
+        ("blocks.1.hook_resid_pre", "sites='resid_pre', as"),
+        ("layers_output[1]", "sites='resid_post', as"),
+        ("scores", 'sites=["post_ln", "resid_post"]'),
+        (3, 'sites=["post_ln", "resid_post"]'),
+    ],
+)
+def test_a_site_of_another_name_is_told_what_it_is_called(name: object, meant: str) -> None:
+    with pytest.raises(ExtractionError, match="is no site of a layer") as raised:
+        require_site(name)
+    assert raised.value.instead is not None
+    assert raised.value.instead.startswith(meant)

@@ -269,3 +269,35 @@ def test_how_a_vector_shows_itself() -> None:
     assert lines[2].split() == ["layers[0].resid_post", "4", "2"]
     assert lines[-1] == "and 2 more"
     assert "<table>" in v._repr_html_()
+
+
+def test_a_bare_direction_and_a_bare_model_are_told_what_they_lack(model: tl.Model) -> None:
+    with pytest.raises(
+        errors.SteeringVectorError, match="a Tensor does not say at which site and layer"
+    ) as bare:
+        SteeringVector(drawn())  # pyright: ignore[reportArgumentType]
+    assert bare.value.at is not None
+    assert "SteeringVector(drawn())" in bare.value.at.text
+    with pytest.raises(errors.SteeringVectorError, match="does not say at which site"):
+        SteeringVector.from_directions(model, drawn())  # pyright: ignore[reportArgumentType]
+    with pytest.raises(errors.SteeringVectorError, match="is no place"):
+        SteeringVector.from_directions(model, {3: drawn()})  # pyright: ignore[reportArgumentType]
+    hf, v = model.hf, vector(1)
+    asked: list[Any] = [
+        lambda: tl.steering.Steered(hf, v),  # pyright: ignore[reportArgumentType]
+        lambda: tl.steering.extract(hf, [("a", "b", "c")]),  # pyright: ignore[reportArgumentType]
+        lambda: SteeringVector.from_directions(hf, {("resid_post", 1): drawn()}),  # pyright: ignore[reportArgumentType]
+        lambda: v.check(hf),  # pyright: ignore[reportArgumentType]
+        lambda: v.for_model(hf),  # pyright: ignore[reportArgumentType]
+    ]
+    for ask in asked:
+        with pytest.raises(
+            errors.OptionError, match="a LlamaForCausalLM is no model with named sites"
+        ) as raised:
+            ask()
+        assert raised.value.instead is not None
+        assert "tl.wrap(model, tokenizer)" in raised.value.instead
+        assert raised.value.at is not None
+        assert raised.value.at.filename == __file__
+    with pytest.raises(errors.NotALanguageModelError, match="modules alone"):
+        v.check(tl.wrap(torch.nn.Linear(2, 2)))  # pyright: ignore[reportArgumentType]

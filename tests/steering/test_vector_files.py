@@ -368,3 +368,74 @@ def test_nothing_in_a_file_is_run(tmp_path: Path) -> None:
     torch.save([drawn(1)], tmp_path / "list.pt")
     with pytest.raises(errors.SteeringFileError, match="list"):
         S.load(tmp_path / "list.pt", layer=1)
+
+
+# --- what a file lacks -----------------------------------------------------------------------------------------------
+
+
+def test_a_folder_that_is_not_there_is_named_before_anything_is_written(
+    model: tl.Model, tmp_path: Path
+) -> None:
+    v = of(model, 1)
+    for write, name in ((v.save, "v.safetensors"), (v.to_gguf, "v.gguf")):
+        with pytest.raises(errors.SteeringFileError, match="there is no folder") as raised:
+            write(tmp_path / "no" / name)
+        assert raised.value.at is not None
+        assert raised.value.at.filename == __file__
+
+
+def test_a_tensor_with_axes_before_its_own(model: tl.Model, tmp_path: Path) -> None:
+    """[1, width] is one direction; of [layers, width] nobody can know whether layer 0 is the embedding."""
+    file, folder = tmp_path / "vec_layer_1_x.pt", tmp_path / "folder"
+    for shape in ((1, -1), (1, 1, -1)):
+        torch.save(drawn(5).reshape(shape), file)
+        assert torch.equal(S.load(file, model)["resid_post", 1], drawn(5))
+    folder.mkdir()
+    torch.save(drawn(5)[None], folder / file.name)
+    assert torch.equal(S.load(folder, model)["resid_post", 1], drawn(5))
+    torch.save({1: drawn(5)[None]}, tmp_path / "dict.pt")
+    assert torch.equal(S.load(tmp_path / "dict.pt", model)["resid_post", 1], drawn(5))
+    torch.save(torch.stack([drawn(0), drawn(1), drawn(2)]), tmp_path / "rows.pt")
+    for layer in (None, 1):
+        with pytest.raises(errors.SteeringFileError, match=r"which layer each row belongs to") as raised:
+            S.load(tmp_path / "rows.pt", model, layer=layer)
+        assert raised.value.instead is not None
+        assert "hidden_states[l + 1]" in raised.value.instead
+
+
+def test_a_layer_that_contradicts_the_files_name_is_refused(model: tl.Model, tmp_path: Path) -> None:
+    file = tmp_path / "vec_layer_1_x.pt"
+    torch.save(drawn(5), file)
+    for layer in (None, 1, -2):
+        assert S.load(file, model, layer=layer).places == (("resid_post", 1),)
+    with pytest.raises(errors.SteeringFileError, match="says that it is of layer 1, and layer=2 was given"):
+        S.load(file, model, layer=2)
+
+
+def test_a_tensor_of_another_width_says_its_file_and_whose_it_may_be(model: tl.Model, tmp_path: Path) -> None:
+    file = tmp_path / "vec_layer_1_Llama-2-7b-chat-hf.pt"
+    torch.save(drawn(5, 4096), file)
+    with pytest.raises(
+        errors.SteeringMismatchError, match=r"^vec_layer_1_Llama-2-7b-chat-hf\.pt: .*4096"
+    ) as raised:
+        S.load(file, model)
+    assert raised.value.instead is not None
+    assert "d_model is 4096, such as Llama-2-7b" in raised.value.instead
+    torch.save(drawn(5), tmp_path / "vec_layer_9_x.pt")  # as wide as this model, and of a layer that it lacks
+    with pytest.raises(errors.SteeringMismatchError, match=r"vec_layer_9_x\.pt: .*has 3 layers") as raised:
+        S.load(tmp_path / "vec_layer_9_x.pt", model)
+    assert "d_model" not in str(raised.value.instead)
+
+
+def test_a_repeng_that_this_numpy_cannot_import(
+    model: tl.Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As repeng 0.4 begins, whose annotations name what numpy 2 has no more."""
+    (tmp_path / "repeng.py").write_text("import numpy as np\nx: np.float_ = 1.0\n", encoding="utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "repeng", raising=False)
+    with pytest.raises(errors.MissingExtraError, match=r"float_") as raised:
+        S.to_repeng(of(model, 1))
+    assert raised.value.instead is not None
+    assert 'pip install "numpy<2"' in raised.value.instead
+    assert raised.value.at is not None

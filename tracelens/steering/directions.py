@@ -2,19 +2,27 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import re
+from collections.abc import Mapping
+from typing import Any, cast
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from tracelens.errors import SteeringMismatchError, SteeringVectorError
-from tracelens.ir.sites import CANONICAL, KIND, LAYER_KINDS, Scope, Site
+from tracelens.errors import (
+    ExtractionError,
+    NotALanguageModelError,
+    OptionError,
+    SteeringMismatchError,
+    SteeringVectorError,
+)
+from tracelens.ir.sites import CANONICAL, KIND, LAYER_KINDS, Scope, Site, near
+from tracelens.model import Model
 from tracelens.operand import Operand
+from tracelens.other_names import SCHEMES
+from tracelens.plain_model import PlainModel
 from tracelens.steering.facts import Place, written
-
-if TYPE_CHECKING:
-    from tracelens.model import Model
 
 _SITES = [kind.name for kind in LAYER_KINDS]
 
@@ -26,6 +34,31 @@ def require_width(direction: Tensor, width: int, place: Place, whose: str) -> No
             f"the direction at {written(place)} has {len(direction)} numbers, and there {whose} has {width}",
             instead="directions of one model",
         )
+
+
+def require_model(model: Any) -> Model:
+    """The model that a vector belongs to; raises for one of transformers, which has no sites, and for other things."""
+    if isinstance(model, Model):
+        return model
+    if isinstance(model, PlainModel):
+        raise NotALanguageModelError(
+            "a steering vector belongs to a site of a layer, and this model has modules alone",
+            instead="model.module(path).output += 2.0 * direction",
+        )
+    raise OptionError(
+        f"a {type(model).__name__} is no model with named sites",
+        instead="tl.wrap(model, tokenizer), which gives a model of transformers its sites; or tl.load(name)",
+    )
+
+
+def require_places(directions: Any) -> Mapping[Any, Any]:
+    """Directions by place; raises for a direction that does not say which place it belongs to."""
+    if isinstance(directions, Mapping):
+        return cast("Mapping[Any, Any]", directions)
+    raise SteeringVectorError(
+        f"a {type(directions).__name__} does not say at which site and layer its direction is to be added",
+        instead='SteeringVector({("resid_post", 12): tensor})',
+    )
 
 
 def order(place: Place) -> tuple[int, int]:
@@ -123,6 +156,33 @@ def canonical(site: object) -> str | None:
     if name is None or KIND[name].scope is not Scope.LAYER:
         return None
     return name if len(KIND[name].shape) == 3 and KIND[name].dtype is None else None
+
+
+def require_site(site: object) -> str:
+    """The one name of a site that can have directions; raises with what was meant, where that can be guessed."""
+    if (name := canonical(site)) is not None:
+        return name
+    raise ExtractionError(
+        f"{site!r} is no site of a layer with one axis of numbers at each position",
+        instead=_meant(site) or 'sites=["post_ln", "resid_post"]; model.sites() lists them',
+    )
+
+
+def _meant(site: object) -> str | None:
+    """What to write in place of a name that no site has: that of a misspelling, or of another library's name."""
+    if not isinstance(site, str) or site in CANONICAL:
+        return None
+    theirs = dict.fromkeys(
+        meaning
+        for scheme in SCHEMES.values()
+        for name, meaning in scheme.of_layers.items()
+        if name == re.sub(r"^(blocks|layers)\.\d+\.|\[\d+\]$|\.\d+$", "", site)
+        and canonical(meaning) is not None
+    )
+    if theirs:
+        return f"sites={' or '.join(map(repr, theirs))}, as that is called here; tl.sites.parse(name) reads such names"
+    close = near(site, tuple(name for name in CANONICAL if canonical(name) is not None))
+    return f"did you mean {' or '.join(map(repr, close))}?" if close else None
 
 
 def width_of(model: Model, place: Place) -> int:

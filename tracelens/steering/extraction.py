@@ -12,7 +12,7 @@ from tracelens.errors import Blaming, ExtractionError, LeftOutWarning, ZeroVecto
 from tracelens.location import Location, here
 from tracelens.slices import require_rows
 from tracelens.steering.contrast import Contrast
-from tracelens.steering.directions import canonical, width_of
+from tracelens.steering.directions import require_model, require_site, width_of
 from tracelens.steering.estimators import CONTROLS, METHODS, UNPAIRED, Method, vector_of
 from tracelens.steering.facts import Facts, Place, written
 from tracelens.steering.gathering import Positions, gathered, sides_of
@@ -83,6 +83,7 @@ def extract(
     """
     at = here()
     with Blaming(at):
+        require_model(model)
         if method not in METHODS:
             raise ExtractionError(f"method={method!r} is none", instead=f"one of {', '.join(METHODS)}")
         if positions not in get_args(Positions):
@@ -155,13 +156,7 @@ def _places(model: Model, sites: Any, layers: Any) -> dict[str, tuple[int, ...]]
     names: dict[str, None] = {}
     given = (sites,) if isinstance(sites, str) else tuple(cast("Iterable[Any]", sites))
     for site in given:
-        name = canonical(site)
-        if name is None:
-            raise ExtractionError(
-                f"{site!r} is no site of a layer with one axis of numbers at each position",
-                instead='sites=["post_ln", "resid_post"]; model.sites() lists them',
-            )
-        names[name] = None
+        names[require_site(site)] = None
     count = model.n_layers
     if isinstance(layers, str) and layers != "all":
         raise ExtractionError(f"layers={layers!r} are none", instead='layers="all", or range(10, 20)')

@@ -12,7 +12,13 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from tracelens.errors import Blaming, SteeringFileError, SteeringMismatchError, SteeringVectorError
+from tracelens.errors import (
+    Blaming,
+    MissingExtraError,
+    SteeringFileError,
+    SteeringMismatchError,
+    SteeringVectorError,
+)
 from tracelens.extras import required
 from tracelens.ir.sites import Site
 from tracelens.location import here
@@ -38,6 +44,7 @@ def write_gguf(vector: SteeringVector, path: Path) -> None:
             "llama.cpp has no direction for the block 0, and refuses files with one",
             instead="v.at(layers=range(1, model.n_layers)).to_gguf(path)",
         )
+    require_folder(path)
     writer = gguf.GGUFWriter(path, ARCH)
     writer.add_string(f"{ARCH}.model_hint", vector.facts.architecture or vector.facts.model or "unknown")
     writer.add_uint32(f"{ARCH}.layer_count", len(vector))
@@ -112,7 +119,13 @@ def to_repeng(vector: SteeringVector) -> Any:
     Raises :class:`~tracelens.errors.SteeringVectorError` for other sites.
     """
     with Blaming(here()):
-        repeng = required("repeng", extra=None, what="a ControlVector of repeng")
+        try:
+            repeng = required("repeng", extra=None, what="a ControlVector of repeng")
+        except AttributeError as error:  # repeng 0.4 names np.float_, which numpy 2 has no more
+            raise MissingExtraError(
+                f"this repeng cannot be imported beside this numpy: {str(error).splitlines()[0]}",
+                instead='pip install "numpy<2", or a newer repeng; to_gguf and from_gguf need neither',
+            ) from error
         _require_alone(vector, "resid_post", "repeng adds directions to what leaves a block")
     kind = vector.facts.architecture or vector.facts.model or "unknown"
     return repeng.ControlVector(kind, {layer: vector[site, layer].numpy().copy() for site, layer in vector})
@@ -227,7 +240,7 @@ def read_folder(folder: Path, model: Model | None, site: str) -> SteeringVector:
                 f"{folder.name} has two files for layer {numbered[1]}",
                 instead="a folder with those of one model",
             )
-        found[place] = _tensor(_unpickled(path), path)
+        found[place] = _one(_tensor(_unpickled(path), path))
     if not found:
         raise SteeringFileError(
             f"the folder {folder.name!r} has no vec_layer_*.pt", instead="a folder of CAA's vectors"
@@ -242,17 +255,31 @@ def read_tensors(path: Path, model: Model | None, layer: int | None, site: str) 
         return from_steering_vectors(found, model)
     if isinstance(found, Mapping):
         directions = {
-            (site, _layer(number, model)): _tensor(tensor, path) for number, tensor in found.items()
+            (site, _layer(number, model)): _one(_tensor(tensor, path)) for number, tensor in found.items()
         }
         return SteeringVector(directions, _facts(model, "tensors"))
+    direction = _tensor(found, path)
+    if direction.ndim > 1 and direction.shape[:-1].numel() > 1:
+        raise SteeringFileError(
+            f"{path.name} holds a tensor {list(direction.shape)}, and does not say which layer each row belongs to",
+            instead="rows = torch.load(path), then SteeringVector.from_directions(model, {(site, layer): "
+            "row for layer, row in enumerate(rows)}); hidden_states[l + 1] is layer l's resid_post",
+        )
     numbered = _CAA.fullmatch(path.name)
-    if layer is None and numbered is None:
+    said = None if numbered is None else int(numbered[1])
+    if layer is None and said is None:
         raise SteeringFileError(
             f"{path.name} does not say which layer its tensor belongs to",
             instead="tl.steering.load(path, layer=13)",
         )
-    number = _layer(int(numbered[1]) if layer is None and numbered is not None else layer, model)
-    return SteeringVector({(site, number): _tensor(found, path)}, _facts(model, "CAA"))
+    number = _layer(said if layer is None else layer, model)
+    if said is not None and number != said:
+        raise SteeringFileError(
+            f"{path.name} says that it is of layer {said}, and layer={layer} was given",
+            instead=f"tl.steering.load(path); to use it at another layer, SteeringVector({{({site!r}, {number}): "
+            f"v[{site!r}, {said}]}})",
+        )
+    return SteeringVector({(site, number): _one(direction)}, _facts(model, "CAA"))
 
 
 def _unpickled(path: Path) -> Any:
@@ -268,6 +295,11 @@ def _unpickled(path: Path) -> Any:
         ) from error
 
 
+def _one(direction: Tensor) -> Tensor:
+    """One direction, also where it is written with axes of one before its own: [1, width]."""
+    return direction.reshape(-1) if direction.ndim and direction.shape[:-1].numel() == 1 else direction
+
+
 def _tensor(found: Any, path: Path) -> Tensor:
     if not isinstance(found, Tensor):
         raise SteeringFileError(
@@ -278,6 +310,15 @@ def _tensor(found: Any, path: Path) -> Tensor:
 
 
 # --- for all of them -------------------------------------------------------------------------------------------------
+
+
+def require_folder(path: Path) -> None:
+    """Raises for a file that is to be written in a folder that is not there."""
+    if not path.absolute().parent.is_dir():
+        raise SteeringFileError(
+            f"{path}: there is no folder {path.parent}",
+            instead=f"Path({str(path.parent)!r}).mkdir(parents=True) before",
+        )
 
 
 def _layer(number: Any, model: Model | None) -> int:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from tracelens.errors import Blaming, OptionError
 from tracelens.location import here
 from tracelens.steering.activation_addition import ActivationAddition
+from tracelens.steering.directions import require_model
 from tracelens.steering.operators import operator_named
 from tracelens.steering.vector import SteeringVector
 from tracelens.view import Line, Shown, Stack, Table, View
@@ -55,6 +56,7 @@ class Steered(Shown):
         **settings: Any,
     ) -> None:
         with Blaming(here()):
+            require_model(model)
             given = [vector] if isinstance(vector, SteeringVector | ActivationAddition) else list(vector)
             for one in given:
                 if not isinstance(one, SteeringVector | ActivationAddition):  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed

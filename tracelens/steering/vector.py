@@ -28,6 +28,8 @@ from tracelens.steering.directions import (
     order,
     read_direction,
     read_place,
+    require_model,
+    require_places,
     require_width,
     same_place,
     scaled_to,
@@ -66,7 +68,7 @@ class SteeringVector(Shown):
     def __init__(self, directions: Mapping[Place, Any], facts: Facts | None = None) -> None:
         with Blaming(here()):
             found: dict[Place, Tensor] = {}
-            for place, given in directions.items():
+            for place, given in require_places(directions).items():
                 name = read_place(place)
                 if name in found:
                     raise SteeringVectorError(f"{written(name)} was given two directions")
@@ -91,11 +93,11 @@ class SteeringVector(Shown):
         >>> v = SteeringVector.from_directions(model, {("resid_post", 6): column})    # doctest: +SKIP
         """
         with Blaming(here()):
-            count = model.n_layers
+            count = require_model(model).n_layers
             vector = cls(
                 {
-                    (place[0], place[1] + count if from_the_end(place, count) else place[1]): given
-                    for place, given in directions.items()
+                    (place[0], place[1] + count) if from_the_end(place, count) else place: given
+                    for place, given in require_places(directions).items()
                 },
                 Facts.of(model, **{"method": "directions", **facts}),
             )
@@ -242,6 +244,8 @@ class SteeringVector(Shown):
 
         Raises :class:`~tracelens.errors.SteeringMismatchError` where a direction does not fit.
         """
+        with Blaming(here()):
+            require_model(model)
         facts = Facts.of(
             model,
             **{
@@ -316,7 +320,7 @@ class SteeringVector(Shown):
     def check(self, model: Model) -> None:
         """Raises :class:`~tracelens.errors.SteeringMismatchError` unless the vector is one for this model."""
         with Blaming(here()):
-            self.facts.check(model)
+            self.facts.check(require_model(model))
             self._require_places(model)
 
     def _require_places(self, model: Model) -> None:

@@ -18,6 +18,7 @@ from tracelens.errors import (
     SteeringMismatchError,
     TracelensError,
 )
+from tracelens.ir.sites import KIND
 from tracelens.location import here
 from tracelens.steering import interchange
 from tracelens.steering.facts import Facts, key_of, place_of
@@ -40,6 +41,7 @@ def save(vector: SteeringVector | ActivationAddition, path: Path) -> None:
             f"{path.name!r} does not end in .safetensors",
             instead='v.save("v.safetensors"), or v.to_gguf("v.gguf")',
         )
+    interchange.require_folder(path)
     tensors = {key_of(place): direction.contiguous() for place, direction in vector.directions.items()}
     said = {
         "version": VERSION,
@@ -76,8 +78,37 @@ def load(
         with _told(path):
             vector = _read(path, model, layer, site)
         if model is not None:
-            vector.check(model)
+            try:
+                vector.check(model)
+            except SteeringMismatchError as error:
+                raise SteeringMismatchError(
+                    f"{path.name}: {error.problem}", instead=_of_which(vector, model) or error.instead
+                ) from None
     return vector
+
+
+def _of_which(vector: SteeringVector, model: Model) -> str | None:
+    """Which model to take, for a file that says no more of its own than how wide its directions are."""
+    widths = {len(direction) for direction in vector.directions.values()}
+    inside = any(KIND[site].shape[-1] != "D" for site in vector.sites)
+    if vector.facts.method not in ("CAA", "tensors", "steering-vectors") or len(widths) > 1 or inside:
+        return None
+    if (width := widths.pop()) == model.anatomy.widths["D"]:
+        return None
+    known = _KNOWN_WIDTHS.get(width)
+    return f"the model that it was made for, whose d_model is {width}" + (
+        f", such as {known}" if known else ""
+    )
+
+
+_KNOWN_WIDTHS = {
+    4096: "Llama-2-7b, Llama-3-8B or Mistral-7B",
+    5120: "Llama-2-13b or Qwen2.5-14B",
+    8192: "Llama-2-70b or Llama-3-70B",
+    3584: "Gemma-2-9b or Qwen2.5-7B",
+    2304: "Gemma-2-2b",
+}
+"""Models whose vectors people share, by the width of their residual stream."""
 
 
 @contextmanager
