@@ -223,9 +223,9 @@ examples.steerability_study` in {versions}; seed {seed}. {limits}
 -1.5 to 1.5; the mean of the rows' least-squares slopes (Tan et al. 2024, arXiv:2407.12404), with the 95% bootstrap
 interval over rows. **Corrected**: its lower end at 1 - 0.05 / {tried}, since the best of {tried} places was taken.
 **Redrawn**: the middle 95% of slopes of 20 vectors from training rows drawn anew, each letter by itself. **Random**,
-**shuffled**: the spans of {controls} vectors of the same length without a meaning, and of shuffled labels. **Anti-steerable**: the
-share of rows with a slope of 0 or less, with Wilson's interval. A data set *steers* here if the corrected interval is
-above 0 and the slope beyond every control.
+**shuffled**: the spans of {controls} vectors of the same length without a meaning, and of shuffled labels.
+**Anti-steerable**: the share of rows with a slope of 0 or less, with Wilson's interval. A data set *steers* here if the
+corrected interval is above 0 and the slope beyond every control.
 
 {table}
 

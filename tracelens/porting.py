@@ -94,7 +94,7 @@ ON_A_LAYER: dict[str, str] = {
     # Another tensor than ours of that name: theirs has the chances of all experts.
     "hook_expert_weights": "{owner}.router_logits.softmax(-1); or .expert_weights of the chosen ones",
     **dict.fromkeys(("gate", "router"), "{owner}.router_logits, or .expert_index for what it chooses"),
-    "experts": "{owner}.mlp_out for what they make together, or .expert_weights",
+    "experts": "{owner}.mlp_out for what they make together, {owner}.expert(i).out for one of them",
     "heads": "{owner}.head(3) or {owner}.head([0, 3])",
     **dict.fromkeys(("input_layernorm", "ln1", "ln_1"), "{owner}.attn_norm"),
     **dict.fromkeys(

@@ -400,6 +400,22 @@ def test_a_masked_expert_is_never_chosen(family: str) -> None:
         assert torch.equal(masked.value, want)
 
 
+def test_a_masked_expert_is_never_chosen_for_its_bias() -> None:
+    """A chance of 0 and a bias may be more than what others have: minus infinity is no chance of 0."""
+    hf = built("deepseek_v3")
+    model = tl.wrap(hf)
+    layer = model.anatomy.layers_with("router_logits")[-1]
+    router = hf.model.layers[layer].mlp.gate
+    router.e_score_correction_bias[EXPERT] = 5.0
+    with model.trace(ROWS):
+        before = model.layers[layer].expert(EXPERT).chosen.save()
+    assert before.value.all()
+    with model.trace(ROWS):
+        model.layers[layer].expert(EXPERT).mask()
+        index = model.layers[layer].expert_index.save()
+    assert not (index.value == EXPERT).any()
+
+
 @every_family
 def test_a_forced_expert_takes_the_place_and_the_weight_of_the_last(family: str) -> None:
     hf = built(family)

@@ -50,7 +50,7 @@ def test_names_on_the_model(name: str, said: str) -> None:
         ("hook_expert_weights", "model.layers[1].router_logits.softmax(-1)"),
         ("hook_expert_indices", "model.layers[1].expert_index"),
         ("router", "model.layers[1].router_logits"),
-        ("experts", "model.layers[1].mlp_out"),
+        ("experts", "model.layers[1].expert(i).out"),
     ],
 )
 def test_names_on_a_layer(name: str, said: str) -> None:
@@ -72,7 +72,7 @@ def test_the_table_names_what_there_is() -> None:
     for hint in ON_A_LAYER.values():
         sites: list[str] = re.findall(r"(?:\{owner\}|or )\.(\w+)", hint)
         assert sites
-        assert set(sites) <= CANONICAL.keys() | {"head"}
+        assert set(sites) <= CANONICAL.keys() | {"head", "expert"}
     known = {kind.name for kind in GLOBAL_KINDS} | set(dir(model))
     for name, hint in ON_THE_MODEL.items():
         assert name not in known, f"model.{name} is there"

@@ -71,6 +71,7 @@ RULES = ("tests/test_sharding_rules.py",)
 COLLECTIVES = ("tests/test_collectives.py",)
 EXPERTS = ("tests/conformance/test_experts.py",)
 MORE_FAMILIES = ("tests/conformance/test_more_families.py", "-k")
+ONE_EXPERT = ("tests/conformance/test_one_expert.py",)
 EXPERTS_ON_RANKS = ("tests/parallel/test_experts.py",)
 PROBING = ("tests/test_probing.py",)
 STEPS = ("tests/test_sharding_steps.py",)
@@ -3242,5 +3243,33 @@ MUTANTS = (
         "            gradient *= self.scale",
         "            pass",
         (*TUNED, "gradients"),
+    ),
+    Mutant(
+        "tokens at which nothing of their experts was changed lose the model's own sum",
+        "backends/expert_hooks.py",
+        "return torch.where(touched[:, None], found, output)",
+        "return found",
+        ONE_EXPERT,
+    ),
+    Mutant(
+        "a derivative goes by what was not written to experts",
+        "backends/expert_hooks.py",
+        "if torch.is_grad_enabled():",
+        "if False:",
+        ONE_EXPERT,
+    ),
+    Mutant(
+        "what a masked expert is chosen for is its bias",
+        "backends/architectures/deepseek_v3.py",
+        """.masked_fill(logits == float("-inf"), float("-inf"))""",
+        "",
+        ONE_EXPERT,
+    ),
+    Mutant(
+        "a token is sent to an expert twice",
+        "backends/choices.py",
+        "if not twice.any():",
+        "if True:",
+        ONE_EXPERT,
     ),
 )

@@ -100,9 +100,10 @@ class Tap:
 def expert_taps(experts: str) -> dict[str, Tap]:
     """The sites among the experts of a module that transformers describes (``use_experts_implementation``).
 
-    A family says where that module is, what the configuration calls the neurons of an expert (``N`` of its ``widths``),
-    and by :class:`InSome` which layers have experts, if not all have. How experts compute is read off the module; one
-    that cannot be read, or that makes something else than the sum of its experts, is refused by name.
+    The rule of its router (``decides``) never chooses an expert whose logit is minus infinity; a run refuses one that
+    does. A family says where that module is, what the configuration calls the neurons of an expert (``N`` of its
+    ``widths``), and by :class:`InSome` which layers have experts, if not all have. How experts compute is read off the
+    module; one that cannot be read, or that makes something else than the sum of its experts, is refused by name.
     """
     return {name: Tap(experts, Side.EXPERTS, name, RowsView()) for name in ("expert_act", "expert_out")}
 

@@ -23,7 +23,8 @@ def _dense(config: Any) -> frozenset[int]:
 def _chosen(router: Any, logits: Tensor) -> tuple[Tensor, Tensor]:
     """The weights and the experts of each token [B * P, k], as the router makes them of its logits [B * P, E]."""
     chances = logits.sigmoid()
-    ranked = chances + router.e_score_correction_bias
+    # A chance of 0 may come before others whose bias is lower: what is masked is never chosen.
+    ranked = (chances + router.e_score_correction_bias).masked_fill(logits == float("-inf"), float("-inf"))
     groups = ranked.unflatten(-1, (router.num_group, -1))
     best = groups.topk(2, dim=-1)[0].sum(-1).topk(router.topk_group, dim=-1, sorted=False)[1]
     kept = torch.zeros_like(groups[..., 0]).scatter_(1, best, 1).bool()
