@@ -148,6 +148,7 @@ FLOORS: tuple[tuple[str, int], ...] = (
     ("lens_command", 7),
     ("steer_command", 7),
     ("cli", 7),
+    ("__main__", 7),
 )
 # Imports that point upwards on purpose, each with its reason.
 UPWARDS = {

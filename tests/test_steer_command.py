@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from functools import partial
 from pathlib import Path
 
@@ -58,19 +59,24 @@ def test_from_a_file_to_a_report(
         "3",
     ]
     measure += ["--by", "interval", "--damage", str(texts)]
-    assert cli.main([*measure, "--html", str(page), "--save", str(numbers)]) == 0
+    chosen = tmp_path / "best.safetensors"
+    kept_too = ["--save", str(numbers), "--save-vector", str(chosen)]
+    assert cli.main([*measure, "--html", str(page), *kept_too]) == 0
     out = capsys.readouterr().out
     best = tl.steering.choose(model, v, data.validation, [-1, 0, 1], by="interval", seed=3)
     curve = SteeringCurve.load(numbers)
     assert curve.place == best.place
-    assert out == f"{best!r}\n\n{curve!r}\nwrote {page}\nwrote {numbers}\n"
+    assert out == f"{best!r}\n\n{curve!r}\nwrote {page}\nwrote {numbers}\nwrote {chosen}\n"
+    assert tl.steering.load(chosen, model).places == (best.place,)
     right = tl.steering.sweep(model, best.vector, data.test, [-1, 0, 1], controls=2, seed=3)
     assert isinstance(right, SteeringCurve)
     np.testing.assert_allclose(curve.propensity, right.propensity, atol=1e-6)
     assert curve.facts.part == "test"
     assert curve.damage is not None
     assert curve.damage.texts == 2
-    assert "<svg" in page.read_text(encoding="utf-8")
+    shown = page.read_text(encoding="utf-8")
+    for words in ("<svg", "template plain, letters balanced, seed 3", "4 places", "separation"):
+        assert words in shown
 
 
 def test_a_text_for_each_strength(
@@ -90,6 +96,10 @@ def test_a_text_for_each_strength(
         "--max-new-tokens",
         "5",
     ]
+    assert cli.main([*asked, "--site", "resid_post"]) == 0
+    assert capsys.readouterr().out.startswith(
+        "steered at resid_post of 2 layers at once; --layers and --site"
+    )
     assert cli.main([*asked, "--site", "resid_post", "--layers", "2", "--positions", "generated"]) == 0
     out = capsys.readouterr().out
     v = tl.steering.load(file, model).at(sites="resid_post", layers=2)
@@ -144,7 +154,33 @@ def test_mistakes_are_one_line_and_come_before_the_model(
 ) -> None:
     assert cli.main(["steer", "extract", str(DATA), "--save", str(tmp_path / "no" / "v.safetensors")]) == 1
     assert "there is no folder" in capsys.readouterr().err
+    assert cli.main(["steer", "extract", str(DATA), "--save", str(tmp_path / "v.pt")]) == 1
+    assert "does not end in .safetensors or .gguf" in capsys.readouterr().err
+    assert cli.main(["steer", "sweep", str(tmp_path / "none.safetensors"), str(DATA)]) == 1
+    assert "there is no file" in capsys.readouterr().err
     assert not one_model
     with pytest.raises(SystemExit):
         cli.main(["steer"])
     assert "extract" in capsys.readouterr().err
+
+
+def test_the_lines_of_the_page_run(
+    model: tl.Model, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the data and the small model of these tests; rows of one file and seed are never shared, so nothing warns."""
+    page = Path(__file__).parents[1] / "docs" / "how-to" / "steer_in_the_terminal.md"
+    lines = [
+        line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("tracelens steer")
+    ]
+    assert [line.split()[2] for line in lines] == ["extract", "sweep", "generate"]
+    (tmp_path / "questions.jsonl").write_bytes(DATA.read_bytes())
+    monkeypatch.chdir(tmp_path)
+    for line in lines:
+        assert cli.main(shlex.split(line)[1:]) == 0, capsys.readouterr().err
+    assert {file.name for file in tmp_path.iterdir()} >= {
+        "v.safetensors",
+        "best.safetensors",
+        "out.html",
+        "out.json",
+    }
+    assert "2: I think that parties are" in capsys.readouterr().out

@@ -54,6 +54,9 @@ def add_options(steer: argparse.ArgumentParser) -> None:
     )
     sweep.add_argument("--html", type=Path, metavar="FILE", help="write a page: the figure and all numbers")
     sweep.add_argument("--save", type=Path, metavar="FILE", help="write all numbers: .json")
+    sweep.add_argument(
+        "--save-vector", type=Path, metavar="FILE", help="write the vector of the chosen place: .safetensors"
+    )
 
     generate = commands.add_parser("generate", help="write a text with a vector")
     generate.add_argument("vector", type=Path, help="a file of steer extract")
@@ -103,10 +106,21 @@ def run(options: argparse.Namespace) -> str:
 
 
 def _writable(options: argparse.Namespace) -> None:
-    """Raises for files that could not be written in the end, before anything takes time."""
+    """Raises for files that are not there, or could not be written in the end, before anything takes time."""
     from tracelens.errors import SteeringFileError
 
-    for name in ("save", "html"):
+    for name in ("data", "vector", "damage"):
+        given: Path | None = getattr(options, name, None)
+        if given is not None and not given.exists():
+            raise SteeringFileError(f"there is no file {str(given)!r}", instead="the path of a file")
+    endings = {"extract": (".safetensors", ".gguf"), "sweep": (".json",)}
+    kept: Path | None = getattr(options, "save", None)
+    if kept is not None and kept.suffix.lower() not in endings[options.steer]:
+        words = " or ".join(endings[options.steer])
+        raise SteeringFileError(
+            f"{kept.name!r} does not end in {words}", instead=f"--save FILE, ending in {words}"
+        )
+    for name in ("save", "save_vector", "html"):
         file: Path | None = getattr(options, name, None)
         if file is not None and not file.absolute().parent.is_dir():
             raise SteeringFileError(
@@ -151,9 +165,12 @@ def _sweep(model: Model, options: argparse.Namespace) -> str:
     common: dict[str, Any] = {"batch_size": options.batch_size, "seed": options.seed}
     grid = options.multipliers or MULTIPLIERS
     lines: list[str] = []
+    how = f"template {options.template}, letters {options.letters}, seed {options.seed}"
+    told: list[Any] = [vector.report(), f"{options.data.name}: {how}"]
     if len(vector) > 1:
         best = choose(model, vector, _part(options, "validation"), grid, by=options.by, **common)
         lines += [repr(best), ""]
+        told.append(best)
         vector = best.vector
     texts = None
     if options.damage is not None:
@@ -164,9 +181,11 @@ def _sweep(model: Model, options: argparse.Namespace) -> str:
     assert isinstance(curve, SteeringCurve)
     lines.append(repr(curve))
     if options.html is not None:
-        lines.append(f"wrote {curve.to_html(options.html)}")
+        lines.append(f"wrote {curve.to_html(options.html, *told)}")
     if options.save is not None:
         lines.append(f"wrote {curve.save(options.save)}")
+    if options.save_vector is not None:
+        lines.append(f"wrote {vector.save(options.save_vector)}")
     return "\n".join(lines)
 
 
@@ -181,6 +200,9 @@ def _generate(model: Model, options: argparse.Namespace) -> str:
     if isinstance(layers, list):
         vector = vector.at(layers=layers)
     lines: list[str] = []
+    if len(vector) > 1:
+        words = f"{', '.join(vector.sites)} of {len(vector.layers)} layers"
+        lines.append(f"steered at {words} at once; --layers and --site choose some")
     for strength in options.strength:
         with model.generate(options.prompt, max_new_tokens=options.max_new_tokens) as t:
             if strength:

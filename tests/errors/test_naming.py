@@ -281,7 +281,7 @@ def test_an_unknown_architecture() -> None:
         BertConfig(hidden_size=24, num_attention_heads=2, num_hidden_layers=1, intermediate_size=48)
     )
     model: Any = tl.wrap(bert)
-    with refused(NotALanguageModelError, "Qwen3-MoE, Gemma-2, Gemma-3 (text)", instead="model.module(path)"):
+    with refused(NotALanguageModelError, "'bert': it is an encoder", instead="model.module(path)"):
         model.layers[0]  # <-
 
 

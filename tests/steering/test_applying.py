@@ -436,6 +436,42 @@ def test_a_vector_is_applied_in_its_block(model: tl.Model) -> None:
         Steered(model, V, operator="plus")
 
 
+def test_a_direction_is_taken_out_at_several_sites(model: tl.Model) -> None:
+    """At all that writes to the stream, as for refusal (Arditi et al. 2024): beside hooks on the modules."""
+    unit = torch.nn.functional.normalize(torch.arange(1.0, D_MODEL + 1), dim=0)
+    sites = ("mlp_out", "resid_pre", "attn_out")  # whichever order the vector has
+    places = {(site, layer): 5 * unit for site in sites for layer in range(model.n_layers)}
+
+    def without(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor - (tensor @ unit)[..., None] * unit
+
+    handles: list[Any] = []
+    for block in model.hf.model.layers:
+        handles.append(block.register_forward_pre_hook(lambda _, given: (without(given[0]), *given[1:])))
+        handles += [
+            part.register_forward_hook(lambda _m, _g, out: without(out))
+            for part in (block.self_attn.o_proj, block.mlp.down_proj)
+        ]
+    try:
+        expected = traced(model, lambda *_: None)
+    finally:
+        for handle in handles:
+            handle.remove()
+    assert (expected - traced(model, lambda *_: None)).abs().max() > 1e-2
+    found = traced(model, lambda _, t: SteeringVector(places).apply(t, operator="ablate"))
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_a_text_that_is_not_there_is_told_with_the_words_that_mean_something(model: tl.Model) -> None:
+    with (
+        pytest.raises(errors.TokenMatchError, match="does not stand") as failure,
+        model.trace("The capital") as t,
+    ):
+        V.apply(t, 1.0, positions="generatd")
+    assert failure.value.instead is not None
+    assert "'generated'" in failure.value.instead
+
+
 def test_a_vector_of_several_sites_and_of_other_models_is_refused(model: tl.Model) -> None:
     several = SteeringVector({("resid_mid", 0): torch.ones(D_MODEL), ("resid_post", 0): torch.ones(D_MODEL)})
     with pytest.raises(errors.SteeringSelectionError, match="2 sites"), model.trace(ROWS) as t:

@@ -265,7 +265,8 @@ def test_settings_that_are_none(options: dict[str, object], says: str) -> None:
 @pytest.mark.parametrize(
     ("pairs", "says"),
     [
-        ([("a", " b")], "row 0 is not three texts"),
+        ([("a", " b")], "row 0 is two texts, without the prompt"),
+        ([("", " b", " c")], "the prompt of row 0 is empty"),
         (["abc"], "row 0 is not three texts"),
         ([("a", " b", "")], "row 0 is not three texts"),
         ([("a", " b", " c"), ("a", " b", " b")], "row 1 has the same answer twice"),

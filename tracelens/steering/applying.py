@@ -15,6 +15,7 @@ from tracelens.errors import (
     SteeringSelectionError,
     TokenMatchError,
 )
+from tracelens.ir.sites import Site
 from tracelens.model import Model
 from tracelens.open_recordings import open_recorder
 from tracelens.operand import Operand
@@ -53,7 +54,7 @@ def apply(
     model, recorder = _open(t)
     vector.check(model)
     (site, *others) = vector.sites
-    if others:
+    if others and operator != "ablate":
         raise SteeringSelectionError(
             f"the vector has directions at {len(others) + 1} sites, and they are not meant to be added together",
             instead=f'v.at(sites="{site}").apply(t, ...), or another of {", ".join(vector.sites)}',
@@ -64,7 +65,7 @@ def apply(
     rows = 1 if isinstance(scope, PromptPart) else None if prompt is None else prompt.sizes["B"]
     factor = _strength(strength, rows)
     try:
-        _write(vector, site, change, scope, key, factor)
+        _write(vector, change, scope, key, factor)
     except TokenMatchError as error:
         if not isinstance(positions, str):
             raise
@@ -72,11 +73,10 @@ def apply(
         raise TokenMatchError(error.problem, at=error.at, instead=words) from None
 
 
-def _write(
-    vector: SteeringVector, site: str, change: Callable[..., Any], scope: Any, key: Any, factor: Any
-) -> None:
-    """The writes to all layers, in order."""
-    for place in vector:
+def _write(vector: SteeringVector, change: Callable[..., Any], scope: Any, key: Any, factor: Any) -> None:
+    """The writes at all places, in the order of the forward pass."""
+    for place in sorted(vector, key=lambda place: Site(*place).sequence):
+        site = place[0]
         layer = scope.layers[place[1]]
         whole = getattr(layer, site)
         if key is _WHOLE:

@@ -116,10 +116,7 @@ class Contrast(Sequence[ContrastRow], Shown):
                     or len(pair) < 3
                     or not all(isinstance(text, str) and text for text in pair)  # pyright: ignore[reportUnnecessaryIsInstance]  # users may not be typed
                 ):
-                    raise ContrastError(
-                        f"row {number} is not three texts: {pair!r}",
-                        instead='Contrast.pairs([("The movie was", " great", " awful"), ...])',
-                    )
+                    raise _not_three(number, pair)
                 prompt, *answers = pair
                 if len(set(answers)) < len(answers):
                     raise ContrastError(
@@ -290,7 +287,7 @@ class Contrast(Sequence[ContrastRow], Shown):
             words += f" ({shares}; seed {self.seed})"
         words += f"; template {template}, letters {self.letters.replace('_', ' ')}"
         if self.refused:
-            words += f"; {len(self.refused)} left out"
+            words += f"; {len(self.refused)} left out (data.refused)"
         heads = ("row", "prompt", "positive", "negative")
         rows = tuple(
             (str(number), _short(row.prompt), repr(row.positive), repr(row.negative))
@@ -349,6 +346,22 @@ def require_template(template: Any) -> Template:
         f"template={template!r} is no template",
         instead='"plain", "chat", or a function from a row to a text or to messages',
     )
+
+
+def _not_three(number: int, pair: Any) -> ContrastError:
+    """Why a row is none: of two texts, with an empty one, or something else."""
+    example = 'Contrast.pairs([("The movie was", " great", " awful"), ...])'
+    if not isinstance(pair, str) and len(pair) == 2:
+        return ContrastError(
+            f"row {number} is two texts, without the prompt that they have in common: {pair!r}",
+            instead=f"{example}; or, for texts that have none, Unpaired(positive=[...], negative=[...])",
+        )
+    if not isinstance(pair, str) and len(pair) > 2 and not pair[0]:
+        return ContrastError(
+            f"the prompt of row {number} is empty: {pair!r}",
+            instead=f"{example}; or, for texts that have none, Unpaired(positive=[...], negative=[...])",
+        )
+    return ContrastError(f"row {number} is not three texts: {pair!r}", instead=example)
 
 
 def _short(text: str, most: int = 60) -> str:

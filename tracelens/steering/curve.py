@@ -287,12 +287,16 @@ class SteeringCurve(Shown):
 
         return picture(self)
 
-    def to_html(self, path: str | Path) -> Path:
-        """Writes a page that needs nothing else: the figure and all numbers."""
+    def to_html(self, path: str | Path, *beside: Shown | str) -> Path:
+        """Writes a page that needs nothing else: the figure and all numbers.
+
+        ``beside``: what stands below them: how the vector was made (``v.report()``), how its place was chosen (what
+        :func:`choose` gave), or words.
+        """
         from tracelens.viz.steering_picture import page
 
         target = Path(path)
-        target.write_text(page(self), encoding="utf-8")
+        target.write_text(page(self, beside), encoding="utf-8")
         return target
 
     def to_pandas(self) -> pandas.DataFrame:

@@ -124,7 +124,8 @@ def labelled(data: Contrast, model: Model, *, free: bool = False) -> Labelled:
         raise LabelError(
             f"none of the {len(data)} rows has a label: {reason} ({count} rows)",
             instead="answers that differ in one token, such as ' (A)' and ' (B)'; data.show(model, row) shows a row; "
-            'free text has positions="last" and "mean"',
+            'vectors of free text are made at positions="last" or "mean", and measured on other data, whose answers '
+            "are one token",
         )
     return result
 

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from html import escape
 from typing import TYPE_CHECKING
 
 import torch
 
 from tracelens.lens.statistics import Kind, Statistic
-from tracelens.view import html
+from tracelens.view import Shown, html
 from tracelens.viz.axes import GREY, Axes, room
 from tracelens.viz.drawing import opening, text
 from tracelens.viz.heat_map import Panel, heat_map
@@ -43,15 +44,16 @@ def inside(curve: SteeringCurve) -> str:
     return f'<div><div style="max-width:{_WIDTH}px">{picture(curve)}</div>{html(curve._view())}</div>'
 
 
-def page(curve: SteeringCurve) -> str:
-    """A page by itself."""
+def page(curve: SteeringCurve, beside: Sequence[Shown | str] = ()) -> str:
+    """A page by itself; ``beside``: what else stands on it, below."""
+    more = "".join(f"<p>{escape(one)}</p>" if isinstance(one, str) else one._repr_html_() for one in beside)
     return (
         '<!doctype html><html lang="en"><head><meta charset="utf-8">'
         f"<title>{escape(curve._title())}</title><style>"
         "body{font:14px system-ui,sans-serif;margin:24px;color:#111;background:white}"
         "svg{max-width:100%;height:auto}table{border-collapse:collapse;margin:16px 0}"
         "td,th{text-align:left;padding:3px 14px 3px 0;border-bottom:1px solid #ddd}"
-        f"</style></head><body>{inside(curve)}</body></html>"
+        f"</style></head><body>{inside(curve)}{more}</body></html>"
     )
 
 
