@@ -22,7 +22,7 @@ import tracelens as tl
 FOLDER = os.environ.get("TRACELENS_GEMMA")
 pytestmark = pytest.mark.skipif(
     FOLDER is None,
-    reason="240 MB of weights are not fetched with each run of the tests: `make real` does both",
+    reason="240 MB of weights are not fetched with each run of the tests; `make real` fetches them and runs this",
 )
 TEXT = "The capital of France is Paris, and the river that flows through the city is the Seine."
 PROMPT = "Every year millions of people visit the museums of"

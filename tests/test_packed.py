@@ -161,7 +161,10 @@ def _bitsandbytes(bits: int) -> Callable[[Any], None]:
     ids=["quanto", "torchao", "bnb4", "bnb8"],
 )
 def test_models_of_a_library(library: str, pack: Callable[[Any], None]) -> None:
-    pytest.importorskip(library, reason=f"{library} is no dependency of the tests; install it to run this")
+    pytest.importorskip(
+        library,
+        reason=f"{library} is no dependency of the tests, which have look-alikes; this runs where it is installed",
+    )
     hf = FAMILIES["llama"].build()
     original = copy.deepcopy(hf.get_submodule(PATH).weight.data)
     pack(hf)

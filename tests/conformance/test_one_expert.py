@@ -518,7 +518,7 @@ def test_what_is_not_there_is_refused_by_name() -> None:
         (True, "number"),
     ):
         with pytest.raises(ExpertRangeError, match=words):
-            model.layers[LAYER].expert(number)  # pyright: ignore[reportArgumentType]
+            model.layers[LAYER].expert(number)
     assert repr(model.layers[LAYER].expert(-1)) == "model.layers[1].expert(3)"
     assert "expert" in dir(model.layers[LAYER])
     assert "expert" not in dir(model.layers[2])

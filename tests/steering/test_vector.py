@@ -275,20 +275,20 @@ def test_a_bare_direction_and_a_bare_model_are_told_what_they_lack(model: tl.Mod
     with pytest.raises(
         errors.SteeringVectorError, match="a Tensor does not say at which site and layer"
     ) as bare:
-        SteeringVector(drawn())  # pyright: ignore[reportArgumentType]
+        SteeringVector(drawn())
     assert bare.value.at is not None
     assert "SteeringVector(drawn())" in bare.value.at.text
     with pytest.raises(errors.SteeringVectorError, match="does not say at which site"):
-        SteeringVector.from_directions(model, drawn())  # pyright: ignore[reportArgumentType]
+        SteeringVector.from_directions(model, drawn())
     with pytest.raises(errors.SteeringVectorError, match="is no place"):
-        SteeringVector.from_directions(model, {3: drawn()})  # pyright: ignore[reportArgumentType]
+        SteeringVector.from_directions(model, {3: drawn()})
     hf, v = model.hf, vector(1)
     asked: list[Any] = [
-        lambda: tl.steering.Steered(hf, v),  # pyright: ignore[reportArgumentType]
-        lambda: tl.steering.extract(hf, [("a", "b", "c")]),  # pyright: ignore[reportArgumentType]
-        lambda: SteeringVector.from_directions(hf, {("resid_post", 1): drawn()}),  # pyright: ignore[reportArgumentType]
-        lambda: v.check(hf),  # pyright: ignore[reportArgumentType]
-        lambda: v.for_model(hf),  # pyright: ignore[reportArgumentType]
+        lambda: tl.steering.Steered(hf, v),
+        lambda: tl.steering.extract(hf, [("a", "b", "c")]),
+        lambda: SteeringVector.from_directions(hf, {("resid_post", 1): drawn()}),
+        lambda: v.check(hf),
+        lambda: v.for_model(hf),
     ]
     for ask in asked:
         with pytest.raises(
@@ -300,4 +300,4 @@ def test_a_bare_direction_and_a_bare_model_are_told_what_they_lack(model: tl.Mod
         assert raised.value.at is not None
         assert raised.value.at.filename == __file__
     with pytest.raises(errors.NotALanguageModelError, match="modules alone"):
-        v.check(tl.wrap(torch.nn.Linear(2, 2)))  # pyright: ignore[reportArgumentType]
+        v.check(tl.wrap(torch.nn.Linear(2, 2)))

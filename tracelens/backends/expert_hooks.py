@@ -73,7 +73,7 @@ class Beside:
             given if device is None or given.device == device else moved(given, device) for given in args[:3]
         )
         weight = self._weight(run.state)
-        routes = Routes.of(index, module.num_experts)  # pyright: ignore[reportArgumentType]
+        routes = Routes.of(index, module.num_experts)  # pyright: ignore[reportArgumentType]  # a number, and modules have anything
         act = neurons(module, weight, rows, routes)
         plain = (
             returned(module, weight, act, routes)
