@@ -13,8 +13,10 @@ from torch.testing import assert_close
 
 import tracelens as tl
 from tests.support.families import FAMILIES, randomise
+from tests.support.more_families import MORE
 from tracelens import deriving
 from tracelens.errors import NotALanguageModelError, UnknownArchitectureError
+from tracelens.ir.sites import KINDS, Scope
 
 IDS = [[3, 4, 5, 9, 11]]
 TEXT: dict[str, Any] = {**FAMILIES["qwen2"].settings, "num_hidden_layers": 2}
@@ -27,6 +29,7 @@ SIGHT: dict[str, Any] = {
     "patch_size": 8,
 }
 SEEN: dict[str, Any] = {"depth": 1, "num_heads": 2, "patch_size": 8}
+SEEN_ANEW: dict[str, Any] = {**SEEN, "hidden_size": 16, "out_hidden_size": 48, "intermediate_size": 16}
 ROPE: dict[str, Any] = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 2, 2]}
 SMALL: dict[str, Any] = {"vocab_size": 97, "hidden_size": 48, "num_hidden_layers": 2}
 ENCODER: dict[str, Any] = {**SMALL, "num_attention_heads": 4, "intermediate_size": 80, "pad_token_id": 0}
@@ -78,7 +81,48 @@ OF_IMAGES: dict[str, Callable[[], Any]] = {
             video_token_id=95,
         )
     ),
+    "qwen3_vl": lambda: tf.Qwen3VLForConditionalGeneration(
+        tf.Qwen3VLConfig(
+            text_config={**TEXT, "head_dim": 12, "rope_parameters": ROPE},
+            vision_config={**SEEN_ANEW, "deepstack_visual_indexes": [0]},
+            image_token_id=96,
+            video_token_id=95,
+        )
+    ),
+    "qwen3_5": lambda: tf.Qwen3_5ForConditionalGeneration(
+        tf.Qwen3_5Config(
+            text_config=MORE["qwen3_5"].config().to_dict(),
+            vision_config=SEEN_ANEW,
+            image_token_id=96,
+            video_token_id=95,
+        )
+    ),
+    "qwen3_5_moe": lambda: tf.Qwen3_5MoeForConditionalGeneration(
+        tf.Qwen3_5MoeConfig(
+            text_config=MORE["qwen3_5_moe"].config().to_dict(),
+            vision_config=SEEN_ANEW,
+            image_token_id=96,
+            video_token_id=95,
+        )
+    ),
+    "llama4": lambda: tf.Llama4ForConditionalGeneration(
+        tf.Llama4Config(
+            text_config=MORE["llama4"].config().to_dict(),
+            vision_config={
+                **SIGHT,
+                "intermediate_size": 64,
+                "vision_output_dim": 16,
+                "projector_input_dim": 16,
+                "projector_output_dim": 16,
+            },
+            image_token_index=96,
+        )
+    ),
 }
+"""Models of text and images, without a table of their own."""
+ALONE = ("qwen3_5", "qwen3_5_moe", "llama4")
+"""... and those whose language models have one."""
+SITES = tuple(kind.name for kind in KINDS if kind.scope is Scope.LAYER)
 
 
 @pytest.fixture(scope="module", params=OF_IMAGES)
@@ -89,7 +133,7 @@ def seeing(request: pytest.FixtureRequest) -> Any:
 def test_the_stream_is_that_of_the_language_model(seeing: Any) -> None:
     model = tl.wrap(seeing)
     assert isinstance(model, tl.Model)
-    assert model.anatomy.family.layers == "model.language_model.layers.{}"
+    assert "language_model" in model.anatomy.family.layers
     with model.trace(IDS) as t:
         for layer in range(model.n_layers):
             model.layers[layer].resid_pre.save(f"{layer}")
@@ -103,6 +147,30 @@ def test_the_stream_is_that_of_the_language_model(seeing: Any) -> None:
     assert_close(t["logits"], plain.logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("name", ALONE)
+def test_every_site_is_that_of_the_language_model_alone(name: str) -> None:
+    """The same weights twice, once in a model of text and images and once in the family that has a table."""
+    large, alone = built(OF_IMAGES[name]), MORE[name].build()
+    inner = large.get_submodule("language_model" if name == "llama4" else "model.language_model")
+    weights = {key: value for key, value in inner.state_dict().items() if not key.startswith("lm_head")}
+    target: Any = alone if name == "llama4" else alone.model
+    assert not target.load_state_dict(weights, strict=False).unexpected_keys
+    alone.lm_head.load_state_dict(large.get_output_embeddings().state_dict())
+    within, own = tl.wrap(large), tl.wrap(alone)
+    read: list[dict[str, torch.Tensor]] = []
+    for model in (within, own):
+        with model.trace(IDS) as t:
+            for site in sorted(set(SITES) & set(within.anatomy.proof.verified)):
+                for layer in model.anatomy.layers_with(site):
+                    getattr(model.layers[layer], site).save(f"{layer} {site}")
+            model.logits.save("logits")
+        read.append(dict(t.results))
+    assert len(read[1]) > 25
+    assert set(read[0]) == set(read[1])
+    for key, expected in read[1].items():
+        assert_close(read[0][key], expected, rtol=1e-5, atol=1e-5, msg=lambda text, key=key: f"{key}: {text}")
+
+
 def test_a_write_is_what_a_hook_does(seeing: Any) -> None:
     model = tl.wrap(seeing)
     v = torch.linspace(-1, 1, 48)
@@ -110,7 +178,7 @@ def test_a_write_is_what_a_hook_does(seeing: Any) -> None:
         model.layers[0].resid_post += v
         logits = model.logits.save()
     clean = seeing(torch.tensor(IDS)).logits
-    block = seeing.model.language_model.layers[0]
+    block = seeing.get_submodule(model.anatomy.family.layers.format(0))
     hook = block.register_forward_hook(lambda _, __, out: out + v)
     try:
         expected = seeing(torch.tensor(IDS)).logits
@@ -141,7 +209,10 @@ def test_rows_of_a_batch_and_generations_are_those_of_single_prompts(seeing: Any
 def test_it_is_loaded_from_a_folder(seeing: Any, tmp_path: Path) -> None:
     seeing.save_pretrained(tmp_path / "model")
     model = tl.load(tmp_path / "model")
-    assert type(model.hf) is type(seeing)
+    # transformers loads the language models of some by themselves, as AutoModelForCausalLM.
+    alone = seeing.config.model_type in ALONE
+    assert (type(model.hf) is type(seeing)) != alone
+    assert model.anatomy.family.model_types[0].endswith("_text") == alone
     with model.trace(IDS):
         logits = model.logits.save()
     assert_close(logits.value, seeing(torch.tensor(IDS)).logits, rtol=1e-5, atol=1e-5)

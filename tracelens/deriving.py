@@ -91,8 +91,8 @@ def _fitting(model: nn.Module) -> Iterator[Family]:
         if any(other.layers == family.layers and other.taps == family.taps for other in seen):
             continue
         seen.append(family)
-        for inside in ("", *_INSIDE):
-            moved = _moved(family, inside)
+        for outer, inner in _PLACES:
+            moved = _moved(family, outer, inner)
             paths = {
                 moved.taps[name].module for name in ("embed", "final_norm", "lm_head") if name in moved.taps
             }
@@ -106,15 +106,21 @@ def _fitting(model: nn.Module) -> Iterator[Family]:
                 )
 
 
-_INSIDE = ("language_model", "text_model")
-"""What models of text and images call the language model in their ``model``."""
+_PLACES = (
+    ("", ""),
+    ("model.", "model.language_model."),
+    ("model.", "model.text_model."),
+    ("", "language_model."),
+)
+"""Where models of text and images have the language model: in their ``model``, beside the head; whole, as Llama-4."""
 
 
-def _moved(family: Family, inside: str) -> Family:
-    """A table whose modules are those of the language model in a larger one; the head stays outside."""
+def _moved(family: Family, outer: str, inner: str) -> Family:
+    """A table whose modules are those of the language model in a larger one."""
 
     def path(own: str) -> str:
-        return own.replace("model.", f"model.{inside}.", 1) if inside and own.startswith("model.") else own
+        # "" is the whole model, whose output the logits are.
+        return inner + own.removeprefix(outer) if own and own.startswith(outer) else own
 
     taps = {
         name: tap if KIND[name].scope is Scope.LAYER else replace(tap, module=path(tap.module))

@@ -3161,6 +3161,13 @@ MUTANTS = (
         (*OTHERS, "-k", "ahead"),
     ),
     Mutant(
+        "the output of a model of text and images is looked for in its language model",
+        "deriving.py",
+        "if own and own.startswith(outer) else own",
+        "if own.startswith(outer) else own",
+        (*OTHERS, "-k", "llama4"),
+    ),
+    Mutant(
         "half of an encoder-decoder model is loaded",
         "backends/architectures/lookup.py",
         "and (loads := other(config).loads) is not None:",
