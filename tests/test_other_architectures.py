@@ -15,7 +15,7 @@ import tracelens as tl
 from tests.support.families import FAMILIES, randomise
 from tests.support.more_families import MORE
 from tracelens import deriving
-from tracelens.errors import NotALanguageModelError, UnknownArchitectureError
+from tracelens.errors import AbsentSiteError, NotALanguageModelError, UnknownArchitectureError
 from tracelens.ir.sites import KINDS, Scope
 
 IDS = [[3, 4, 5, 9, 11]]
@@ -216,6 +216,58 @@ def test_it_is_loaded_from_a_folder(seeing: Any, tmp_path: Path) -> None:
     with model.trace(IDS):
         logits = model.logits.save()
     assert_close(logits.value, seeing(torch.tensor(IDS)).logits, rtol=1e-5, atol=1e-5)
+
+
+SPARSE_ATTENTION = {
+    "n_routed_experts": 4,
+    "n_group": 1,
+    "topk_group": 1,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 40,
+    "first_k_dense_replace": 1,
+    "n_shared_experts": 1,
+    "num_key_value_heads": 4,
+    "q_lora_rank": 20,
+    "kv_lora_rank": 16,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 6,
+    "v_head_dim": 12,
+    # Fewer than there are tokens: a query sees the keys that an indexer chose.
+    "index_topk": 4,
+    "index_head_dim": 8,
+    "index_n_heads": 2,
+}
+
+
+@pytest.mark.parametrize("attn", ["sdpa", "eager"])
+@pytest.mark.parametrize("kind", ["deepseek_v32", "glm_moe_dsa"])
+def test_looking_inside_sparse_attention_is_refused(kind: str, attn: str) -> None:
+    """Under a name of attention that it does not know, the model hands the chosen keys over instead of a mask."""
+    if kind not in tf.CONFIG_MAPPING:
+        pytest.skip(f"transformers {tf.__version__} has no {kind}; a newer one runs this")
+    settings = {name: value for name, value in TEXT.items() if name != "layer_types"}
+    config: Any = tf.CONFIG_MAPPING[kind](**{**settings, **SPARSE_ATTENTION})
+    hf = built(lambda: tf.AutoModelForCausalLM.from_config(config, attn_implementation=attn))
+    ids = [list(range(3, 15))]
+    with torch.no_grad():
+        plain = hf(torch.tensor(ids), output_hidden_states=True)
+        config.index_topk = 64
+        for layer in hf.model.layers:
+            layer.self_attn.indexer.index_topk = 64
+        everything = hf(torch.tensor(ids)).logits
+        for layer in hf.model.layers:
+            layer.self_attn.indexer.index_topk = 4
+    assert (everything - plain.logits).abs().max() > 1e-2  # which keys are seen matters
+    model = tl.wrap(hf)
+    assert isinstance(model, tl.Model)
+    with model.trace(ids):
+        stream = model.layers[1].resid_pre.save()
+        logits = model.logits.save()
+    assert torch.equal(logits.value, plain.logits)
+    assert torch.equal(stream.value, plain.hidden_states[1])
+    for site in ("pattern", "scores", "q_rot"):
+        with pytest.raises(AbsentSiteError, match="hands indices to an implementation"), model.trace(ids):
+            getattr(model.layers[1], site).save()
 
 
 def test_a_model_that_looks_ahead_is_no_language_model(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,8 +11,8 @@ from torch import nn
 
 from tracelens.backends.architectures.lookup import may_derive
 from tracelens.backends.architectures.registry import families
-from tracelens.backends.base import Family
-from tracelens.errors import RefutedSitesWarning, TracelensError
+from tracelens.backends.base import Family, Side
+from tracelens.errors import AttentionImplementationError, RefutedSitesWarning, TracelensError
 from tracelens.ir.sites import KIND, Scope
 from tracelens.model import Model
 from tracelens.proving import SiteProof, proof_of, prove
@@ -38,11 +38,11 @@ def derived(model: nn.Module, tokenizer: Any) -> Model | None:
     """A language model of a type without a table, with the sites of a known table that are verified in it."""
     if not may_derive(getattr(model, "config", None)):
         return None
-    best: tuple[Model, SiteProof] | None = None
+    best: tuple[Model, SiteProof, dict[str, str]] | None = None
     for family in _fitting(model):
         try:
             found = Model(model, tokenizer, _family=family)
-            proof = prove(found)
+            proof, closed = _proven(found)
             if not looks_back_only(found):
                 return None  # whatever its modules are called
         except (TracelensError, RuntimeError, AttributeError, TypeError, KeyError):
@@ -50,11 +50,11 @@ def derived(model: nn.Module, tokenizer: Any) -> Model | None:
         if all(site in proof.verified for site in _NEEDED) and (
             best is None or len(proof.verified) > len(best[1].verified)
         ):
-            best = found, proof
+            best = found, proof, closed
     if best is None:
         return None
-    found, proof = best
-    reasons = dict(proof.refuted)
+    found, proof, closed = best
+    reasons = {**proof.refuted, **closed}
     for site in proof.derived:
         reasons[site] = (
             f"{family_name(model)} models have no table of their own, and nothing shows that this is it"
@@ -62,6 +62,17 @@ def derived(model: nn.Module, tokenizer: Any) -> Model | None:
     found.anatomy.proof = proof
     found.anatomy.withhold(reasons)
     return found
+
+
+def _proven(model: Model) -> tuple[SiteProof, dict[str, str]]:
+    """What its table is worth, and why some sites were left out: those inside attention that nobody may look into."""
+    try:
+        return prove(model), {}
+    except AttentionImplementationError as problem:
+        taps = model.anatomy.family.taps
+        closed = {site: problem.problem for site, tap in taps.items() if tap.side is Side.INSIDE}
+        model.anatomy.withhold(closed)
+        return prove(model), closed
 
 
 def looks_back_only(model: Model) -> bool:

@@ -3161,6 +3161,13 @@ MUTANTS = (
         (*OTHERS, "-k", "ahead"),
     ),
     Mutant(
+        "attention is looked into whatever the model hands it",
+        "backends/attention.py",
+        "if given is not None and option not in _COUNTED and option not in _PASSED_ON:",
+        "if False:",
+        (*OTHERS, "-k", "sparse"),
+    ),
+    Mutant(
         "the output of a model of text and images is looked for in its language model",
         "deriving.py",
         "if own and own.startswith(outer) else own",

@@ -27,6 +27,35 @@ NAME = "tracelens"
 KNOWN = ("sdpa", "eager", "flex_attention")
 """The implementations whose masks we read. Others are refused: a guessed mask would give a wrong pattern."""
 
+_COUNTED = frozenset(
+    {"dropout", "scaling", "sliding_window", "softcap", "s_aux", "is_causal", "position_bias", "cache"}
+)
+"""Options that are reckoned with, or refused for scores and patterns."""
+_PASSED_ON = frozenset(
+    {
+        *(
+            "position_ids",
+            "cache_position",
+            "position_embeddings",
+            "use_cache",
+            "deterministic",
+            "logits_to_keep",
+        ),
+        *(
+            "output_attentions",
+            "output_hidden_states",
+            "output_router_logits",
+            "return_dict",
+            "num_items_in_batch",
+        ),
+        *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+        *("token_type_ids", "mm_token_type_ids"),
+    }
+)
+"""... and those that say nothing that is not in the mask already. Another one may say which keys a query sees, which a
+model hands over in place of a mask when it meets a name that it does not know, as with the sparse attention of
+DeepSeek-V3.2: sdpa and eager attention would not look at it, and the model would compute something else."""
+
 Step = Callable[[torch.Tensor], torch.Tensor]
 Attention = Callable[..., tuple[torch.Tensor, torch.Tensor | None]]
 
@@ -297,6 +326,13 @@ def _attention(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     name = implementation(module.config)
     own = own_function(module, name)
+    for option, given in options.items():
+        if given is not None and option not in _COUNTED and option not in _PASSED_ON:
+            raise AttentionImplementationError(
+                f"{type(module).__name__} hands {option} to an implementation of attention that it does not know, and "
+                f"something else to {name!r}: looking inside would change what it computes",
+                instead="the sites q, k, v and z, or those of the residual stream, which need no switch",
+            )
     visit = _visits.get((threading.get_ident(), module))
     if visit is None:
         return own(module, query, key, value, attention_mask, **options)
