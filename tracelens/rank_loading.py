@@ -14,6 +14,7 @@ from tracelens.backends.architectures.registry import families_of, told
 from tracelens.backends.layouts import require_divisible
 from tracelens.backends.pipeline import require_cut
 from tracelens.backends.places import look_at
+from tracelens.backends.rank_versions import EXPERTS, STAGES_OF_RANKS, require_known, require_known_vocabulary
 from tracelens.backends.sharded_loading import load_part
 from tracelens.backends.users_plan import load_parallelized, require_name
 from tracelens.errors import Blaming, LayoutError, OptionError
@@ -132,10 +133,15 @@ def require_fit(config: Any, sizes: Sizes) -> None:
                     instead='tl.load(name, device_map="auto"), which spreads the layers over devices',
                 )
             require_divisible(config, sizes["tp"], sizes.get("ep", 1))
+            require_known_vocabulary(config, sizes["tp"])
         if sizes.get("ep", 1) > 1:
             _require_experts(config, sizes)
         if sizes["pp"] > 1:
             require_cut(config)
+            if sizes["tp"] > 1:
+                require_known(
+                    STAGES_OF_RANKS, f"tl.load(name, pp={sizes['pp']}), or tl.load(name, tp={sizes['tp']})"
+                )
         if sizes["pp"] > config.num_hidden_layers:
             raise OptionError(
                 f"pp={sizes['pp']} stages cannot share {config.num_hidden_layers} layers",
@@ -149,8 +155,6 @@ _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
 
 def _require_experts(config: Any, sizes: Sizes) -> None:
     """Refuses to spread experts where there are none, or where transformers cannot."""
-    from transformers.distributed.configuration_utils import DistributedConfig
-
     whole_layers = f"tl.load(name, tp={sizes['tp']}), where each rank has a part of every expert"
     if not any(getattr(config, name, None) for name in _EXPERTS):
         raise LayoutError(
@@ -162,11 +166,7 @@ def _require_experts(config: Any, sizes: Sizes) -> None:
             f"transformers has no plan by which ranks share experts of {config.model_type}",
             instead=whole_layers,
         )
-    if "ep_size" not in DistributedConfig.__dataclass_fields__:
-        raise LayoutError(
-            "this version of transformers does not know ep_size, by which each rank has some of the experts",
-            instead=f"transformers 5.23; or {whole_layers}",
-        )
+    require_known(EXPERTS, whole_layers)
     if sizes["pp"] > 1:
         raise LayoutError(
             "transformers spreads experts over ranks in models of one stage alone: "

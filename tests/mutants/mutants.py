@@ -72,6 +72,7 @@ COLLECTIVES = ("tests/test_collectives.py",)
 EXPERTS = ("tests/conformance/test_experts.py",)
 MORE_FAMILIES = ("tests/conformance/test_more_families.py", "-k")
 ONE_EXPERT = ("tests/conformance/test_one_expert.py",)
+RANK_VERSIONS = ("tests/test_rank_versions.py",)
 EXPERTS_ON_RANKS = ("tests/parallel/test_experts.py",)
 PROBING = ("tests/test_probing.py",)
 STEPS = ("tests/test_sharding_steps.py",)
@@ -1889,6 +1890,20 @@ MUTANTS = (
         "if any(tensor.shape[-1] * tensor.element_size() % _ALIGNMENT for tensor in own):",
         "if False:",
         (*EXPERTS_ON_RANKS, "-k", "grouped"),
+    ),
+    Mutant(
+        "ways of ranks that fail with an older transformers are tried",
+        "backends/rank_versions.py",
+        "    if not knows(way):",
+        "    if False:",
+        RANK_VERSIONS,
+    ),
+    Mutant(
+        "a vocabulary of odd size is tried with a transformers that cannot cut it",
+        "rank_loading.py",
+        """            require_known_vocabulary(config, sizes["tp"])\n""",
+        "",
+        RANK_VERSIONS,
     ),
     Mutant(
         "experts over ranks and stages are tried",

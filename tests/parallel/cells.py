@@ -13,14 +13,15 @@ from types import MappingProxyType
 from typing import Any
 
 import pytest
-from transformers.distributed.configuration_utils import DistributedConfig
 
-KNOWS_EP = "ep_size" in DistributedConfig.__dataclass_fields__
-"""Does this version of transformers know ``ep_size``, by which each rank has some of the experts?"""
+from tracelens.backends.rank_versions import EXPERTS, STAGES_OF_RANKS, knows
+
+KNOWS_EP = knows(EXPERTS) and knows(STAGES_OF_RANKS)
+"""Can this version of transformers give each rank some of the experts, and cut a model into stages of several ranks?"""
 knows_ep = pytest.mark.skipif(
     not KNOWS_EP,
-    reason="this version of transformers does not know ep_size, and cannot cut a model into stages of several ranks; "
-    "until transformers 5.17 and 5.18, which are so, are no longer supported",
+    reason="this version of transformers does not spread experts, and cannot cut a model into stages of several ranks; "
+    "until transformers 5.17 to 5.22, which are so, are no longer supported",
 )
 
 

@@ -43,7 +43,7 @@ _MARKS = {
     "transformers has no plan": Mark.NOTIMPL,
     "transformers cuts models into stages at": Mark.NOTIMPL,
     "transformers computes something else of": Mark.NOTIMPL,
-    "does not know ep_size": Mark.NOTIMPL,
+    "needs transformers": Mark.NOTIMPL,
 }
 """What the words of a refusal mean; others have no mark, so that a new one is looked at."""
 

@@ -13,7 +13,6 @@ import transformers
 from packaging.version import Version
 from torch import Tensor
 from transformers import Qwen3Config, Qwen3MoeConfig
-from transformers.distributed.configuration_utils import DistributedConfig
 
 import tracelens as tl
 from tests.conformance.test_reads import read
@@ -362,18 +361,8 @@ def test_experts_over_ranks_and_stages_do_not_go_together() -> None:
 
 
 def test_experts_are_tested_where_transformers_can_spread_them() -> None:
-    """So that nothing here is skipped unseen: only versions before 5.19 do not know ``ep_size``."""
-    assert (Version(transformers.__version__) >= Version("5.19")) == KNOWS_EP
-
-
-def test_a_version_of_transformers_without_ep_size_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    fields = {
-        name: field for name, field in DistributedConfig.__dataclass_fields__.items() if name != "ep_size"
-    }
-    monkeypatch.setattr(DistributedConfig, "__dataclass_fields__", fields)
-    error = refused({"num_experts": 4}, {"tp": 2, "ep": 2})
-    assert "does not know ep_size" in error.problem
-    assert "transformers 5.23" in str(error.instead)
+    """So that nothing here is skipped unseen: only versions before 5.23 cannot."""
+    assert (Version(transformers.__version__) >= Version("5.23")) == KNOWS_EP
 
 
 def test_experts_are_spread_over_the_ranks_that_share_a_layer(folder: Path) -> None:
