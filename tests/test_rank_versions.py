@@ -91,7 +91,7 @@ def test_nothing_is_launched_first(version: str, tmp_path: Path, monkeypatch: py
 
     monkeypatch.setattr("tracelens.backends.ranks.pool.Ranks", launched)
     EVEN.save_pretrained(tmp_path)
-    with pytest.raises(LayoutError, match="pp with tp needs transformers 5.23") as failure:
+    with pytest.raises(LayoutError, match=r"pp with tp needs transformers 5\.23") as failure:
         tl.load(tmp_path, pp=2, tp=2)
     assert failure.value.at is not None
     assert failure.value.at.filename == __file__

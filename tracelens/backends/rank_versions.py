@@ -51,7 +51,7 @@ def require_known(way: str, instead: str) -> None:
 
 
 def require_known_vocabulary(config: Any, ranks: int) -> None:
-    """Refuses a vocabulary that ranks cannot have equal parts of, where transformers would cut its matrix and cannot."""
+    """Refuses a vocabulary without equal parts for the ranks, where transformers would cut its matrix and cannot."""
     size = getattr(config.get_text_config(), "vocab_size", None)
     if size is None or size % ranks == 0 or knows(ODD_VOCABULARY) or not _cuts_vocabulary(config):
         return
