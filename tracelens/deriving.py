@@ -10,8 +10,8 @@ from typing import Any
 from torch import nn
 
 from tracelens.backends.architectures.lookup import may_derive
-from tracelens.backends.architectures.registry import families
-from tracelens.backends.base import Family, Side
+from tracelens.backends.architectures.registry import families, families_of
+from tracelens.backends.base import Family, Side, text_of
 from tracelens.errors import AttentionImplementationError, RefutedSitesWarning, TracelensError
 from tracelens.ir.sites import KIND, Scope
 from tracelens.model import Model
@@ -55,7 +55,8 @@ def derived(model: nn.Module, tokenizer: Any) -> Model | None:
         return None
     found, proof, closed = best
     reasons = {**proof.refuted, **closed}
-    for site in proof.derived:
+    # The language model in a larger one may have a table of its own, which says where the others are.
+    for site in () if _of_its_text(model) is not None else proof.derived:
         reasons[site] = (
             f"{family_name(model)} models have no table of their own, and nothing shows that this is it"
         )
@@ -92,13 +93,27 @@ def family_name(model: nn.Module) -> str:
     return str(getattr(getattr(model, "config", None), "model_type", type(model).__name__))
 
 
+def _of_its_text(model: nn.Module) -> Family | None:
+    """The table for the language model in a larger one, if its type has one."""
+    config: Any = getattr(model, "config", None)
+    text = text_of(config)
+    kind = getattr(text, "model_type", None)
+    if text is config or not isinstance(kind, str):
+        return None
+    return next((one for one in families_of(kind) if one.serves is None or one.serves(text)), None)
+
+
 def _fitting(model: nn.Module) -> Iterator[Family]:
     """The tables whose modules the model has, under its own name; of equal ones the first."""
-    if not hasattr(model, "get_output_embeddings") or getattr(model, "config", None) is None:
+    config: Any = getattr(model, "config", None)
+    if not hasattr(model, "get_output_embeddings") or config is None:
         return
+    own = _of_its_text(model)
+    if own is not None and own.refused(text_of(config)) is not None:
+        return  # as it would be by itself
     known = {path for path, _ in model.named_modules()}
     seen: list[Family] = []
-    for family in families():
+    for family in families() if own is None else (own,):
         if any(other.layers == family.layers and other.taps == family.taps for other in seen):
             continue
         seen.append(family)
@@ -108,12 +123,13 @@ def _fitting(model: nn.Module) -> Iterator[Family]:
                 moved.taps[name].module for name in ("embed", "final_norm", "lm_head") if name in moved.taps
             }
             if paths <= known and moved.layers.format(0) in known:
+                name = family_name(model)
                 yield replace(
                     moved,
-                    name=family_name(model),
-                    model_types=(family_name(model),),
+                    name=name,
+                    model_types=(name,),
                     refusals={},
-                    withheld={},
+                    withheld={} if own is None else own.withheld,
                 )
 
 

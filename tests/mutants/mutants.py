@@ -3183,6 +3183,20 @@ MUTANTS = (
         (*OTHERS, "-k", "sparse"),
     ),
     Mutant(
+        "what a table refuses is served inside a larger model",
+        "deriving.py",
+        "if own is not None and own.refused(text_of(config)) is not None:",
+        "if False:",
+        (*OTHERS, "-k", "larger_one"),
+    ),
+    Mutant(
+        "a language model in a larger one has less than by itself",
+        "deriving.py",
+        "for site in () if _of_its_text(model) is not None else proof.derived:",
+        "for site in proof.derived:",
+        (*OTHERS, "-k", "alone"),
+    ),
+    Mutant(
         "the output of a model of text and images is looked for in its language model",
         "deriving.py",
         "if own and own.startswith(outer) else own",
