@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -317,3 +318,33 @@ def test_a_fingerprint_is_the_same_in_every_process() -> None:
     assert registry.fingerprint(mixtral) != registry.fingerprint(
         replace(mixtral, taps={**mixtral.taps, "router_logits": other})
     )
+
+
+TRACELENS = Path(tl.__file__).parent
+TABLES = TRACELENS / "backends" / "architectures"
+
+
+def test_a_table_is_a_file_of_at_most_eighty_lines() -> None:
+    files = [path for path in TABLES.glob("*.py") if "Family" in path.read_text(encoding="utf-8")]
+    tables = [path for path in files if path.stem not in ("__init__", "lookup", "registry", "others")]
+    assert len(tables) > 15
+    for path in tables:
+        assert len(path.read_text(encoding="utf-8").splitlines()) <= 80, path.name
+
+
+def test_nothing_outside_the_tables_asks_which_family_a_model_is_of() -> None:
+    types = {kind for family in FAMILIES for kind in family.model_types}
+    asked: list[str] = []
+    for path in TRACELENS.rglob("*.py"):
+        if TABLES in path.parents:
+            continue
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                words = {each.value for each in ast.walk(node) if isinstance(each, ast.Constant)}
+                asked += [
+                    f"{path.name}:{node.lineno} {word}"
+                    for word in words
+                    if isinstance(word, str)
+                    and (word in types or word.endswith(("ForCausalLM", "DecoderLayer")))
+                ]
+    assert asked == []
