@@ -29,12 +29,20 @@ WAYS: dict[str, tuple[Any, dict[str, int]]] = {
 }
 FIRST = {
     "pp with tp": "5.23",
-    "ep": "5.23",
-    "tp with a vocabulary that the ranks cannot share evenly": "5.20",
+    "ep": "5.20",
+    "tp with a vocabulary that the ranks cannot share evenly": "5.21",
 }
-"""As read off each version, by loading such a model on two or four ranks of a CPU."""
-OLDER = {"5.23": ("5.17.0", "5.19.0", "5.22.1", "5.22.0.dev0"), "5.20": ("5.17.0", "5.18.1", "5.19.0")}
-NEWER = {"5.23": ("5.23.0", "5.23.1", "6.0.0", "5.100.0"), "5.20": ("5.20.0", "5.22.0", "5.23.0", "6.0.0")}
+"""As seen with each version, 5.18 to 5.23, by loading such a model on two or four ranks of a CPU."""
+OLDER = {
+    "5.23": ("5.17.0", "5.19.0", "5.22.1", "5.22.0.dev0"),
+    "5.20": ("5.17.0", "5.18.1", "5.19.0"),
+    "5.21": ("5.17.0", "5.19.0", "5.20.2"),
+}
+NEWER = {
+    "5.23": ("5.23.0", "5.23.1", "6.0.0", "5.100.0"),
+    "5.20": ("5.20.0", "5.22.0", "5.23.0", "6.0.0"),
+    "5.21": ("5.21.0", "5.22.0", "5.23.0", "6.0.0"),
+}
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ import pytest
 from tracelens.backends.rank_versions import EXPERTS, STAGES_OF_RANKS, knows
 
 KNOWS_EP = knows(EXPERTS) and knows(STAGES_OF_RANKS)
-"""Can this version of transformers give each rank some of the experts, and cut a model into stages of several ranks?"""
+"""Can this version of transformers both give each rank some experts and cut a model into stages of several ranks?"""
 knows_ep = pytest.mark.skipif(
     not KNOWS_EP,
-    reason="this version of transformers does not spread experts, and cannot cut a model into stages of several ranks; "
+    reason="this version of transformers cannot both spread experts and cut a model into stages of several ranks; "
     "until transformers 5.17 to 5.22, which are so, are no longer supported",
 )
 

@@ -361,7 +361,7 @@ def test_experts_over_ranks_and_stages_do_not_go_together() -> None:
 
 
 def test_experts_are_tested_where_transformers_can_spread_them() -> None:
-    """So that nothing here is skipped unseen: only versions before 5.23 cannot."""
+    """So that nothing here is skipped unseen: only versions before 5.23 cannot do all of it."""
     assert (Version(transformers.__version__) >= Version("5.23")) == KNOWS_EP
 
 
