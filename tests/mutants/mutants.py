@@ -3315,4 +3315,11 @@ MUTANTS = (
         "if True:",
         ONE_EXPERT,
     ),
+    Mutant(
+        "a script ends before the threads of its collectives",
+        "backends/groups.py",
+        "atexit.register(time.sleep, 0.1)",
+        "pass",
+        ("tests/parallel/test_launched.py", "-k", "ends_after"),
+    ),
 )

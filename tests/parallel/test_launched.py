@@ -229,3 +229,38 @@ def test_a_notebook_has_ranks_of_its_own(tmp_path: Path, monkeypatch: pytest.Mon
         one.layers[1].mlp_act[..., :70] = 0
         expected = one.logits.save()
     assert relative_error(torch.load(tmp_path / "logits.pt", weights_only=True), expected.value) <= TOLERANCE
+
+
+ENDING = """
+import atexit, sys, threading
+import torch.distributed as dist
+from torch.distributed.device_mesh import init_device_mesh
+from tracelens.backends.mesh import Mesh
+
+done, dropped = threading.Event(), threading.Event()
+
+def collective():
+    done.wait()
+    dropped.set()
+
+threading.Thread(target=collective, daemon=True).start()
+atexit.register(lambda: print("dropped in time:", dropped.is_set()))
+dist.init_process_group("gloo", rank=0, world_size=1, store=dist.HashStore())
+for _ in range(3):
+    Mesh(init_device_mesh("cpu", (1,)))
+atexit.register(done.set)
+sys.setswitchinterval(1000)
+"""
+
+
+def test_a_script_ends_after_the_threads_of_its_collectives() -> None:
+    """A thread that wants the interpreter only when the script is at its end, as one of gloo's does, is let in.
+
+    Gloo's own aborts the process otherwise, though seldom; this one says whether it was in time. The interval keeps
+    the interpreter from being let go for any other reason.
+    """
+    command = [sys.executable, "-c", ENDING]
+    environment = {**os.environ, **ENVIRONMENT, "GLOO_SOCKET_IFNAME": "lo"}
+    ended = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 0, ended.stderr[-4000:]
+    assert ended.stdout == "dropped in time: True\n"

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import atexit
+import time
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import Any
 
 _known: dict[Hashable, tuple[Any, Any]] = {}
@@ -23,6 +26,19 @@ def once_in_a_world(what: Hashable, make: Callable[[], Any]) -> Any:
     if known is None:
         known = _known[what, id(world)] = (make(), world)
     return known[0]
+
+
+@cache
+def let_collectives_end() -> None:
+    """Has the interpreter wait a tenth of a second at its end for gloo's threads to drop what they hold.
+
+    A collective is waited for by what it computes, and ends a moment later: its thread still drops its tensors, for
+    which it needs the interpreter. Where that has begun to end, Python 3.11 to 3.13 end the thread inside of a
+    destructor instead, which aborts the process ("terminate called without an active exception"), after everything
+    was computed and written. Handlers of ``atexit`` run before that point, and one that sleeps leaves the interpreter
+    to the threads. ``destroy_process_group()`` does not end them (pytorch/pytorch#179291).
+    """
+    atexit.register(time.sleep, 0.1)
 
 
 @contextmanager

@@ -18,6 +18,7 @@ from torch import nn
 
 from tracelens.backends.differentiate import Gradients
 from tracelens.backends.enduring import FailedElsewhereError
+from tracelens.backends.groups import let_collectives_end
 from tracelens.backends.pipeline import Pipeline, pipeline_of
 from tracelens.errors import LayoutError
 from tracelens.ir.dims import Sizes
@@ -43,6 +44,7 @@ class Mesh:
         self.ranks: int = device_mesh.size()
         self.rank: int = device_mesh.get_local_rank()
         self.pipeline = pipeline
+        let_collectives_end()
 
     @property
     def stage(self) -> int:
