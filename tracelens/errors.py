@@ -91,7 +91,7 @@ class MetaTensorError(TracelensError):
 
 
 class PackedWeightError(TracelensError):
-    """A quantised matrix was asked for, and the module that keeps it packed does not give it."""
+    """A quantised or adapted matrix was asked for, and the module that multiplies by it does not give it."""
 
 
 class ModelMovedError(TracelensError):

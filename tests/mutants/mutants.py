@@ -3218,6 +3218,27 @@ MUTANTS = (
         PACKED,
     ),
     Mutant(
+        "an adapted matrix is the one inside",
+        "backends/packed.py",
+        "if is_adapted(module):\n        return True",
+        "if False:\n        return True",
+        ("tests/test_adapters.py",),
+    ),
+    Mutant(
+        "an adapter that is turned off leaves the fingerprint as it was",
+        "lens/fingerprint.py",
+        "(tuple(numbers.shape), numbers.sum().item(), numbers.square().sum().item())",
+        "(tuple(numbers.shape),)",
+        ("tests/test_adapters.py",),
+    ),
+    Mutant(
+        "a bias that an adapter adds is left out",
+        "backends/packed.py",
+        "module.forward(found.new_zeros(1, size[1]))[0]",
+        "found",
+        ("tests/test_adapters.py",),
+    ),
+    Mutant(
         "the bias of a packed module is part of its matrix",
         "backends/packed.py",
         "matrix = (module.forward(rows) - offset)",

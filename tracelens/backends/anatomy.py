@@ -23,7 +23,7 @@ from tracelens.backends.layouts import (
 )
 from tracelens.backends.mesh import Mesh, mesh_of, own_part_of, skeleton
 from tracelens.backends.module_sides import ModuleSides, language_model_passes
-from tracelens.backends.packed import packed_at, parameter_at, sizes, unpacked
+from tracelens.backends.packed import packed_at, parameter_at, require_one_process, sizes, unpacked
 from tracelens.backends.places import placement
 from tracelens.backends.replacing import needed_in_generation, replacement
 from tracelens.backends.some_layers import SomeLayers
@@ -379,7 +379,7 @@ class ModelAnatomy:
     def parameter(self, path: str) -> torch.Tensor:
         """A parameter or buffer of the model, by its path; where ranks share the model, one without numbers.
 
-        Of a linear module that keeps its matrix packed, ``weight`` is the matrix that it multiplies by.
+        Of a linear module that packs or adapts its matrix, ``weight`` is the matrix that it multiplies by.
         """
         if (module := packed_at(self._whole, path)) is not None:
             return unpacked(module, path, self.dtype)
@@ -427,6 +427,7 @@ class ModelAnatomy:
                 instead="the sites around its module",
             )
         if (module := packed_at(self._whole, path)) is not None:
+            require_one_process(module, path, self.mesh)
             return TensorType(dtype_of(self.dtype), sizes(module) or ())
         found = self.parameter(path)
         return TensorType(dtype_of(found.dtype), tuple(found.shape))

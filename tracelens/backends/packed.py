@@ -1,8 +1,10 @@
-"""Linear modules that keep their matrix packed: quantised to a few bits, under names and in shapes of a library's own.
+"""Linear modules whose ``weight`` is not the matrix that they multiply by.
 
-Their sites are those of any linear module, since hooks see what goes in and out. What reads the matrix itself (a
-head's share of the output, a lens through a quantised unembedding) gets the one that the module multiplies by, whatever
-library made it: the module is given the rows of the identity. It is looked at whether it does multiply by that.
+Quantised ones keep it packed: in a few bits, under names and in shapes of a library's own. Adapted ones (PEFT) show the
+weight of the module inside, to which they add. Their sites are those of any linear module, since hooks see what goes in
+and out. What reads the matrix itself (a head's share of the output, a lens through a quantised unembedding) gets the
+one that the module multiplies by, whatever library made it: the module is given the rows of the identity. It is looked
+at whether it does multiply by that.
 """
 
 from __future__ import annotations
@@ -21,6 +23,8 @@ _NEARLY = 0.02
 
 def is_packed(module: nn.Module) -> bool:
     """Is it a linear module whose ``weight`` is not its matrix of floating-point numbers?"""
+    if is_adapted(module):
+        return True
     size = sizes(module)
     if size is None:
         return False
@@ -34,8 +38,18 @@ def is_packed(module: nn.Module) -> bool:
     return own or not plain or tuple(weight.shape) != size
 
 
+def is_adapted(module: nn.Module) -> bool:
+    """Is it a linear module whose ``weight`` is that of a module in it? What it multiplies by is its own affair."""
+    weight: Any = None if sizes(module) is None else getattr(module, "weight", None)
+    if not isinstance(weight, torch.Tensor):
+        return False
+    own = {id(each) for each in (*module.parameters(recurse=False), *module.buffers(recurse=False))}
+    inside = (each for child in module.children() for each in (*child.parameters(), *child.buffers()))
+    return id(weight) not in own and any(each is weight for each in inside)
+
+
 def packed_at(model: nn.Module, path: str) -> nn.Module | None:
-    """The linear module that keeps its matrix packed, if the path of a parameter names one's matrix."""
+    """The linear module that keeps its matrix packed or adapts it, if the path of a parameter names one's matrix."""
     owner, _, name = path.rpartition(".")
     if name != "weight":
         return None
@@ -49,8 +63,10 @@ def packed_at(model: nn.Module, path: str) -> nn.Module | None:
 def parameter_at(model: nn.Module, path: str) -> torch.Tensor:
     """A parameter or buffer as its module keeps it; :class:`UnknownParameterError` where there is none."""
     owner, _, name = path.rpartition(".")
+    module = None
     try:
-        found = getattr(model.get_submodule(owner), name)
+        module = model.get_submodule(owner)
+        found = getattr(module, name)
     except AttributeError:
         found = None
     if not isinstance(found, torch.Tensor):
@@ -59,7 +75,21 @@ def parameter_at(model: nn.Module, path: str) -> torch.Tensor:
             f"the model has no parameter or buffer {path!r}",
             instead="did you mean " + ", ".join(candidates) + "?" if candidates else None,
         )
+    if name == "bias" and module is not None and is_adapted(module) and not found.is_meta:
+        size = sizes(module)
+        assert size is not None
+        with torch.no_grad():  # an adapter may have a bias of its own
+            return module.forward(found.new_zeros(1, size[1]))[0]
     return found
+
+
+def require_one_process(module: nn.Module, path: str, mesh: object | None) -> None:
+    """Refuses an adapted matrix of which ranks may have parts: those of its adapters are not put together."""
+    if mesh is not None and is_adapted(module):
+        raise PackedWeightError(
+            f"{path!r} is adapted in a {type(module).__name__}, and ranks share the model: they do not make its matrix",
+            instead="the adapter merged into the model before it is spread (merge_and_unload), or the sites around it",
+        )
 
 
 def sizes(module: nn.Module) -> tuple[int, int] | None:
@@ -74,11 +104,10 @@ def unpacked(module: nn.Module, path: str, dtype: torch.dtype) -> torch.Tensor:
     size = sizes(module)
     assert size is not None
     out, width = size
+    what = f"{path!r} is {'adapted' if is_adapted(module) else 'packed'}"
     where = next((each for each in (*module.parameters(), *module.buffers())), None)
     if where is None or where.is_meta:
-        raise PackedWeightError(
-            f"{path!r} is packed, and its numbers are not here (on the meta device, or offloaded)"
-        )
+        raise PackedWeightError(f"{what}, and its numbers are not here (on the meta device, or offloaded)")
     zero = torch.zeros(1, width, dtype=dtype, device=where.device)
     rows = torch.eye(width, dtype=dtype, device=where.device)
     try:
@@ -89,7 +118,7 @@ def unpacked(module: nn.Module, path: str, dtype: torch.dtype) -> torch.Tensor:
         given = (module.forward(tried) - offset).double()
     except (RuntimeError, TypeError, ValueError, NotImplementedError) as error:
         raise PackedWeightError(
-            f"{path!r} is packed in a {type(module).__name__}, which cannot be asked for its matrix: {error}",
+            f"{what} in a {type(module).__name__}, which cannot be asked for its matrix: {error}",
             instead="the sites around the module, which are what it receives and returns",
         ) from error
     expected = tried.double() @ matrix.T.double()
@@ -98,7 +127,7 @@ def unpacked(module: nn.Module, path: str, dtype: torch.dtype) -> torch.Tensor:
         or not (given - expected).abs().max() <= _NEARLY * expected.abs().max() + 1e-6
     ):
         raise PackedWeightError(
-            f"{path!r} is packed in a {type(module).__name__}, which does not multiply by one matrix",
+            f"{what} in a {type(module).__name__}, which does not multiply by one matrix",
             instead="the sites around the module, which are what it receives and returns",
         )
     return matrix.to(dtype)

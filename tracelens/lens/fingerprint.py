@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, Generic, TypeVar
 import numpy as np
 import torch
 
+from tracelens.backends.packed import packed_at
+
 if TYPE_CHECKING:
     from tracelens.model import Model
 
@@ -91,7 +93,11 @@ class OfUnembeddings(Generic[Made]):
     def __call__(self, model: Model) -> Made:
         anatomy = model.anatomy
         parameter = anatomy.parameter(anatomy.head.weight)
-        state = (parameter.data_ptr(), parameter._version, tuple(parameter.shape))
+        state: tuple[object, ...] = (parameter.data_ptr(), parameter._version, tuple(parameter.shape))
+        if packed_at(anatomy.model, anatomy.head.weight) is not None:
+            # Made anew for every use, so its numbers tell: an adapter may have been turned off.
+            numbers = parameter.double()
+            state = (tuple(numbers.shape), numbers.sum().item(), numbers.square().sum().item())
         known = self._known.get(anatomy)
         if known is None or known[0] != state:
             # In a context of its own, so that it can be asked for while the user's block is open.
